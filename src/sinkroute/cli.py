@@ -1,0 +1,271 @@
+"""The command line: `sinkroute demo | train CONFIG | evaluate RUN | report RUN...`.
+
+Exit codes: 0 done, 1 an error that the message explains, 2 a wrong command line, 130 stopped by Ctrl-C or SIGTERM.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from sinkroute._errors import SinkrouteError
+
+__all__ = ["main"]
+
+# Errors that explain themselves. (What is heavy, Accelerate or matplotlib, is imported by the command that needs it.)
+EXPECTED_ERRORS = (SinkrouteError, ValueError, OSError, ModuleNotFoundError)
+
+
+class UsageError(Exception):
+    """A wrong command line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    console, errors = Console(), Console(stderr=True)
+    if not words or words[0] in ("-h", "--help", "help"):
+        _print_overview(console)
+        return 0 if words else 2
+    if words[0] == "--version":
+        import sinkroute
+
+        console.print(f"sinkroute {sinkroute.__version__}", highlight=False)
+        return 0
+    command, rest = words[0], words[1:]
+    try:
+        if command not in COMMANDS:
+            near = difflib.get_close_matches(command, COMMANDS, n=1)
+            raise UsageError(f"unknown command {command!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return COMMANDS[command][0](rest, console)
+    except UsageError as error:
+        errors.print(f"[red]error:[/] {_escape(error)}\nTry: sinkroute --help", highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        errors.print("[yellow]Interrupted.[/] The same command continues from the last checkpoint.")
+        return 130
+    except EXPECTED_ERRORS as error:
+        if os.environ.get("SINKROUTE_TRACEBACK"):
+            raise
+        errors.print(f"[red]error:[/] {_escape(_words(error))}", highlight=False, soft_wrap=True)
+        errors.print("[dim](SINKROUTE_TRACEBACK=1 shows where)[/]", highlight=False)
+        return 1
+
+
+def _escape(text: object) -> str:
+    return str(text).replace("[", r"\[")
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("sinkroute"):
+        return f'the package {error.name!r} is missing; install what the lab needs: pip install "sinkroute[lab]"'
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) or type(error).__name__
+
+
+def _print_overview(console: Console) -> None:
+    console.print(
+        "[bold]sinkroute[/]: balanced mixture-of-experts routing, without auxiliary losses\n", highlight=False
+    )
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, (_, usage, purpose) in COMMANDS.items():
+        table.add_row(f"[bold]sinkroute {name}[/] {_escape(usage)}", purpose)
+    console.print(table)
+    console.print("\nsinkroute COMMAND --help tells all options. sinkroute --version", highlight=False)
+
+
+# -- demo ----------------------------------------------------------------------------------------------------------------
+
+
+def _demo(arguments: list[str], console: Console) -> int:
+    from sinkroute.lab.config import find_preset, read_yaml
+    from sinkroute.lab.demo import DemoConfig, run_demo
+
+    preset = read_yaml(DemoConfig, find_preset("demo"))
+    return run_demo(tyro.cli(DemoConfig, default=preset, args=arguments, prog="sinkroute demo"), console)
+
+
+# -- train ---------------------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: list[str], console: Console) -> int:
+    from sinkroute.lab.config import Config, find_preset, read_yaml
+    from sinkroute.lab.data import load_corpus
+    from sinkroute.lab.display import Display
+    from sinkroute.lab.interrupt import Interrupted, stop_on_signal
+    from sinkroute.lab.report import read_runs, result_table
+    from sinkroute.lab.run import execute
+
+    @dataclass
+    class TrainCommand(Config):
+        """Train one model, evaluate and attack it. CONFIG is a YAML file or a preset; every value can be overridden.
+
+        An interrupted or killed run is continued by the same command, with the same numbers.
+        """
+
+        out: str | None = None
+        """The run's folder; by default runs/ and the name of CONFIG."""
+        fresh: bool = False
+        """Delete an earlier run in that folder."""
+
+    asks_help = bool(arguments) and arguments[0] in ("-h", "--help")
+    if not arguments or (arguments[0].startswith("-") and not asks_help):
+        raise UsageError("train needs a CONFIG: sinkroute train CONFIG [--train.lr 1e-3 ...]")
+    path = find_preset(arguments[0])
+    preset = Config() if asks_help else read_yaml(Config, path)
+    options, rest = _router_options(arguments if asks_help else arguments[1:])
+    default = TrainCommand(**vars(preset))
+    command = tyro.cli(TrainCommand, default=default, args=rest, prog="sinkroute train CONFIG")
+    # Options of another router than the preset's would be errors, not wishes.
+    kept = preset.router.options if command.router.name == preset.router.name else {}
+    command.router.options = {**kept, **options}
+    config = Config(**{name: value for name, value in vars(command).items() if name not in ("out", "fresh")})
+    folder = Path(command.out or Path("runs") / path.stem)
+    corpus = load_corpus(config.data.name, config.data.path)
+    with Display(console) as display, stop_on_signal() as stop:
+        display.begin(config.label or config.router.name, config.train.steps)
+        try:
+            execute(config, corpus, folder, fresh=command.fresh, stop=stop, on_progress=display.update)
+            display.note("done", done=True)
+        except Interrupted as error:
+            console.print(f"[yellow]Interrupted[/]: {error}.", highlight=False)
+            return 130
+    console.print(result_table(read_runs([folder]), None).rich())
+    console.print(f"Run: [bold]{folder}[/]; a report of it: sinkroute report {folder}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _router_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Take `--router.options.NAME VALUE` out of a command line: which names there are depends on the router."""
+    from sinkroute.lab.config import parse_scalar
+
+    prefix, options, rest = "--router.options.", {}, []
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith(prefix):
+            rest.append(word)
+            continue
+        name, equals, value = word.removeprefix(prefix).partition("=")
+        if not equals:
+            value = next(words, "")
+        if not name or not value:
+            raise UsageError(f"{word} needs a value: {prefix}probability 0.01")
+        options[name.replace("-", "_")] = parse_scalar(value)
+    return options, rest
+
+
+# -- evaluate ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EvaluateCommand:
+    """Evaluate the last checkpoint of a run on every byte of a split, clean and attacked, with the experts' load."""
+
+    run: tyro.conf.Positional[str]
+    """The run's folder."""
+    split: Literal["valid", "test"] = "valid"
+    """Which part of the text."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+def _evaluate(arguments: list[str], console: Console) -> int:
+    from sinkroute.lab.checkpoint import latest_checkpoint, load_model
+    from sinkroute.lab.config import Config, read_yaml
+    from sinkroute.lab.data import load_corpus
+    from sinkroute.lab.run import evaluate_split, write_json
+    from sinkroute.lab.training import make_model
+
+    command = tyro.cli(EvaluateCommand, args=arguments, prog="sinkroute evaluate")
+    folder = Path(command.run)
+    if not (folder / "config.yaml").exists():
+        raise FileNotFoundError(
+            f"{folder} is no run: it has no config.yaml; pass a folder that sinkroute train or demo made"
+        )
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        raise FileNotFoundError(f"{folder} has no checkpoint yet; let it train to train.checkpoint_every steps")
+    config = read_yaml(Config, folder / "config.yaml")
+    corpus = load_corpus(config.data.name, config.data.path)
+    model = make_model(config)
+    load_model(checkpoint, model)
+    found = {"checkpoint": checkpoint.name, **evaluate_split(model, config, corpus, command.split)}
+    write_json(found, folder / f"evaluation-{command.split}.json")
+    if command.json:
+        sys.stdout.write(json.dumps(found) + "\n")
+        return 0
+    table = Table(title=f"{folder} at {checkpoint.name}, {command.split} split")
+    for column in ("text", "bytes", "bits per byte", "perplexity"):
+        table.add_column(column, justify="left" if column == "text" else "right")
+    for name, quality in {"clean": found[command.split], **found["attacked"]}.items():
+        table.add_row(name, f"{quality['bytes']:,}", f"{quality['bits_per_byte']:.4f}", f"{quality['perplexity']:.3f}")
+    console.print(table)
+    load = found["serving"]
+    console.print(
+        f"Load when serving: MaxVio {load['max_vio']:.2f} (single batches {load['max_vio_batch']:.2f}), "
+        f"entropy {load['entropy']:.3f}, CV {load['cv']:.2f}, dead experts {load['dead']} of {load['experts']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+# -- report --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ReportCommand:
+    """Write one self-contained HTML page about runs, finished or not, and print their table."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = field(default_factory=tuple)
+    """Folders of runs, or folders that hold such folders."""
+    out: str | None = None
+    """The page; by default report.html in the first folder."""
+    picture: str | None = None
+    """Also write the summary picture here (.png or .svg)."""
+    title: Annotated[str, tyro.conf.arg(help="Heading of the page.")] = "sinkroute report"
+
+
+def _report(arguments: list[str], console: Console) -> int:
+    from sinkroute.lab.report import read_runs, result_table, write_picture, write_report
+
+    command = tyro.cli(ReportCommand, args=arguments, prog="sinkroute report")
+    if not command.runs:
+        raise UsageError("report needs a RUN: sinkroute report runs/demo")
+    first = Path(command.runs[0])
+    runs = read_runs(command.runs)
+    beside = next(
+        (folder / "baselines.json" for folder in (first, first.parent) if (folder / "baselines.json").exists()), None
+    )
+    baselines = None if beside is None else json.loads(beside.read_text(encoding="utf-8"))
+    console.print(result_table(runs, baselines).rich())
+    out = write_report(
+        runs, Path(command.out) if command.out else first / "report.html", baselines, title=command.title
+    )
+    console.print(f"Report: [bold]{out}[/]", highlight=False, soft_wrap=True)
+    if command.picture:
+        write_picture(runs, Path(command.picture), baselines)
+        console.print(f"Picture: [bold]{command.picture}[/]", highlight=False, soft_wrap=True)
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str], Console], int], str, str]] = {
+    "demo": (_demo, "", "SSR and its rivals side by side on Wikipedia text, in minutes"),
+    "train": (_train, "CONFIG", "train, evaluate and attack one model; continues what was interrupted"),
+    "evaluate": (_evaluate, "RUN", "measure a run's last checkpoint"),
+    "report": (_report, "RUN...", "a self-contained HTML page about runs"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Word swap: random words become the ordinary word `AAA`, and nothing else changes.
+
+The attack behind the "attacked perplexity" columns of the sparse mixture-of-experts literature, there run with
+TextAttack (Morris et al. 2020, https://arxiv.org/abs/2005.05909). The rate is not published; 2.5 % of the words, the
+default here, fits the ratio of attacked to clean perplexity in those tables, about 1.24.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["swap_words"]
+
+_REPLACEMENT = b"AAA"
+
+# ASCII letters, and every byte of a multi-byte UTF-8 character, so that no word is cut in the middle of a character.
+_IS_LETTER = np.zeros(256, dtype=bool)
+_IS_LETTER[np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz", dtype=np.uint8)] = True
+_IS_LETTER[0x80:] = True
+
+
+def swap_words(data: np.ndarray, generator: np.random.Generator, *, rate: float = 0.025) -> np.ndarray:
+    """Replace round(rate * words) words, chosen without replacement, by `AAA`.
+
+    A word is a maximal run of the bytes [A-Za-z] and 0x80 to 0xFF.
+
+    Args:
+        data: (n,) uint8.
+        generator: The source of the choice.
+        rate: Share of the words to replace, in [0, 1].
+
+    Returns:
+        (m,) uint8: everything outside the chosen words is byte-identical and in order.
+
+    Raises:
+        ValueError: `rate` is outside [0, 1].
+
+    >>> text = np.frombuffer("Gödel, Escher, Bach".encode(), dtype=np.uint8)
+    >>> swap_words(text, np.random.default_rng(0), rate=1 / 3).tobytes().decode()
+    'Gödel, Escher, AAA'
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate: expected a share of the words from 0 to 1, got {rate}")
+    # A word starts and ends where the letter mask, with a non-letter added at both ends, changes.
+    edges = np.flatnonzero(np.diff(_IS_LETTER[data], prepend=False, append=False))
+    starts, ends = edges[::2], edges[1::2]
+    chosen = np.sort(generator.choice(len(starts), size=round(rate * len(starts)), replace=False))
+    pieces = []
+    kept_from = 0
+    for start, end in zip(starts[chosen].tolist(), ends[chosen].tolist(), strict=True):
+        pieces += [data[kept_from:start].tobytes(), _REPLACEMENT]
+        kept_from = end
+    pieces.append(data[kept_from:].tobytes())
+    return np.frombuffer(b"".join(pieces), dtype=np.uint8)

@@ -1,0 +1,191 @@
+"""Checkpoints that survive `kill -9`, a full disk and a flipped bit, and hold no pickle.
+
+A checkpoint is a folder `step-000100` with `model.safetensors`, `optimizer.safetensors` and `state.json`, which carries what is
+no tensor and the SHA-256 of the other two. It is written beside its place under another name and then renamed, which the file
+system does wholly or not at all: a folder of that name is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from sinkroute._errors import SinkrouteError
+
+__all__ = [
+    "CheckpointError",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "load_checkpoint",
+    "load_model",
+    "save_checkpoint",
+]
+
+# Names by parameter, whole tensors on the CPU: the same file from one process or several.
+_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+
+
+class CheckpointError(SinkrouteError):
+    """A checkpoint that cannot be written or read; the message says what to do."""
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+) -> Path:
+    """Write `folder/step-…` and remove all but the newest `keep` checkpoints.
+
+    Args:
+        folder: of all checkpoints of a run.
+        step: optimiser steps done.
+        model, optimizer: what to save.
+        state: anything JSON holds, kept with it.
+        keep: how many to leave, 1 or more.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk, say). Earlier checkpoints are untouched.
+    """
+    target = folder / f"step-{step:06d}"
+    draft = folder / f".{target.name}.draft"
+    optimizer_state = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+    tensors = {name: value for name, value in optimizer_state.items() if isinstance(value, Tensor)}
+    others = {name: value for name, value in optimizer_state.items() if not isinstance(value, Tensor)}
+    try:
+        shutil.rmtree(draft, ignore_errors=True)  # left by a process that was killed
+        draft.mkdir(parents=True)
+        save_file(_whole(get_model_state_dict(model, options=_OPTIONS)), draft / "model.safetensors")
+        save_file(_whole(tensors), draft / "optimizer.safetensors")
+        digests = {name: _digest(draft / name) for name in ("model.safetensors", "optimizer.safetensors")}
+        content = {"step": step, "sha256": digests, "optimizer": others, "state": state}
+        (draft / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        for path in draft.iterdir():
+            _flush(path)
+        shutil.rmtree(target, ignore_errors=True)
+        draft.rename(target)
+        _flush(folder)
+    # safetensors reports a full disk as its own error type, whose text is all that is left of the cause.
+    except Exception as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        older = latest_checkpoint(folder)
+        full = (
+            getattr(error, "errno", None) == errno.ENOSPC
+            or "No space left" in str(error)
+            or "StorageFull" in str(error)
+        )
+        raise CheckpointError(
+            f"cannot write the checkpoint {target}: {error}. "
+            + (
+                f"The disk is full ({shutil.disk_usage(folder.parent).free >> 20} MiB free): free some space. "
+                if full
+                else ""
+            )
+            + (f"Nothing is lost up to {older.name}" if older else "There is no earlier checkpoint")
+            + "; the same command resumes from there."
+        ) from error
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("step-[0-9]*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in a folder, or None."""
+    return next(reversed(list_checkpoints(folder)), None)
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore a model and its optimiser in place; returns what was saved as `state`.
+
+    Raises:
+        CheckpointError: damaged, incomplete, or of another model.
+    """
+    content = _read_state(path)
+    tensors = _read_tensors(path, "optimizer.safetensors", content)
+    load_model(path, model)
+    set_optimizer_state_dict(model, optimizer, {**content["optimizer"], **tensors}, options=_OPTIONS)
+    return content["state"]
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Restore the weights of a model in place from a checkpoint folder.
+
+    Raises:
+        CheckpointError: damaged, incomplete, or of another model.
+    """
+    tensors = _read_tensors(path, "model.safetensors", _read_state(path))
+    try:
+        set_model_state_dict(model, tensors, options=_OPTIONS)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} does not fit this model: {error}. Use the configuration with which it was trained."
+        ) from None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        _ = content["sha256"], content["optimizer"], content["state"]
+        return content
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is no checkpoint: it has no state.json. {_cure(path)}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / 'state.json'} is damaged ({error!r}). {_cure(path)}") from None
+
+
+def _read_tensors(path: Path, name: str, content: dict[str, Any]) -> dict[str, Tensor]:
+    file = path / name
+    if not file.exists():
+        raise CheckpointError(f"{file} is missing. {_cure(path)}")
+    found, expected = _digest(file), content["sha256"].get(name)
+    if found != expected:
+        raise CheckpointError(
+            f"{file} is damaged: {file.stat().st_size} bytes with SHA-256 {found[:12]}…, expected {str(expected)[:12]}…. {_cure(path)}"
+        )
+    return load_file(file)
+
+
+def _cure(path: Path) -> str:
+    others = [other.name for other in list_checkpoints(path.parent) if other != path]
+    then = f"continue from {others[-1]}" if others else "start anew (no other checkpoint is there)"
+    return f"Delete {path} and run the same command to {then}."
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        # hashlib.file_digest needs Python 3.11
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file, or a folder's names, are on the disk and not in a cache."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,310 @@
+"""Configurations: dataclasses, read strictly from YAML, with overrides on the command line.
+
+A misspelt key is an error that names the nearest right one: a run must not silently use a default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+import yaml
+
+from sinkroute._errors import unknown_name
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "RouterConfig",
+    "TrainConfig",
+    "differences",
+    "find_preset",
+    "from_mapping",
+    "parse_scalar",
+    "read_yaml",
+    "to_mapping",
+    "write_yaml",
+]
+
+T = TypeVar("T")
+Scalar = bool | int | float | str
+
+
+@dataclass
+class DataConfig:
+    """The text."""
+
+    name: str = "wikipedia"
+    """"wikipedia" (inside the gensim package), "text" (a local file or folder) or "enwik8" (given its zip)."""
+    path: str | None = None
+    """Where it lies; "wikipedia" needs none."""
+    length: int = 128
+    """Bytes in a training or evaluation window."""
+
+
+@dataclass
+class ModelConfig:
+    """The decoder."""
+
+    vocab: int = 256
+    """Symbols; 256 for bytes."""
+    layers: int = 4
+    """Blocks, each with attention and a mixture of experts."""
+    d_model: int = 128
+    """Width."""
+    heads: int = 4
+    """Attention heads."""
+    d_hidden: int = 128
+    """Hidden width of each expert."""
+    experts: int = 8
+    """Experts in a layer."""
+    top_k: int = 2
+    """Experts that a token visits."""
+    activation: str = "swiglu"
+    """Of the experts: swiglu, gelu or relu."""
+    shared_hidden: int | None = None
+    """Hidden width of an expert that all tokens visit; None: no such expert."""
+
+
+@dataclass
+class RouterConfig:
+    """How tokens choose experts."""
+
+    name: str = "ssr-s"
+    """A router, see `sinkroute.list_routers()`; any option of it follows as --router.options.NAME VALUE."""
+    options: Annotated[dict[str, Scalar | None], tyro.conf.Suppress] = field(default_factory=dict)
+    """Its options. Which there are depends on the router, so `sinkroute.cli` reads them itself."""
+
+
+@dataclass
+class TrainConfig:
+    """The training run: AdamW, linear warm-up, cosine decay."""
+
+    steps: int = 600
+    """Optimiser steps."""
+    batch: int = 16
+    """Sequences per optimiser step, over all processes and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches into which a step's batch is cut, one after the other."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    warmup: int = 40
+    """Steps of linear warm-up."""
+    final_lr: float = 0.05
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: float = 0.1
+    """On matrices; gains have none."""
+    beta2: float = 0.98
+    """AdamW's second decay rate."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast; routing stays in float32."""
+    log_every: int = 10
+    """Steps between lines of log.jsonl."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints stay on disk."""
+    trackers: tuple[str, ...] = ()
+    """Also log to these: tensorboard, wandb, trackio."""
+
+
+@dataclass
+class EvalConfig:
+    """What is measured when training is over."""
+
+    batch: int = 64
+    """Windows in a forward pass."""
+    every: int = 0
+    """Steps between evaluations during training; 0: none."""
+    attacks: Annotated[dict[str, dict[str, Scalar]], tyro.conf.Suppress] = field(
+        default_factory=lambda: {"word-swap": {"rate": 0.025}}
+    )
+    """Attacks on the text, with their options."""
+
+
+@dataclass
+class Config:
+    """One training run."""
+
+    label: str = ""
+    """What tables and figures call it; empty: the router's name."""
+    seed: int = 0
+    """Of initial weights, data order and the routers' draws."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        for section, name, least in (
+            ("data", "length", 1),
+            ("train", "steps", 1),
+            ("train", "batch", 1),
+            ("train", "accumulation", 1),
+            ("train", "warmup", 0),
+            ("train", "log_every", 1),
+            ("train", "checkpoint_every", 1),
+            ("train", "keep_checkpoints", 1),
+            ("eval", "batch", 1),
+            ("eval", "every", 0),
+        ):
+            value = getattr(getattr(self, section), name)
+            if value < least:
+                raise ValueError(f"{section}.{name} must be {least} or more, got {value}")
+        if not self.train.lr > 0:
+            raise ValueError(f"train.lr must be above 0, got {self.train.lr}")
+        if self.train.batch % self.train.accumulation:
+            raise ValueError(
+                f"train.batch={self.train.batch} must be a multiple of train.accumulation={self.train.accumulation}: "
+                "the batch is cut into equal micro-batches"
+            )
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """A dataclass as plain mappings, lists and scalars."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def from_mapping(cls: type[T], mapping: Any, where: str = "") -> T:
+    """A dataclass from nested mappings; keys that are missing keep their defaults.
+
+    Raises:
+        ValueError: an unknown key or a value of another type, with its dotted name.
+
+    >>> from_mapping(TrainConfig, {"lr": "1e-3"}).lr  # YAML 1.1 reads 1e-3 as a string
+    0.001
+    >>> from_mapping(Config, {"train": {"stepps": 5}})
+    Traceback (most recent call last):
+    ValueError: unknown key in train 'stepps'; did you mean 'steps'? Known: ...
+    """
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{where or 'configuration'} must be a mapping of keys to values, got {mapping!r}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in mapping.items():
+        if key not in hints:
+            raise unknown_name(f"key in {where or 'configuration'}", key, hints)
+        values[key] = _convert(hints[key], value, f"{where}.{key}" if where else str(key))
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _numeric(value) if type(value) in args else _convert(args[0], value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_mapping(typing.cast(type, hint), value, where)
+    if hint is Any:
+        return value
+    if origin is Literal:
+        # YAML 1.1 reads a bare `no` as False.
+        value = "no" if value is False and "no" in args else value
+        if value not in args:
+            raise unknown_name(f"value of {where}:", value, map(str, args))
+        return value
+    if origin is dict and isinstance(value, dict):
+        return {str(key): _convert(args[1], part, f"{where}.{key}") for key, part in value.items()}
+    if origin in (tuple, list) and isinstance(value, (list, tuple)):
+        return origin(_convert(args[0], part, f"{where}[{i}]") for i, part in enumerate(value))
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    wanted = getattr(origin or hint, "__name__", str(hint))
+    raise ValueError(f"{where} must be {wanted}, got {value!r} ({type(value).__name__})")
+
+
+def _numeric(value: Any) -> Any:
+    """A string that is a number, as that number: YAML 1.1 reads 1e-3 as a string."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def parse_scalar(text: str) -> Any:
+    """A word of a command line as YAML would read it.
+
+    >>> [parse_scalar(text) for text in ("1e-3", "4", "true", "both")]
+    [0.001, 4, True, 'both']
+    """
+    return _numeric(yaml.safe_load(text))
+
+
+def read_yaml(cls: type[T], path: Path) -> T:
+    """A dataclass from a YAML file (safe load).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no YAML, an unknown key, a wrong value; the message names the file.
+    """
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no configuration at {path}; pass a YAML file or a preset: {', '.join(_presets())}"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    try:
+        return from_mapping(cls, {} if mapping is None else mapping)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def write_yaml(config: Any, path: Path) -> None:
+    """Write a dataclass as YAML, keys in the order of its fields."""
+    path.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _preset_folder() -> Path:
+    """`experiments/`: inside the installed package, or at the root of the checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "experiments"
+    return inside if inside.is_dir() else package.parents[1] / "experiments"
+
+
+def _presets() -> list[str]:
+    return sorted(path.stem for path in _preset_folder().glob("*.yaml"))
+
+
+def find_preset(name: str) -> Path:
+    """A configuration file: the path itself, or the preset of that name."""
+    path = Path(name)
+    preset = _preset_folder() / f"{name}.yaml"
+    return preset if not path.exists() and preset.exists() else path
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """The dotted keys in which two configurations differ, as words.
+
+    >>> differences(Config(), Config(seed=1))
+    ['seed: 0 → 1']
+    """
+    if dataclasses.is_dataclass(old):
+        old, new = to_mapping(old), to_mapping(new)
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            line for key in keys for line in differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        ]
+    return [] if old == new else [f"{where}: {old!r} → {new!r}"]

@@ -1,0 +1,73 @@
+"""Progress in the terminal: bars for a person, plain lines for a log file."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from sinkroute.lab import training
+
+__all__ = ["Display"]
+
+
+class Display:
+    """A bar per run with loss, tokens/s, MaxVio and the time left; without a terminal, a line at each tenth of a run."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars = Progress(
+            TextColumn("[bold]{task.description:<14}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.label = ""
+        self.task: TaskID | None = None
+        self.tenths = 0
+
+    def __enter__(self) -> Display:
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.stop()
+
+    def begin(self, label: str, steps: int) -> None:
+        """A new run."""
+        self.label, self.tenths = label, 0
+        self.task = self.bars.add_task(label, total=steps, note="starting")
+
+    def update(self, progress: training.Progress) -> None:
+        """A new line of its log."""
+        note = f"loss {progress.loss:.3f}  {progress.tokens_per_second / 1e3:5.1f}k tokens/s  MaxVio {progress.max_vio:.2f}"
+        if self.task is not None:
+            self.bars.update(self.task, completed=progress.step, note=note)
+        tenths = 10 * progress.step // progress.steps
+        if not self.console.is_terminal and tenths > self.tenths:
+            self.tenths = tenths
+            self.console.print(f"{self.label:<14} step {progress.step}/{progress.steps}  {note}", highlight=False)
+
+    def note(self, text: str, done: bool = False) -> None:
+        """Words beside the bar of the current run; `done` fills the bar."""
+        if self.task is not None:
+            total = self.bars.tasks[self.task].total
+            self.bars.update(self.task, note=text, **({"completed": total} if done else {}))
+        if not self.console.is_terminal:
+            self.console.print(f"{self.label:<14} {text}", highlight=False)

@@ -1,0 +1,130 @@
+"""One run from configuration to result: train, evaluate, attack, and write down what came out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sinkroute
+from sinkroute.lab.attacks import attack_text
+from sinkroute.lab.config import Config
+from sinkroute.lab.data import Corpus
+from sinkroute.lab.evaluation import Evaluation, evaluate_text
+from sinkroute.lab.interrupt import StopRequest
+from sinkroute.lab.memory import peak_memory_mb, reset_peak_memory
+from sinkroute.lab.model import Decoder
+from sinkroute.lab.training import Progress, prepare_folder, train
+
+__all__ = ["evaluate_split", "execute", "machine", "write_json"]
+
+
+def execute(
+    config: Config,
+    corpus: Corpus,
+    folder: Path,
+    *,
+    fresh: bool = False,
+    stop: StopRequest | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Train and evaluate into `folder`; a finished run is read, an unfinished one continued.
+
+    Returns:
+        What `result.json` holds.
+
+    Raises:
+        As `prepare_folder` and `train`.
+    """
+    prepare_folder(config, folder, fresh)
+    result_file = folder / "result.json"
+    if result_file.exists():
+        return json.loads(result_file.read_text(encoding="utf-8"))
+    reset_peak_memory()
+    model = train(config, corpus, folder, stop=stop, on_progress=on_progress)
+    training = _training_summary(config, folder)
+    router = model.moe_layers[0].router
+    result = {
+        "method": config.router.name,
+        "label": config.label or config.router.name,
+        "seed": config.seed,
+        "steps": config.train.steps,
+        "probability": getattr(router, "probability", None),
+        "sinkhorn_steps": training.pop("sinkhorn_steps"),
+        "parameters": model.count_parameters()._asdict(),
+        "train": {**training, "peak_memory_mb": peak_memory_mb()},
+        **evaluate_split(model, config, corpus, "valid"),
+    }
+    write_json(result, result_file)
+    return result
+
+
+def evaluate_split(model: Decoder, config: Config, corpus: Corpus, split: str) -> dict[str, Any]:
+    """Clean and attacked quality on every byte of a split (`"valid"` or `"test"`), and the load when serving."""
+    text = getattr(corpus, split)
+    before = int((corpus.train if split == "valid" else corpus.valid)[-1])
+
+    def evaluate(data: Any) -> Evaluation:
+        return evaluate_text(model, data, length=config.data.length, batch=config.eval.batch, before=before)
+
+    clean = evaluate(text)
+    attacked = {}
+    for name, options in config.eval.attacks.items():
+        found = evaluate(attack_text(name, text, seed=config.seed, **options))
+        attacked[name] = {**_quality(found), **options}
+    return {split: _quality(clean), "attacked": attacked, "serving": clean.serving()}
+
+
+def _quality(found: Evaluation) -> dict[str, float]:
+    return {"bytes": found.bytes, "bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity}
+
+
+def _training_summary(config: Config, folder: Path) -> dict[str, Any]:
+    """Figures of the whole training from its log, so that they are right after a resume too."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line["kind"] == "train"]
+    late = lines[-max(len(lines) // 4, 1) :]
+    tokens = config.train.batch * config.data.length
+    # The first line pays for everything that happens once (lazy initialisation, page faults).
+    timed = lines[1:] or lines
+    seconds_per_token = sum(1 / line["tokens_per_second"] for line in timed) / len(timed)
+    return {
+        "seconds": lines[-1]["seconds"],
+        "ms_per_step": 1e3 * tokens * seconds_per_token,
+        "tokens_per_second": 1 / seconds_per_token,
+        "max_vio": sum(sum(line["max_vio"]) / len(line["max_vio"]) for line in late) / len(late),
+        "bits_per_byte": sum(line["loss"] for line in late) / len(late) / math.log(2),
+        "sinkhorn_steps": sum(line["sinkhorn_steps"] for line in lines),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What a figure must be read with: processor, cores, versions."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sinkroute": sinkroute.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write wholly or not at all."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(draft, path)

@@ -1,0 +1,327 @@
+"""The training loop, on Accelerate: one process or several, with accumulation, checkpoints and an exact resume.
+
+Everything random is a function of the seed and of a position (`Windows` of its index, a router's draws of the step), the learning
+rate of the step: a run that was killed and resumed continues with the same numbers, and no state of a generator is saved.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import GradientAccumulationPlugin
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from sinkroute._errors import NonFiniteScores, SinkrouteError
+from sinkroute.lab.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from sinkroute.lab.config import Config, TrainConfig, differences, read_yaml, write_yaml
+from sinkroute.lab.data import Corpus, Windows
+from sinkroute.lab.evaluation import evaluate_text
+from sinkroute.lab.interrupt import Interrupted, StopRequest
+from sinkroute.lab.log import RunLog
+from sinkroute.lab.model import Decoder
+from sinkroute.routing.draws import set_step
+from sinkroute.routing.metrics import max_violation
+
+__all__ = ["Diverged", "Progress", "learning_rate", "make_model", "prepare_folder", "train"]
+
+
+class Diverged(SinkrouteError):
+    """The loss or the scores of a router are no longer finite."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a display wants to know after each line of the log."""
+
+    step: int
+    steps: int
+    loss: float
+    tokens_per_second: float
+    max_vio: float
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Of optimiser step `step` (from 0): linear warm-up, then a cosine down to `final_lr` times the peak.
+
+    >>> config = TrainConfig(steps=100, warmup=10, lr=1.0, final_lr=0.1)
+    >>> learning_rate(0, config), learning_rate(9, config), round(learning_rate(99, config), 3)
+    (0.1, 1.0, 0.1)
+    """
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    span = max(config.steps - config.warmup - 1, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * min((step - config.warmup) / span, 1.0)))
+    return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
+
+
+def make_model(config: Config) -> Decoder:
+    """The decoder of a configuration, with initial weights that depend on the seed alone.
+
+    The global generator is left as it was. Routers' draws are keyed by the seed too, unless their options say otherwise.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = Decoder(config.model, config.router)
+    if "seed" not in config.router.options:
+        for layer in model.moe_layers:
+            layer.router.seed = config.seed
+    return model
+
+
+def prepare_folder(config: Config, folder: Path, fresh: bool = False) -> None:
+    """Make a run's folder, or check that the one there belongs to this configuration.
+
+    Raises:
+        ValueError: the folder holds a run with another configuration.
+    """
+    written = folder / "config.yaml"
+    if fresh and written.exists():
+        shutil.rmtree(folder)
+    if written.exists():
+        changed = differences(read_yaml(Config, written), config)
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run with another configuration ({'; '.join(changed)}); "
+                "choose another --out, or --fresh to delete it and start anew"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_yaml(config, written)
+
+
+def train(
+    config: Config,
+    corpus: Corpus,
+    folder: Path,
+    *,
+    stop: StopRequest | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Decoder:
+    """Train a model, from its latest checkpoint if there is one, and leave the last checkpoint in `folder/checkpoints`.
+
+    Args:
+        config: of the run; `prepare_folder` has checked that `folder` belongs to it.
+        corpus: the text.
+        folder: for `log.jsonl` and `checkpoints/`.
+        stop: when it turns true, a checkpoint is written and `Interrupted` raised.
+        on_progress: called at each line of the log.
+
+    Returns:
+        The trained model, unwrapped.
+
+    Raises:
+        Interrupted: as asked; the same call continues.
+        Diverged: loss or scores are not finite any more.
+        CheckpointError: a checkpoint is damaged or cannot be written.
+        ValueError: a configuration that does not fit the machine or the data.
+    """
+    settings = config.train
+    accelerator = Accelerator(
+        mixed_precision=settings.precision,
+        # Several micro-batches, one synchronisation: also across the end of the loader, which is the end of training.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=settings.accumulation, sync_with_dataloader=False
+        ),
+        # `batch` counts over all processes: the same run on one GPU or eight.
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        log_with=list(settings.trackers) or None,
+        project_dir=str(folder),
+    )
+    micro_batch = settings.batch // settings.accumulation
+    if micro_batch % accelerator.num_processes:
+        raise ValueError(
+            f"train.batch / train.accumulation = {micro_batch} sequences cannot be shared by {accelerator.num_processes} "
+            "processes; make it a multiple"
+        )
+    model = make_model(config)
+    # Fused updates all parameters in one pass over memory: a tenth of the time of the loop on a CPU.
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, settings.weight_decay), lr=settings.lr, betas=(0.9, settings.beta2), fused=True
+    )
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    state = _State()
+    checkpoints = folder / "checkpoints"
+    if (latest := latest_checkpoint(checkpoints)) is not None:
+        state = _State(**load_checkpoint(latest, model, optimizer))
+    windows = Windows(corpus.train, config.data.length, config.seed, settings.steps * settings.batch)
+    remaining = Subset(windows, range(state.step * settings.batch, len(windows)))
+    loader = accelerator.prepare(DataLoader(remaining, batch_size=micro_batch, drop_last=True))
+    if settings.trackers:
+        accelerator.init_trackers("sinkroute")
+    tally = _Tally()
+    log = RunLog(folder / "log.jsonl", last_step=state.step, enabled=accelerator.is_main_process)
+    wrapped.train()
+    started = time.perf_counter() - state.seconds
+
+    def evaluate() -> None:
+        found = evaluate_text(
+            model, corpus.valid, length=config.data.length, batch=config.eval.batch, before=int(corpus.train[-1])
+        )
+        log.write({"kind": "eval", "step": state.step, "split": "valid", "bits_per_byte": found.bits_per_byte})
+
+    def save() -> None:
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            save_checkpoint(checkpoints, state.step, model, optimizer, asdict(state), settings.keep_checkpoints)
+
+    def write_line() -> None:
+        if not tally.steps:
+            return
+        seconds = time.perf_counter() - started
+        line = tally.line(state, seconds, settings.batch * config.data.length)
+        tally.clear()
+        log.write(line)
+        if settings.trackers:
+            accelerator.log(_flat(line), step=state.step)
+        if not math.isfinite(line["loss"]):
+            raise Diverged(_diverged(state.step, f"the loss is {line['loss']}", checkpoints))
+        state.seconds = seconds
+        if on_progress is not None:
+            mean_vio = sum(line["max_vio"]) / len(line["max_vio"])
+            on_progress(Progress(state.step, settings.steps, line["loss"], line["tokens_per_second"], mean_vio))
+
+    batches = iter(loader)
+    try:
+        while state.step < settings.steps:
+            for group in prepared.param_groups:
+                group["lr"] = learning_rate(state.step, settings)
+            for part in range(settings.accumulation):
+                set_step(model, state.step, part)
+                batch = next(batches)
+                with accelerator.accumulate(wrapped):
+                    loss = _loss(wrapped(batch["inputs"]), batch["targets"])
+                    auxiliary = model.auxiliary_loss()
+                    accelerator.backward(loss if auxiliary is None else loss + auxiliary)
+                    tally.add_micro_batch(model, loss, auxiliary, settings.accumulation)
+                    if accelerator.sync_gradients:
+                        tally.grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
+                    prepared.step()
+                    prepared.zero_grad()
+            state.step += 1
+            tally.end_step(accelerator)
+            asked = stop is not None and bool(stop)
+            due = asked or state.step % settings.checkpoint_every == 0 or state.step == settings.steps
+            if due or state.step % settings.log_every == 0:
+                write_line()
+            paused = time.perf_counter()
+            if config.eval.every and state.step % config.eval.every == 0 and accelerator.is_main_process:
+                evaluate()
+            if due:
+                save()
+            # Neither evaluation nor a checkpoint is training time.
+            pause = time.perf_counter() - paused
+            started, tally.since = started + pause, tally.since + pause
+            if asked and state.step < settings.steps:
+                raise Interrupted(
+                    f"stopped at step {state.step} of {settings.steps}; the same command continues from there"
+                )
+    except NonFiniteScores as error:
+        raise Diverged(_diverged(state.step, str(error), checkpoints)) from error
+    finally:
+        log.close()
+        if settings.trackers:
+            accelerator.end_training()
+    return model
+
+
+@dataclass
+class _State:
+    """What a resumed run must know beside weights and optimiser."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Tally:
+    """Sums since the last line of the log. Tensors stay on their device until a line is written."""
+
+    steps: int = 0
+    loss: Tensor | float = 0.0
+    auxiliary: Tensor | None = None
+    load_LE: Tensor | int = 0
+    step_load_LE: Tensor | int = 0
+    step_sinkhorn: bool = False
+    max_vio_L: Tensor | float = 0.0
+    branches: Counter[str] = field(default_factory=Counter)
+    sinkhorn_steps: int = 0
+    plan_passes: int = 0
+    grad_norm: Tensor | None = None
+    since: float = field(default_factory=time.perf_counter)
+
+    def add_micro_batch(self, model: Decoder, loss: Tensor, auxiliary: Tensor | None, accumulation: int) -> None:
+        self.loss = self.loss + loss.detach() / accumulation
+        if auxiliary is not None:
+            self.auxiliary = (0.0 if self.auxiliary is None else self.auxiliary) + auxiliary.detach() / accumulation
+        routes = [layer.routes for layer in model.moe_layers if layer.routes is not None]
+        self.step_load_LE = self.step_load_LE + torch.stack([route.load for route in routes])
+        self.branches.update(route.branch for route in routes)
+        self.step_sinkhorn = self.step_sinkhorn or any(route.branch == "sinkhorn" for route in routes)
+        self.plan_passes += sum(route.plan_passes or 0 for route in routes)
+
+    def end_step(self, accelerator: Accelerator) -> None:
+        """The load of a step is that of its whole batch: over micro-batches and processes."""
+        load_LE = accelerator.reduce(self.step_load_LE, "sum")
+        self.load_LE = self.load_LE + load_LE
+        self.max_vio_L = self.max_vio_L + max_violation(load_LE)
+        self.sinkhorn_steps += self.step_sinkhorn
+        self.step_load_LE, self.step_sinkhorn = 0, False
+        self.steps += 1
+
+    def line(self, state: _State, seconds: float, tokens_per_step: int) -> dict[str, Any]:
+        assert isinstance(self.loss, Tensor) and isinstance(self.load_LE, Tensor) and isinstance(self.max_vio_L, Tensor)
+        return {
+            "kind": "train",
+            "step": state.step,
+            "loss": self.loss.item() / self.steps,
+            "aux_loss": None if self.auxiliary is None else self.auxiliary.item() / self.steps,
+            "grad_norm": None if self.grad_norm is None else float(self.grad_norm),
+            "tokens_per_second": self.steps * tokens_per_step / (time.perf_counter() - self.since),
+            "seconds": seconds,
+            "max_vio": (self.max_vio_L / self.steps).tolist(),
+            "load": self.load_LE.tolist(),
+            "branches": dict(self.branches),
+            "sinkhorn_steps": self.sinkhorn_steps,
+            "plan_passes": self.plan_passes,
+        }
+
+    def clear(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+
+def _loss(scores_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+    return F.cross_entropy(scores_BLV.flatten(0, 1).float(), targets_BL.flatten())
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _flat(line: dict[str, Any]) -> dict[str, float]:
+    """The scalars of a line, for trackers."""
+    scalars = {
+        f"train/{name}": value for name, value in line.items() if isinstance(value, (int, float)) and name != "step"
+    }
+    return scalars | {f"max_vio/layer-{i}": value for i, value in enumerate(line["max_vio"])}
+
+
+def _diverged(step: int, what: str, checkpoints: Path) -> str:
+    kept = [path.name for path in list_checkpoints(checkpoints)]
+    return (
+        f"training diverged at step {step}: {what}. Lower train.lr or train.clip and start anew"
+        + (f"; {checkpoints} still holds {', '.join(kept)}" if kept else "")
+        + "."
+    )

@@ -1,0 +1,111 @@
+"""The mixture-of-experts layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sinkroute.moe.dispatch import combine, dispatch, plan_dispatch
+from sinkroute.moe.experts import Experts
+from sinkroute.routing import Router, Routes, create_router
+
+__all__ = ["MoE"]
+
+
+class MoE(nn.Module):
+    """A sparse feed-forward layer: each token visits K of E experts. No capacity, nothing is dropped.
+
+    Args:
+        d_model: D, width of the tokens.
+        d_hidden: F, hidden width of each expert.
+        num_experts: E.
+        top_k: K.
+        router: a name from `sinkroute.list_routers()`, or a router made by `sinkroute.create_router`.
+        activation: of the experts: `"swiglu"`, `"gelu"` or `"relu"`.
+        shared_hidden: hidden width of an expert that all tokens visit beside their K; None: no shared expert.
+        router_options: options of a router given by name.
+
+    Attributes:
+        routes: the `Routes` of the last forward pass (None before it): loads, the auxiliary loss to add, the branch taken.
+
+    Raises:
+        ValueError: sizes that do not fit each other or the router; an unknown name.
+
+    >>> import sinkroute
+    >>> layer = sinkroute.MoE(d_model=64, d_hidden=128, num_experts=8, top_k=2, router="load-balance")
+    >>> x = torch.randn(4, 10, 64)
+    >>> layer(x).shape, int(layer.routes.load.sum()), layer.routes.aux_loss.ndim
+    (torch.Size([4, 10, 64]), 80, 0)
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        num_experts: int,
+        top_k: int,
+        router: str | Router = "ssr-s",
+        activation: str = "swiglu",
+        *,
+        shared_hidden: int | None = None,
+        router_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(router, str):
+            router = create_router(router, num_experts=num_experts, top_k=top_k, **(router_options or {}))
+        elif router_options:
+            raise ValueError(f"router_options={router_options} go with a router's name; this router is made already")
+        if (router.num_experts, router.top_k) != (num_experts, top_k):
+            raise ValueError(
+                f"router is made for num_experts={router.num_experts}, top_k={router.top_k}, "
+                f"but the layer for num_experts={num_experts}, top_k={top_k}; make them equal"
+            )
+        self.d_model = d_model
+        self.router = router
+        self.gate = router.make_gate(d_model)
+        self.experts = Experts(d_model, d_hidden, num_experts, activation)
+        self.shared = None if shared_hidden is None else Experts(d_model, shared_hidden, 1, activation)
+        self.routes: Routes | None = None
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """(..., D) → (..., D).
+
+        Args:
+            x: tokens, any leading shape, which may hold no token at all.
+            token_mask: the leading shape, bool, True for real tokens. Padding is not routed and comes out as 0.
+
+        Raises:
+            ValueError: a last dimension other than D, or a mask whose shape is not the leading shape of `x`.
+        """
+        if x.shape[-1] != self.d_model:
+            raise ValueError(f"x must have a last dimension of d_model={self.d_model}, got shape {tuple(x.shape)}")
+        if token_mask is not None and token_mask.shape != x.shape[:-1]:
+            raise ValueError(f"token_mask must have shape {tuple(x.shape[:-1])} like x, got {tuple(token_mask.shape)}")
+        x_TD = x.reshape(-1, self.d_model)
+        mask_T = None if token_mask is None else token_mask.reshape(-1)
+        if mask_T is not None:
+            # Whatever padding holds, NaN included, must not reach the experts' gradients.
+            x_TD = x_TD.masked_fill(~mask_T[:, None], 0.0)
+        self.routes = routes = self.router(self._logits(x_TD), mask_T)
+        plan = plan_dispatch(routes.experts, self.router.num_experts)
+        y_TD = combine(self.experts(dispatch(x_TD, plan), plan.ends_E), routes.weights, plan)
+        if self.shared is not None:
+            all_rows = torch.full((1,), x_TD.shape[0], dtype=torch.int32, device=x.device)
+            y_TD = y_TD + self.shared(x_TD, all_rows)
+        return y_TD.view(*x.shape[:-1], self.d_model)
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        """The gate's scores in float32 or better, whatever the model's dtype or autocast: near-ties decide routes."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            if isinstance(self.gate, nn.Linear):
+                dtype = torch.promote_types(x_TD.dtype, torch.float32)
+                bias = None if self.gate.bias is None else self.gate.bias.to(dtype)
+                return F.linear(x_TD.to(dtype), self.gate.weight.to(dtype), bias)
+            return self.gate(x_TD)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The last routes belong to a graph: they cannot be copied (an average of the model's weights is a deep copy) or saved.
+        return {**super().__getstate__(), "routes": None}  # type: ignore[misc]

@@ -1,0 +1,12 @@
+"""Routing: from gating scores to `Routes`, by SSR and by the methods it is compared with.
+
+Shape suffixes, here and in `sinkroute.moe`: `T` tokens, `E` experts, `K` experts per token, `D` model width,
+`F` hidden width of an expert, `R` routed copies of tokens (T·K).
+"""
+
+from sinkroute.routing.draws import set_step
+from sinkroute.routing.registry import create_router, list_routers
+from sinkroute.routing.router import Router
+from sinkroute.routing.routes import Routes
+
+__all__ = ["Router", "Routes", "create_router", "list_routers", "set_step"]

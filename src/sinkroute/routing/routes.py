@@ -1,0 +1,32 @@
+"""What a router decides for one batch of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["Routes"]
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Where each token goes, with what weight, and what it costs.
+
+    Attributes:
+        experts: (T, K) int64, the chosen experts, best first. A masked token has valid indices and weight 0.
+        weights: (T, K) float32 (float64 for float64 scores), what each expert's output is multiplied by.
+        load: (E,) int64, how many choices of real tokens each expert got; sums to K times the real tokens.
+        branch: which rule chose: `"softmax"` or `"sinkhorn"`.
+        aux_loss: 0-d, to be added to the training loss (its coefficient is in it already), or None.
+        plan_error: 0-d, the largest relative deviation of a column of the transport plan, or None without a plan.
+        plan_passes: passes over the scores that the solver made, or None without a plan.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    load: Tensor
+    branch: str = "softmax"
+    aux_loss: Tensor | None = None
+    plan_error: Tensor | None = None
+    plan_passes: int | None = None

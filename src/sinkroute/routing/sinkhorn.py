@@ -1,0 +1,47 @@
+"""S-BASE: every training step routed by the transport plan (Clark et al., arXiv 2202.01169, section 4.1).
+
+The plan chooses the experts; the weights are the softmax of the scores at those experts, so that the gate learns. Serving is
+plain top-k. S-BASE takes top-1; for K > 1 the K largest entries of a plan row are taken, as Megatron-Core does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sinkroute.routing.router import Choice, Router
+from sinkroute.transport import solve
+
+__all__ = ["SinkhornRouter"]
+
+
+class SinkhornRouter(Router):
+    """Experts from the plan on every training step, weights from the softmax.
+
+    Args:
+        reg: ξ of the transport problem. 1.0, no temperature, is what the public implementations use.
+        tol: the relative column error at which the solver stops.
+        max_passes: the solver's limit; None: its own.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        *,
+        reg: float = 1.0,
+        tol: float = 1e-4,
+        max_passes: int | None = None,
+        norm_topk: bool | None = None,
+    ) -> None:
+        super().__init__(num_experts, top_k, norm_topk=norm_topk)
+        if not reg > 0:
+            raise ValueError(f"reg must be above 0, got {reg}; 1.0 is the usual value")
+        self.reg, self.tol, self.max_passes = reg, tol, max_passes
+
+    @torch.compiler.disable  # the solver's loop ends when the data say so
+    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+        plan = solve(logits_TE.detach(), self.reg, token_mask=token_mask, tol=self.tol, max_passes=self.max_passes)
+        _, experts_TK = plan.topk(self.top_k)
+        weights_TK = self.softmax_weights(logits_TE, experts_TK)
+        return Choice(experts_TK, weights_TK, "sinkhorn", plan.column_error, plan.passes)

@@ -1,0 +1,30 @@
+"""Balanced routing as entropic optimal transport: from scores to a plan that loads every expert alike.
+
+T tokens ask for E experts with scores S. The plan Π (T × E) is the solution of
+
+    argmax  <Π, C> − ξ <Π, log Π>
+    s.t.    Π 1 = 1                       every token spends all of its mass,
+            Πᵀ 1 = (T / E) 1              every expert carries the same load,
+
+with cost `C = S` ("linear") or `C = softmax(S)` over each row ("softmax") and entropy weight ξ (`reg`).
+Eliminating the T row constraints leaves E unknown potentials g, one per expert, and
+
+    Π_ij = softmax_j((C_ij + g_j) / ξ).
+
+That is what `solve` returns: E numbers and the cost. The matrix is made only when asked for.
+Source: Nguyen et al., *Selective Sinkhorn Routing for Improved Sparse Mixture of Experts*, arXiv 2511.08972.
+
+Shape suffixes, here and in the names of every variable:
+
+    T  tokens
+    E  experts
+    K  experts per token
+
+One file a part: `problem` (what is asked, and every check of it), `sinkhorn` and `naive` (solvers, one a file),
+`implicit` (the gradient), `plan` (what comes back), `solve` (the entrance and the registry of solvers).
+"""
+
+from sinkroute.transport.plan import Plan
+from sinkroute.transport.solve import list_solvers, solve
+
+__all__ = ["Plan", "list_solvers", "solve"]

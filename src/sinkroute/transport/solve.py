@@ -1,0 +1,155 @@
+"""The entrance: check the problem, run a solver from the registry, wrap what it found into a `Plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sinkroute._errors import unknown_name
+from sinkroute.transport.implicit import potentials_of_cost
+from sinkroute.transport.naive import naive
+from sinkroute.transport.plan import Plan
+from sinkroute.transport.problem import (
+    Problem,
+    Solution,
+    check_number,
+    check_scores_form,
+    make_problem,
+    starting_potentials,
+)
+from sinkroute.transport.sinkhorn import sinkhorn
+
+__all__ = ["AUTO", "SOLVERS", "Solver", "list_solvers", "solve"]
+
+
+class Solver(Protocol):
+    """A solver: from centred starting potentials to a `Solution`, in at most `max_passes` (None: its own default)."""
+
+    def __call__(self, problem: Problem, *, tol: float, max_passes: int | None, init_E: Tensor) -> Solution: ...
+
+
+SOLVERS: dict[str, Solver] = {"sinkhorn": sinkhorn, "naive": naive}
+AUTO = "sinkhorn"
+
+
+def list_solvers() -> list[str]:
+    """Names that `solve` takes as `method`, besides "auto".
+
+    >>> "sinkhorn" in list_solvers()
+    True
+    """
+    return sorted(SOLVERS)
+
+
+def solve(
+    scores_TE: Tensor,
+    reg: float = 0.1,
+    cost: str = "linear",
+    *,
+    token_mask: Tensor | None = None,
+    expert_mass: Tensor | Sequence[float] | None = None,
+    method: str = "auto",
+    tol: float = 1e-4,
+    max_passes: int | None = None,
+    init: Tensor | None = None,
+    differentiable: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+) -> Plan:
+    """Solve the balanced routing problem of arXiv 2511.08972: every token spends mass 1, experts share it as asked.
+
+        argmax <Π, C> − ξ <Π, log Π>   s.t.   Π 1 = 1,   Πᵀ 1 = T_real · expert_mass / Σ expert_mass
+
+    The answer is Π_ij = softmax_j((C_ij + g_j) / ξ) with one potential g_j for each expert. A solver that runs out of
+    passes is no error: look at `plan.converged` and `plan.column_error`.
+
+    Args:
+        scores_TE: (T, E) scores of any floating-point dtype. float64 is worked on in float64, all else in float32.
+            T may be 0, and smaller than E.
+        reg: ξ > 0, the weight of the entropy, in units of the cost. Small is sharp and takes more passes.
+        cost: "linear" for C = scores, "softmax" for C = softmax of each row of the scores.
+        token_mask: (T,) bool, True = real token. What the scores of the others hold (even NaN) is ignored.
+        expert_mass: (E,) relative capacities ≥ 0 of any scale, at least one above 0; None for equal ones. An expert
+            with 0 gets nothing and potential −inf.
+        method: a name of `list_solvers()`, or "auto", today "sinkhorn".
+        tol: stop when no column sum is off its target by more than this fraction. In float32 the rounding of
+            (C + g) / ξ sets a floor of about 1e-7 · |C| / ξ.
+        max_passes: cap on the passes over the cost; None for the method's own, 1000 for "sinkhorn", 100 for "naive".
+        init: (E,) potentials to start from, such as `plan.potentials` of the step before; entries that are not finite
+            start from 0.
+        differentiable: True makes `plan.matrix()` and `plan.topk()` differentiable in the scores, by implicit
+            differentiation at the solution (first order only; its error is of the order of `tol`). False: no
+            gradient at all.
+        process_group: ranks that hold different tokens of one problem. Column sums and T_real are taken over all
+            of them, every rank gets the same potentials and its own rows. A rank may have no tokens. All other
+            arguments, and E, must agree between the ranks.
+
+    Returns:
+        A `Plan`.
+
+    Raises:
+        TypeError: scores, mask, init, reg, tol or max_passes of a wrong type or dtype.
+        ValueError: a wrong shape, an unknown name, a number out of range, or scores of a real token that are not
+            finite (names the first). Values are checked on the CPU only: a check on an accelerator would make the host
+            wait for it; there bad scores give a plan with `converged` False.
+        NotImplementedError: `differentiable=True` together with `process_group`.
+
+    Example:
+        >>> import torch
+        >>> scores_TE = torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 1.0], [3.0, 2.0]])  # all prefer expert 0
+        >>> plan = solve(scores_TE, reg=0.5)
+        >>> plan.matrix().sum(dim=0).round(decimals=3).tolist()
+        [2.0, 2.0]
+        >>> bool(plan.converged), bool(plan.column_error <= 1e-4)
+        (True, True)
+        >>> plan.topk(1)[1].flatten().tolist()
+        [0, 0, 1, 1]
+    """
+    check_scores_form(scores_TE)
+    if method not in ("auto", *SOLVERS):
+        raise unknown_name("method", method, ["auto", *SOLVERS])
+    if differentiable and process_group is not None:
+        raise NotImplementedError(
+            "differentiable=True cannot be combined with process_group: the gradient would need sums over ranks; "
+            "leave one of the two out"
+        )
+    _check_budget(tol, max_passes)
+    name = AUTO if method == "auto" else method
+    # Mixed precision is for the model: a product in bfloat16 would spoil the column sums.
+    with torch.autocast(scores_TE.device.type, enabled=False):
+        source_TE = scores_TE if differentiable and torch.is_grad_enabled() else scores_TE.detach()
+        problem = make_problem(source_TE, reg, cost, token_mask, expert_mass, process_group)
+        with torch.no_grad():
+            init_E = starting_potentials(problem, init)
+            if problem.tokens == 0:
+                found = Solution(init_E.masked_fill(problem.positive_E, 0), init_E.new_zeros(()), 0)
+            else:
+                found = SOLVERS[name](problem, tol=tol, max_passes=max_passes, init_E=init_E)
+        potentials_E = found.potentials_E
+        if differentiable:
+            potentials_E = potentials_of_cost(
+                problem.cost_TE, potentials_E, problem.reg, problem.token_mask, problem.positive_E
+            )
+    return Plan(
+        potentials=potentials_E,
+        cost=problem.cost_TE,
+        reg=problem.reg,
+        token_mask=problem.token_mask,
+        method=name,
+        column_error=found.column_error,
+        converged=found.column_error <= tol,
+        passes=found.passes,
+    )
+
+
+def _check_budget(tol: float, max_passes: int | None) -> None:
+    check_number("tol", tol)
+    if max_passes is None:
+        return
+    if isinstance(max_passes, bool) or not isinstance(max_passes, int):
+        raise TypeError(f"max_passes must be an int or None, got {type(max_passes).__name__}")
+    if max_passes < 1:
+        raise ValueError(f"max_passes must be at least 1, got {max_passes}")

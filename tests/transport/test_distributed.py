@@ -1,0 +1,84 @@
+"""Tokens shared by two processes: the plan is that of one process which holds them all.
+
+This file is also the program that the processes run: `python test_distributed.py RANK WORLD STORE OUTPUT`.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sinkroute.transport import list_solvers, solve
+
+WORLD = 2
+# (rows of rank 0, options): uneven shards, a rank with no rows at all, and a rank whose rows are all masked.
+CASES = {
+    "uneven": (13, {}),
+    "mass": (20, {"expert_mass": [1.0, 0.0, 2.0, 1.0, 1.0]}),
+    "empty rank": (40, {}),
+    "masked rank": (30, {"token_mask": torch.arange(40) < 30}),
+    "no tokens": (20, {"token_mask": torch.zeros(40, dtype=torch.bool)}),
+}
+
+
+def all_scores():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(40, 5, generator=generator) + torch.randn(5, generator=generator)
+
+
+def shard(rank, split, options):
+    rows = slice(0, split) if rank == 0 else slice(split, None)
+    mask = options.get("token_mask")
+    return all_scores()[rows], options if mask is None else options | {"token_mask": mask[rows]}
+
+
+def run_rank(rank, world, store, output):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    results = {}
+    for case, (split, options) in CASES.items():
+        for method in list_solvers():
+            scores_TE, local_options = shard(rank, split, options)
+            plan = solve(scores_TE, 0.5, method=method, process_group=dist.group.WORLD, **local_options)
+            results[case, method] = (plan.potentials, plan.column_error, plan.passes, plan.matrix())
+    torch.save(results, output)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each rank saved: {(case, method): (potentials, column error, passes, local rows)}."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    outputs = [folder / f"{rank}.pt" for rank in range(WORLD)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(WORLD), str(folder / "store"), str(output)], env=environment
+        )
+        for rank, output in enumerate(outputs)
+    ]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0] * WORLD
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(output) for output in outputs]
+
+
+@pytest.mark.parametrize("method", list_solvers())
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_tokens_give_the_plan_of_one_process(results, case, method):
+    alone = solve(all_scores(), 0.5, method=method, **CASES[case][1])
+    (potentials_E, error, passes, rows), (other_E, other_error, other_passes, other_rows) = (
+        result[case, method] for result in results
+    )
+    assert torch.equal(potentials_E, other_E) and error == other_error and passes == other_passes == alone.passes
+    torch.testing.assert_close(potentials_E, alone.potentials, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(error, alone.column_error, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat([rows, other_rows]), alone.matrix(), rtol=1e-4, atol=1e-5)
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])

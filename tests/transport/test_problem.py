@@ -1,0 +1,128 @@
+"""Every wrong argument is refused by name, and every odd but valid one is served."""
+
+import math
+
+import pytest
+import torch
+
+from sinkroute.transport import list_solvers, solve
+
+SCORES_TE = torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 1.0], [3.0, 2.0]])
+
+
+@pytest.mark.parametrize(
+    ("scores", "error", "words"),
+    [
+        ([[1.0, 2.0]], TypeError, "scores_TE must be a torch.Tensor, got list"),
+        (torch.ones(4, 2, dtype=torch.int64), TypeError, r"got torch.int64; call scores_TE.float\(\)"),
+        (torch.ones(4, 2, dtype=torch.complex64), TypeError, "floating-point"),
+        (torch.ones(2, 3, 4), ValueError, r"shape \(2, 3, 4\); flatten"),
+        (torch.ones(4), ValueError, r"shape \(4,\)"),
+        (torch.ones(4, 0), ValueError, "at least one expert"),
+        (
+            torch.tensor([[1.0, 2.0], [3.0, math.nan]]),
+            ValueError,
+            r"scores_TE\[1, 1\] is nan.*token_mask.*learning rate",
+        ),
+        (torch.tensor([[1.0, -math.inf], [math.nan, 0.0]]), ValueError, r"scores_TE\[0, 1\] is -inf"),
+        (torch.tensor([[1.0, 2.0], [3e38, 1.0]]), ValueError, r"scores_TE\[1, 0\] is 3.*e\+38"),
+    ],
+)
+def test_wrong_scores_are_refused(scores, error, words):
+    with pytest.raises(error, match=words):
+        solve(scores)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"reg": 0.0}, ValueError, "reg must be a finite number above 0, got 0.0"),
+        ({"reg": -1}, ValueError, "reg must be"),
+        ({"reg": math.nan}, ValueError, "reg must be"),
+        ({"reg": math.inf}, ValueError, "reg must be"),
+        ({"reg": "0.1"}, TypeError, "reg must be a number, got str"),
+        ({"reg": 1e-50}, ValueError, "reg=1e-50 is outside .* torch.float32"),
+        ({"reg": 1e38}, ValueError, "reg=1e.38 is outside"),
+        ({"cost": "sofmax"}, ValueError, "unknown cost 'sofmax'; did you mean 'softmax'"),
+        ({"method": "sinkhron"}, ValueError, "unknown method 'sinkhron'; did you mean 'sinkhorn'"),
+        ({"token_mask": torch.ones(3, dtype=torch.bool)}, ValueError, r"token_mask has shape \(3,\).* 4 tokens"),
+        ({"token_mask": torch.ones(4)}, TypeError, "token_mask must be a bool tensor.*torch.float32"),
+        ({"token_mask": [True] * 4}, TypeError, "token_mask must be a bool tensor.*list"),
+        ({"expert_mass": torch.ones(3)}, ValueError, r"expert_mass has shape \(3,\).* 2 experts"),
+        ({"expert_mass": [1.0, -1.0]}, ValueError, "expert_mass must be finite"),
+        ({"expert_mass": [1.0, math.inf]}, ValueError, "expert_mass must be finite"),
+        ({"expert_mass": [1.0, math.nan]}, ValueError, "expert_mass must be finite"),
+        ({"expert_mass": [0.0, 0.0]}, ValueError, "positive for at least one expert"),
+        ({"tol": 0.0}, ValueError, "tol must be a finite number above 0"),
+        ({"max_passes": 0}, ValueError, "max_passes must be at least 1, got 0"),
+        ({"max_passes": 2.5}, TypeError, "max_passes must be an int or None, got float"),
+        ({"init": torch.zeros(3)}, ValueError, r"init has shape \(3,\).* 2 experts"),
+        ({"init": [0.0, 0.0]}, TypeError, "init must be a tensor"),
+    ],
+)
+def test_wrong_options_are_refused(arguments, error, words):
+    with pytest.raises(error, match=words):
+        solve(SCORES_TE, **arguments)
+
+
+@pytest.mark.parametrize("method", list_solvers())
+@pytest.mark.parametrize("mask", [None, torch.zeros(0, dtype=torch.bool)])
+def test_no_tokens_is_a_valid_problem(method, mask):
+    plan = solve(torch.zeros(0, 3), token_mask=mask, method=method)
+    assert plan.potentials.tolist() == [0, 0, 0]
+    assert plan.column_error == 0 and plan.converged and plan.passes == 0
+    assert plan.matrix().shape == (0, 3)
+    assert [x.shape for x in plan.topk(2)] == [(0, 2), (0, 2)]
+
+
+def test_all_tokens_masked_is_a_valid_problem():
+    plan = solve(torch.full((2, 3), math.nan), token_mask=torch.zeros(2, dtype=torch.bool))
+    assert plan.converged and plan.passes == 0
+    assert plan.matrix().tolist() == [[0, 0, 0], [0, 0, 0]]
+    assert plan.topk(2)[0].tolist() == [[0, 0], [0, 0]]
+
+
+def test_one_token_is_spread_evenly():
+    # 1 token and 4 experts: every column must sum to 1/4, so the only row is (1/4, 1/4, 1/4, 1/4).
+    plan = solve(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), reg=0.5)
+    torch.testing.assert_close(plan.matrix(), torch.full((1, 4), 0.25), atol=1e-4, rtol=0)
+
+
+def test_one_expert_takes_all():
+    plan = solve(torch.randn(5, 1, generator=torch.Generator().manual_seed(0)))
+    assert plan.matrix().tolist() == [[1.0]] * 5 and plan.passes == 1
+
+
+@pytest.mark.parametrize("cost", ["linear", "softmax"])
+def test_values_of_masked_rows_reach_neither_values_nor_gradients(cost):
+    scores_TE = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mask_T = torch.tensor([True, False, True, True, False, True])
+    dirty_TE = scores_TE.clone()
+    dirty_TE[1], dirty_TE[4] = math.nan, math.inf
+    dirty_TE.requires_grad_()
+    plan = solve(dirty_TE, 0.5, cost, token_mask=mask_T, tol=1e-10, differentiable=True)
+    matrix_TE, (weights_TK, experts_TK) = plan.matrix(), plan.topk(2)
+    torch.testing.assert_close(matrix_TE[mask_T], solve(scores_TE[mask_T], 0.5, cost, tol=1e-10).matrix())
+    assert (matrix_TE[~mask_T] == 0).all() and (weights_TK[~mask_T] == 0).all()
+    assert experts_TK.min() >= 0 and experts_TK.max() < 3
+    (gradient_TE,) = torch.autograd.grad((matrix_TE**2).sum() + (weights_TK**3).sum(), dirty_TE)
+    assert gradient_TE.isfinite().all()
+    assert (gradient_TE[~mask_T] == 0).all() and (gradient_TE[mask_T] != 0).any()
+
+
+def test_an_expert_without_mass_gets_nothing():
+    scores_TE = torch.randn(12, 4, generator=torch.Generator().manual_seed(2))
+    plan = solve(scores_TE, expert_mass=[1, 0, 2, 1], reg=0.5)
+    # 12 tokens shared 1 : 0 : 2 : 1 are 3, 0, 6, 3.
+    torch.testing.assert_close(plan.matrix().sum(0), torch.tensor([3.0, 0.0, 6.0, 3.0]), rtol=1e-4, atol=0)
+    assert plan.converged and plan.potentials[1] == -math.inf
+    assert plan.potentials[[0, 2, 3]].mean().abs() < 1e-6
+    weights_TK, _ = plan.topk(4)
+    assert (weights_TK[:, 3] == 0).all() and weights_TK.isfinite().all()
+
+
+def test_topk_refuses_more_experts_than_there_are():
+    plan = solve(SCORES_TE)
+    for k in (0, 3):
+        with pytest.raises(ValueError, match=f"k must be 1 to 2, the number of experts, got {k}"):
+            plan.topk(k)
