@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 an error that the message explains, 2 a wrong command line
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import sys
@@ -33,7 +34,8 @@ class UsageError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    console, errors = Console(), Console(stderr=True)
+    # Of several processes (torchrun, accelerate launch) one speaks.
+    console, errors = Console(quiet=os.environ.get("RANK", "0") != "0"), Console(stderr=True)
     if not words or words[0] in ("-h", "--help", "help"):
         _print_overview(console)
         return 0 if words else 2
@@ -69,6 +71,8 @@ def _escape(text: object) -> str:
 def _words(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("sinkroute"):
         return f'the package {error.name!r} is missing; install what the lab needs: pip install "sinkroute[lab]"'
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error}); free some space, and the same command continues from the last checkpoint"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}"
     return str(error) or type(error).__name__
@@ -85,7 +89,7 @@ def _print_overview(console: Console) -> None:
     console.print("\nsinkroute COMMAND --help tells all options. sinkroute --version", highlight=False)
 
 
-# -- demo ----------------------------------------------------------------------------------------------------------------
+# -- demo ----------------------------------------------------------------------------------------------------------
 
 
 def _demo(arguments: list[str], console: Console) -> int:
@@ -96,7 +100,7 @@ def _demo(arguments: list[str], console: Console) -> int:
     return run_demo(tyro.cli(DemoConfig, default=preset, args=arguments, prog="sinkroute demo"), console)
 
 
-# -- train ---------------------------------------------------------------------------------------------------------------
+# -- train ---------------------------------------------------------------------------------------------------------
 
 
 def _train(arguments: list[str], console: Console) -> int:
@@ -141,7 +145,9 @@ def _train(arguments: list[str], console: Console) -> int:
         except Interrupted as error:
             console.print(f"[yellow]Interrupted[/]: {error}.", highlight=False)
             return 130
-    console.print(result_table(read_runs([folder]), None).rich())
+    if console.quiet:
+        return 0
+    console.print(result_table(read_runs([folder]), None))
     console.print(f"Run: [bold]{folder}[/]; a report of it: sinkroute report {folder}", highlight=False, soft_wrap=True)
     return 0
 
@@ -165,7 +171,7 @@ def _router_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     return options, rest
 
 
-# -- evaluate ------------------------------------------------------------------------------------------------------------
+# -- evaluate ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -221,7 +227,7 @@ def _evaluate(arguments: list[str], console: Console) -> int:
     return 0
 
 
-# -- report --------------------------------------------------------------------------------------------------------------
+# -- report --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -249,7 +255,7 @@ def _report(arguments: list[str], console: Console) -> int:
         (folder / "baselines.json" for folder in (first, first.parent) if (folder / "baselines.json").exists()), None
     )
     baselines = None if beside is None else json.loads(beside.read_text(encoding="utf-8"))
-    console.print(result_table(runs, baselines).rich())
+    console.print(result_table(runs, baselines))
     out = write_report(
         runs, Path(command.out) if command.out else first / "report.html", baselines, title=command.title
     )

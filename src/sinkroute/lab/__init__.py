@@ -1,1 +1,1 @@
-"""The lab: train sparse models with SSR and its rivals, evaluate them, attack them, and report (extra: `sinkroute[lab]`)."""
+"""The lab: train sparse models with SSR and its rivals, evaluate, attack, report (extra: `sinkroute[lab]`)."""

@@ -1,21 +1,22 @@
 """Checkpoints that survive `kill -9`, a full disk and a flipped bit, and hold no pickle.
 
-A checkpoint is a folder `step-000100` with `model.safetensors`, `optimizer.safetensors` and `state.json`, which carries what is
-no tensor and the SHA-256 of the other two. It is written beside its place under another name and then renamed, which the file
-system does wholly or not at all: a folder of that name is complete.
+A checkpoint is a folder `step-000100` with `model.safetensors`, `optimizer.safetensors` and `state.json`, which
+carries what is no tensor and the SHA-256 of the other two. It is written beside its place under another name and then
+renamed, which the file system does wholly or not at all: a folder of that name is complete.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 # Names by parameter, whole tensors on the CPU: the same file from one process or several.
-_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class CheckpointError(SinkrouteError):
@@ -62,31 +63,26 @@ def save_checkpoint(
     """
     target = folder / f"step-{step:06d}"
     draft = folder / f".{target.name}.draft"
-    optimizer_state = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
-    tensors = {name: value for name, value in optimizer_state.items() if isinstance(value, Tensor)}
-    others = {name: value for name, value in optimizer_state.items() if not isinstance(value, Tensor)}
+    optimizer_state: Any = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+    moments = optimizer_state["state"]
+    tensors = {f"{name}/{key}": tensor for name in moments for key, tensor in moments[name].items()}
     try:
         shutil.rmtree(draft, ignore_errors=True)  # left by a process that was killed
         draft.mkdir(parents=True)
         save_file(_whole(get_model_state_dict(model, options=_OPTIONS)), draft / "model.safetensors")
         save_file(_whole(tensors), draft / "optimizer.safetensors")
         digests = {name: _digest(draft / name) for name in ("model.safetensors", "optimizer.safetensors")}
-        content = {"step": step, "sha256": digests, "optimizer": others, "state": state}
+        content = {"step": step, "sha256": digests, "param_groups": optimizer_state["param_groups"], "state": state}
         (draft / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         for path in draft.iterdir():
             _flush(path)
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
         _flush(folder)
-    # safetensors reports a full disk as its own error type, whose text is all that is left of the cause.
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         older = latest_checkpoint(folder)
-        full = (
-            getattr(error, "errno", None) == errno.ENOSPC
-            or "No space left" in str(error)
-            or "StorageFull" in str(error)
-        )
+        full = "No space left" in str(error)  # safetensors leaves no more of the cause than its text
         raise CheckpointError(
             f"cannot write the checkpoint {target}: {error}. "
             + (
@@ -121,7 +117,12 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     content = _read_state(path)
     tensors = _read_tensors(path, "optimizer.safetensors", content)
     load_model(path, model)
-    set_optimizer_state_dict(model, optimizer, {**content["optimizer"], **tensors}, options=_OPTIONS)
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parameter, _, key = name.rpartition("/")
+        state.setdefault(parameter, {})[key] = tensor
+    merged: Any = {"state": state, "param_groups": content["param_groups"]}
+    set_optimizer_state_dict(model, optimizer, merged, options=_OPTIONS)
     return content["state"]
 
 
@@ -131,7 +132,7 @@ def load_model(path: Path, model: nn.Module) -> None:
     Raises:
         CheckpointError: damaged, incomplete, or of another model.
     """
-    tensors = _read_tensors(path, "model.safetensors", _read_state(path))
+    tensors: dict[str, Any] = {**_read_tensors(path, "model.safetensors", _read_state(path))}
     try:
         set_model_state_dict(model, tensors, options=_OPTIONS)
     except RuntimeError as error:
@@ -143,7 +144,7 @@ def load_model(path: Path, model: nn.Module) -> None:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         content = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        _ = content["sha256"], content["optimizer"], content["state"]
+        _ = content["sha256"], content["param_groups"], content["state"]
         return content
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no checkpoint: it has no state.json. {_cure(path)}") from None
@@ -158,7 +159,8 @@ def _read_tensors(path: Path, name: str, content: dict[str, Any]) -> dict[str, T
     found, expected = _digest(file), content["sha256"].get(name)
     if found != expected:
         raise CheckpointError(
-            f"{file} is damaged: {file.stat().st_size} bytes with SHA-256 {found[:12]}…, expected {str(expected)[:12]}…. {_cure(path)}"
+            f"{file} is damaged: its {file.stat().st_size} bytes have SHA-256 {found[:12]}…, "
+            f"expected {str(expected)[:12]}…. {_cure(path)}"
         )
     return load_file(file)
 
@@ -169,7 +171,7 @@ def _cure(path: Path) -> str:
     return f"Delete {path} and run the same command to {then}."
 
 
-def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _whole(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 

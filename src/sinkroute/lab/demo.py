@@ -81,7 +81,7 @@ def run_demo(demo: DemoConfig, console: Console) -> int:
     begun = [out / name for name, _ in runs if (out / name / "config.yaml").exists()]
     if begun:
         found = read_runs(begun)
-        console.print(result_table(found, _read_baselines(out)).rich())
+        console.print(result_table(found, _read_baselines(out)))
         report = write_report(found, out / "report.html", baselines=_read_baselines(out))
         console.print(f"Report: [bold]{report}[/] (open it in a browser)", highlight=False, soft_wrap=True)
     for failure in failures:

@@ -21,7 +21,7 @@ __all__ = ["Display"]
 
 
 class Display:
-    """A bar per run with loss, tokens/s, MaxVio and the time left; without a terminal, a line at each tenth of a run."""
+    """A bar per run with loss, tokens/s, MaxVio and the time left; without a terminal a line at each tenth of it."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -36,7 +36,7 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
-        self.label = ""
+        self.label, self.steps = "", 0
         self.task: TaskID | None = None
         self.tenths = 0
 
@@ -51,12 +51,13 @@ class Display:
 
     def begin(self, label: str, steps: int) -> None:
         """A new run."""
-        self.label, self.tenths = label, 0
+        self.label, self.steps, self.tenths = label, steps, 0
         self.task = self.bars.add_task(label, total=steps, note="starting")
 
     def update(self, progress: training.Progress) -> None:
         """A new line of its log."""
-        note = f"loss {progress.loss:.3f}  {progress.tokens_per_second / 1e3:5.1f}k tokens/s  MaxVio {progress.max_vio:.2f}"
+        speed = f"{progress.tokens_per_second / 1e3:5.1f}k tokens/s"
+        note = f"loss {progress.loss:.3f}  {speed}  MaxVio {progress.max_vio:.2f}"
         if self.task is not None:
             self.bars.update(self.task, completed=progress.step, note=note)
         tenths = 10 * progress.step // progress.steps
@@ -67,7 +68,6 @@ class Display:
     def note(self, text: str, done: bool = False) -> None:
         """Words beside the bar of the current run; `done` fills the bar."""
         if self.task is not None:
-            total = self.bars.tasks[self.task].total
-            self.bars.update(self.task, note=text, **({"completed": total} if done else {}))
+            self.bars.update(self.task, note=text, completed=self.steps if done else None)
         if not self.console.is_terminal:
             self.console.print(f"{self.label:<14} {text}", highlight=False)

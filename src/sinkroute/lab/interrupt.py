@@ -28,7 +28,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Within it, the first Ctrl-C (or SIGTERM, which schedulers send) only sets a flag; a second one ends the program."""
+    """Within it the first Ctrl-C (or SIGTERM, which schedulers send) only sets a flag; a second ends the program."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread handle signals
         yield request

@@ -15,8 +15,8 @@ class RunLog:
 
     Args:
         path: the file.
-        last_step: of the checkpoint from which the run continues, 0 for a new one. What an earlier process logged after it
-            will be done again, so it is removed.
+        last_step: of the checkpoint from which the run continues, 0 for a new one. What an earlier process logged
+            after it will be done again, so it is removed.
         enabled: False on all but the main process: then nothing is written.
 
     Raises:

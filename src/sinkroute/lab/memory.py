@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -15,14 +16,12 @@ def reset_peak_memory() -> None:
     """Begin a new stretch. Where the system cannot forget a peak (other than Linux), the process's own stays."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the high-water mark of resident memory
-    except OSError:
-        pass
 
 
 def peak_memory_mb() -> float:
-    """MiB: of the GPU's allocator where there is one, else the highest resident memory of the process since the reset."""
+    """MiB: of the GPU's allocator where there is one, else the process's highest resident memory since the reset."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     try:

@@ -1,7 +1,8 @@
 """A compact decoder-only language model whose feed-forward layers are mixtures of experts.
 
-Pre-norm RMSNorm, rotary positions (Su et al., arXiv 2104.09864), causal scaled-dot-product attention, `sinkroute.MoE`, tied to
-nothing: what people train today, small. Shape suffixes: `B` sequences, `L` positions, `D` width, `H` heads, `V` vocabulary.
+Pre-norm RMSNorm, rotary positions (Su et al., arXiv 2104.09864), causal scaled-dot-product attention, `sinkroute.MoE`,
+embeddings tied to nothing: what people train today, small. Shape suffixes: `B` sequences, `L` positions, `D` width,
+`H` heads, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class Decoder(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        # Normal(0, 0.02) for embeddings and scores of symbols; what writes into the residual stream starts small, so that
-        # depth does not change its scale (as in GPT-2).
+        # Normal(0, 0.02) for embeddings and scores of symbols; what writes into the residual stream starts small, so
+        # that depth does not change its scale (as in GPT-2).
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
         shrink = (2 * self.config.layers) ** -0.5
@@ -71,7 +72,7 @@ class Decoder(nn.Module):
                 block.moe.experts.w_out.mul_(shrink)
 
     def forward(self, symbols_BL: Tensor, token_mask_BL: Tensor | None = None) -> Tensor:
-        """(B, L) int64 → (B, L, V) scores. `token_mask_BL`: True for real symbols; padding stands at the end of a row."""
+        """(B, L) int64 → (B, L, V) scores. `token_mask_BL`: True for real symbols; padding ends a row."""
         x_BLD = self.embed(symbols_BL)
         for block in self.blocks:
             x_BLD = block(x_BLD, token_mask_BL)
@@ -84,9 +85,8 @@ class Decoder(nn.Module):
 
     def auxiliary_loss(self) -> Tensor | None:
         """The sum of the routers' losses in the last forward pass, coefficients included; None if no router has one."""
-        losses = [
-            layer.routes.aux_loss for layer in self.moe_layers if layer.routes and layer.routes.aux_loss is not None
-        ]
+        routes = [layer.routes for layer in self.moe_layers]
+        losses = [route.aux_loss for route in routes if route is not None and route.aux_loss is not None]
         return torch.stack(losses).sum() if losses else None
 
     def count_parameters(self) -> ParameterCount:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 import sinkroute
 from sinkroute.lab.attacks import attack_text
@@ -37,17 +38,22 @@ def execute(
     """Train and evaluate into `folder`; a finished run is read, an unfinished one continued.
 
     Returns:
-        What `result.json` holds.
+        What `result.json` holds; on other than the main process nothing.
 
     Raises:
         As `prepare_folder` and `train`.
     """
-    prepare_folder(config, folder, fresh)
+    processes = PartialState(cpu=not torch.accelerator.is_available())
+    if processes.is_main_process:
+        prepare_folder(config, folder, fresh)
+    processes.wait_for_everyone()
     result_file = folder / "result.json"
     if result_file.exists():
         return json.loads(result_file.read_text(encoding="utf-8"))
     reset_peak_memory()
     model = train(config, corpus, folder, stop=stop, on_progress=on_progress)
+    if not processes.is_main_process:
+        return {}
     training = _training_summary(config, folder)
     router = model.moe_layers[0].router
     result = {

@@ -1,7 +1,8 @@
 """The training loop, on Accelerate: one process or several, with accumulation, checkpoints and an exact resume.
 
-Everything random is a function of the seed and of a position (`Windows` of its index, a router's draws of the step), the learning
-rate of the step: a run that was killed and resumed continues with the same numbers, and no state of a generator is saved.
+Everything random is a function of the seed and of a position (`Windows` of its index, a router's draws of the step),
+the learning rate of the step: a run that was killed and resumed continues with the same numbers, and no state of a
+generator is saved.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def make_model(config: Config) -> Decoder:
     """The decoder of a configuration, with initial weights that depend on the seed alone.
 
-    The global generator is left as it was. Routers' draws are keyed by the seed too, unless their options say otherwise.
+    The global generator is left as it was. Routers' draws are keyed by the seed too, unless their options say
+    otherwise.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -128,6 +130,7 @@ def train(
     """
     settings = config.train
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=settings.precision,
         # Several micro-batches, one synchronisation: also across the end of the loader, which is the end of training.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -141,8 +144,8 @@ def train(
     micro_batch = settings.batch // settings.accumulation
     if micro_batch % accelerator.num_processes:
         raise ValueError(
-            f"train.batch / train.accumulation = {micro_batch} sequences cannot be shared by {accelerator.num_processes} "
-            "processes; make it a multiple"
+            f"train.batch / train.accumulation = {micro_batch} sequences cannot be shared by "
+            f"{accelerator.num_processes} processes; make it a multiple"
         )
     model = make_model(config)
     # Fused updates all parameters in one pass over memory: a tenth of the time of the loop on a CPU.
@@ -179,7 +182,7 @@ def train(
         if not tally.steps:
             return
         seconds = time.perf_counter() - started
-        line = tally.line(state, seconds, settings.batch * config.data.length)
+        line = tally.line(accelerator, state, seconds, settings.batch * config.data.length)
         tally.clear()
         log.write(line)
         if settings.trackers:
@@ -210,7 +213,7 @@ def train(
                     prepared.zero_grad()
             state.step += 1
             tally.end_step(accelerator)
-            asked = stop is not None and bool(stop)
+            asked = _agreed(stop, accelerator)
             due = asked or state.step % settings.checkpoint_every == 0 or state.step == settings.steps
             if due or state.step % settings.log_every == 0:
                 write_line()
@@ -233,6 +236,14 @@ def train(
         if settings.trackers:
             accelerator.end_training()
     return model
+
+
+def _agreed(stop: StopRequest | None, accelerator: Accelerator) -> bool:
+    """Whether any process was asked to stop: all of them must leave at the same step."""
+    asked = stop is not None and bool(stop)
+    if accelerator.num_processes == 1:
+        return asked
+    return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum").item())
 
 
 @dataclass
@@ -279,13 +290,15 @@ class _Tally:
         self.step_load_LE, self.step_sinkhorn = 0, False
         self.steps += 1
 
-    def line(self, state: _State, seconds: float, tokens_per_step: int) -> dict[str, Any]:
-        assert isinstance(self.loss, Tensor) and isinstance(self.load_LE, Tensor) and isinstance(self.max_vio_L, Tensor)
+    def line(self, accelerator: Accelerator, state: _State, seconds: float, tokens_per_step: int) -> dict[str, Any]:
+        assert isinstance(self.load_LE, Tensor) and isinstance(self.max_vio_L, Tensor)
+        loss = accelerator.reduce(self.loss, "mean")
+        auxiliary = None if self.auxiliary is None else accelerator.reduce(self.auxiliary, "mean")
         return {
             "kind": "train",
             "step": state.step,
-            "loss": self.loss.item() / self.steps,
-            "aux_loss": None if self.auxiliary is None else self.auxiliary.item() / self.steps,
+            "loss": loss.item() / self.steps,
+            "aux_loss": None if auxiliary is None else auxiliary.item() / self.steps,
             "grad_norm": None if self.grad_norm is None else float(self.grad_norm),
             "tokens_per_second": self.steps * tokens_per_step / (time.perf_counter() - self.since),
             "seconds": seconds,

@@ -1,7 +1,7 @@
 """Tokens to experts and back, dropping none: sort by expert, compute, undo the sort, add up.
 
-Both directions gather, in the backward pass too: each copy of a token has its own row, so nothing is added atomically and the
-result is the same to the last bit every time.
+Both directions gather, in the backward pass too: each copy of a token has its own row, so nothing is added atomically
+and the result is the same to the last bit every time.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _Dispatch(torch.autograd.Function):
         return x_TD[order_R // top_k]
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
         (place_R,) = ctx.saved_tensors
         return grad_RD[place_R].unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
 
@@ -75,6 +75,6 @@ class _Combine(torch.autograd.Function):
         return y_RD[place_R]
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
         (order_R,) = ctx.saved_tensors
         return grad_RD[order_R], None, None

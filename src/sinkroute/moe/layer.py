@@ -29,7 +29,8 @@ class MoE(nn.Module):
         router_options: options of a router given by name.
 
     Attributes:
-        routes: the `Routes` of the last forward pass (None before it): loads, the auxiliary loss to add, the branch taken.
+        routes: the `Routes` of the last forward pass (None before it): loads, the auxiliary loss to add, the branch
+            taken.
 
     Raises:
         ValueError: sizes that do not fit each other or the router; an unknown name.
@@ -78,12 +79,20 @@ class MoE(nn.Module):
             token_mask: the leading shape, bool, True for real tokens. Padding is not routed and comes out as 0.
 
         Raises:
+            TypeError: a mask that is not bool.
             ValueError: a last dimension other than D, or a mask whose shape is not the leading shape of `x`.
         """
         if x.shape[-1] != self.d_model:
             raise ValueError(f"x must have a last dimension of d_model={self.d_model}, got shape {tuple(x.shape)}")
-        if token_mask is not None and token_mask.shape != x.shape[:-1]:
-            raise ValueError(f"token_mask must have shape {tuple(x.shape[:-1])} like x, got {tuple(token_mask.shape)}")
+        if token_mask is not None:
+            if token_mask.dtype != torch.bool:
+                raise TypeError(
+                    f"token_mask must be bool with True for real tokens, got {token_mask.dtype}; use mask.bool()"
+                )
+            if token_mask.shape != x.shape[:-1]:
+                raise ValueError(
+                    f"token_mask must have shape {tuple(x.shape[:-1])} like x, got {tuple(token_mask.shape)}"
+                )
         x_TD = x.reshape(-1, self.d_model)
         mask_T = None if token_mask is None else token_mask.reshape(-1)
         if mask_T is not None:
@@ -107,5 +116,6 @@ class MoE(nn.Module):
             return self.gate(x_TD)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The last routes belong to a graph: they cannot be copied (an average of the model's weights is a deep copy) or saved.
-        return {**super().__getstate__(), "routes": None}  # type: ignore[misc]
+        # The last routes belong to a graph: they cannot be copied (an average of the model's weights is a deep copy)
+        # or saved.
+        return {**super().__getstate__(), "routes": None}

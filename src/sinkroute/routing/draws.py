@@ -1,8 +1,9 @@
 """Random draws that depend on a key and on nothing else.
 
-A stochastic router must give the same answer when a layer is recomputed in the backward pass, after a resume, and (for the
-choice of the branch) on all ranks of a group. A global generator gives none of these: its answer depends on who drew before.
-Here every draw is a hash of (seed, layer, step, micro-batch), so that it can be made again at will and no state is kept.
+A stochastic router must give the same answer when a layer is recomputed in the backward pass, after a resume, and (for
+the choice of the branch) on all ranks of a group. A global generator gives none of these: its answer depends on who
+drew before. Here every draw is a hash of (seed, layer, step, micro-batch), so that it can be made again at will and no
+state is kept.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def normal_like(reference: Tensor, *key: int | str) -> Tensor:
 def set_step(module: nn.Module, step: int, micro_batch: int = 0) -> None:
     """Tell all routers in `module` which step this is, so that their random draws are keyed to it.
 
-    Call it once per training step, before the forward pass (with gradient accumulation: before each micro-batch, with its
-    index). It also numbers the routers that have no `layer` yet in the order in which `module` holds them.
+    Call it once per training step, before the forward pass (with gradient accumulation: before each micro-batch, with
+    its index). It also numbers the routers that have no `layer` yet in the order in which `module` holds them.
 
     Args:
         module: a model, a layer or a router.

@@ -1,11 +1,16 @@
 """The load-balancing loss of the Switch Transformer (Fedus et al., arXiv 2101.03961, eq. 4-6).
 
-    loss = coefficient · E · Σ_j f_j P_j,   f_j = share of the K·T choices that expert j got,   P_j = mean softmax score of j.
+    loss = coefficient · E · Σ_j f_j P_j
+    f_j  = share of the K·T choices that expert j got
+    P_j  = mean softmax score of expert j
 
-It is 1 · coefficient at perfect balance, for any K. f carries no gradient; the loss pushes down the scores of busy experts.
+It is 1 · coefficient at perfect balance, for any K. f carries no gradient; the loss pushes down the scores of busy
+experts.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -27,7 +32,7 @@ def load_balance_loss(logits_TE: Tensor, load_E: Tensor, token_mask: Tensor | No
     1.0
     """
     mean_score_E = mean_over_tokens(torch.softmax(logits_TE, dim=-1), token_mask)
-    share_E = load_E / load_E.sum().clamp(min=1)
+    share_E = load_E.to(mean_score_E.dtype) / load_E.sum().clamp(min=1)
     return logits_TE.shape[1] * (share_E * mean_score_E).sum()
 
 
@@ -50,8 +55,10 @@ class LoadBalanceRouter(Router):
         self, num_experts: int, top_k: int, *, coefficient: float = 0.01, norm_topk: bool | None = None
     ) -> None:
         super().__init__(num_experts, top_k, norm_topk=norm_topk)
-        if coefficient < 0:
-            raise ValueError(f"coefficient must be 0 or more, got {coefficient}; 0.01 is the published value")
+        if not (coefficient >= 0 and math.isfinite(coefficient)):
+            raise ValueError(
+                f"coefficient must be a finite number of 0 or more, got {coefficient}; 0.01 is the published value"
+            )
         self.coefficient = coefficient
 
     def auxiliary_loss(self, logits_TE: Tensor, load_E: Tensor, token_mask: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """The base of all routers: what they check, count and share.
 
-A router turns scores into `Routes`. In training each method has its own rule (`route`); when serving all of them are plain
-top-k of the model's own scores, so that a model trained with any of them runs in every engine.
+A router turns scores into `Routes`. In training each method has its own rule (`route`); when serving all of them are
+plain top-k of the model's own scores, so that a model trained with any of them runs in every engine.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sinkroute._errors import NonFiniteScores
 from sinkroute.routing.draws import normal_like, uniform
 from sinkroute.routing.routes import Routes
+from sinkroute.routing.uncompiled import uncompiled
 
 __all__ = ["Choice", "Router"]
 
@@ -39,8 +40,8 @@ class Router(nn.Module):
     Args:
         num_experts: E.
         top_k: K, experts per token, 1 to E.
-        norm_topk: whether the weights are renormalised over the chosen K. None: yes for K > 1; no for K = 1, where the one
-            weight would be the constant 1 and the gate would get no gradient.
+        norm_topk: whether the weights are renormalised over the chosen K. None: yes for K > 1; no for K = 1, where the
+            one weight would be the constant 1 and the gate would get no gradient.
         seed: of all random draws.
         layer: part of the key of the random draws; None: `sinkroute.set_step` numbers the routers of a model in order.
 
@@ -56,7 +57,8 @@ class Router(nn.Module):
             raise ValueError(f"num_experts must be 1 or more, got {num_experts}")
         if not 1 <= top_k <= num_experts:
             raise ValueError(
-                f"top_k must be between 1 and num_experts={num_experts}, got {top_k}; a token cannot visit an expert twice"
+                f"top_k must be between 1 and num_experts={num_experts}, got {top_k}; "
+                "a token cannot visit an expert twice"
             )
         self.num_experts, self.top_k = num_experts, top_k
         self.norm_topk = top_k > 1 if norm_topk is None else norm_topk
@@ -68,7 +70,7 @@ class Router(nn.Module):
         return f"num_experts={self.num_experts}, top_k={self.top_k}"
 
     def make_gate(self, d_model: int) -> nn.Module:
-        """The module that turns tokens (T, D) into the logits (T, E) that this router takes: a linear map without bias."""
+        """The module that turns tokens (T, D) into the logits (T, E) that this router takes: a bias-free linear map."""
         return nn.Linear(d_model, self.num_experts, bias=False)
 
     def forward(self, logits_TE: Tensor, token_mask: Tensor | None = None) -> Routes:
@@ -76,11 +78,13 @@ class Router(nn.Module):
 
         Args:
             logits_TE: (T, E) scores of any float dtype; computed with in float32 (float64 stays float64). T may be 0.
-            token_mask: (T,) bool, True for real tokens. Padding is in no marginal, load or loss; its scores may be anything.
+            token_mask: (T,) bool, True for real tokens. Padding is in no marginal, load or loss; its scores may be
+                anything.
 
         Raises:
             TypeError: a dtype that is not float, a mask that is not bool.
-            ValueError: a wrong shape; non-finite scores of a real token (checked on CPU only: elsewhere it would stall the device).
+            ValueError: a wrong shape; non-finite scores of a real token (checked on CPU only: elsewhere it would stall
+                the device).
         """
         logits_TE = self._checked(logits_TE, token_mask)
         choice = self.route(logits_TE, token_mask) if self.training else self.softmax_topk(logits_TE)
@@ -122,12 +126,15 @@ class Router(nn.Module):
 
     # -- random draws ------------------------------------------------------------------------------------------------
 
+    # Not compiled: the step is part of the key, and every new step would be compiled anew.
+    @uncompiled
     def draw_uniform(self, tag: str, *, per_layer: bool) -> float:
         """A number in [0, 1) keyed by the step; the same on every rank. `per_layer`: and by layer and micro-batch."""
         self._note_keyless_draw()
         where = (self.layer or 0, self.micro_batch) if per_layer else ()
         return uniform(tag, self.seed, self.step, *where)
 
+    @uncompiled
     def draw_normal(self, tag: str, reference: Tensor) -> Tensor:
         """Standard normal noise keyed by layer, step and micro-batch, and by the rank, whose tokens are others."""
         self._note_keyless_draw()
@@ -140,7 +147,7 @@ class Router(nn.Module):
         self._keyless_forwards += 1
         if self._keyless_forwards == _FORWARDS_BEFORE_WARNING:
             warnings.warn(
-                f"{type(self).__name__} has drawn {_FORWARDS_BEFORE_WARNING} times for step 0: its random draws repeat. "
+                f"{type(self).__name__} has drawn {_FORWARDS_BEFORE_WARNING} times for step 0: its draws repeat. "
                 "Call sinkroute.set_step(model, step) before every training step.",
                 stacklevel=2,
             )
@@ -163,7 +170,8 @@ class Router(nn.Module):
                 )
             if token_mask.shape != logits_TE.shape[:1]:
                 raise ValueError(
-                    f"token_mask must have shape ({logits_TE.shape[0]},), one entry per token, got {tuple(token_mask.shape)}"
+                    f"token_mask must have shape ({logits_TE.shape[0]},), one entry per token, "
+                    f"got {tuple(token_mask.shape)}"
                 )
             logits_TE = logits_TE.masked_fill(~token_mask[:, None], 0.0)
         if logits_TE.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -179,6 +187,7 @@ class Router(nn.Module):
         if len(bad):
             token, expert = bad[0].tolist()
             raise NonFiniteScores(
-                f"logits_TE[{token}, {expert}] is {logits_TE[token, expert].item()}, one of {len(bad)} non-finite scores; "
-                "training has probably diverged: lower the learning rate or clip gradients (padding belongs in token_mask)"
+                f"logits_TE[{token}, {expert}] is {logits_TE[token, expert].item()}, one of {len(bad)} non-finite "
+                "scores; training has probably diverged: lower the learning rate or clip gradients "
+                "(padding belongs in token_mask)"
             )

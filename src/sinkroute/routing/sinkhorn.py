@@ -1,7 +1,8 @@
 """S-BASE: every training step routed by the transport plan (Clark et al., arXiv 2202.01169, section 4.1).
 
-The plan chooses the experts; the weights are the softmax of the scores at those experts, so that the gate learns. Serving is
-plain top-k. S-BASE takes top-1; for K > 1 the K largest entries of a plan row are taken, as Megatron-Core does.
+The plan chooses the experts; the weights are the softmax of the scores at those experts, so that the gate learns.
+Serving is plain top-k. S-BASE takes top-1; for K > 1 the K largest entries of a plan row are taken, as Megatron-Core
+does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sinkroute.routing.router import Choice, Router
+from sinkroute.routing.uncompiled import uncompiled
 from sinkroute.transport import solve
 
 __all__ = ["SinkhornRouter"]
@@ -37,9 +39,11 @@ class SinkhornRouter(Router):
         super().__init__(num_experts, top_k, norm_topk=norm_topk)
         if not reg > 0:
             raise ValueError(f"reg must be above 0, got {reg}; 1.0 is the usual value")
+        # No tokens: the solver only checks its numbers, now and not at the first step that needs a plan.
+        solve(torch.empty(0, num_experts, device="cpu"), reg, tol=tol, max_passes=max_passes)
         self.reg, self.tol, self.max_passes = reg, tol, max_passes
 
-    @torch.compiler.disable  # the solver's loop ends when the data say so
+    @uncompiled  # the solver's loop ends when the data say so
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         plan = solve(logits_TE.detach(), self.reg, token_mask=token_mask, tol=self.tol, max_passes=self.max_passes)
         _, experts_TK = plan.topk(self.top_k)

@@ -1,4 +1,4 @@
-"""Vanilla sparse MoE: the k largest scores, weighted by their softmax (Shazeer et al., arXiv 1701.06538, without noise)."""
+"""Vanilla sparse MoE: the K largest scores, weighted by their softmax (arXiv 1701.06538, without its noise)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Selective Sinkhorn Routing (arXiv 2511.08972).
 
-With probability p a training step is routed by the entropy-regularised transport plan with balanced experts: the K largest
-entries of a token's row choose its experts and, renormalised, weigh them. Otherwise by softmax top-k, which is what teaches the
-gate. Gaussian noise on the scores keeps every expert reachable. Serving is plain softmax top-k: no plan, no noise, no loss.
+With probability p a training step is routed by the entropy-regularised transport plan with balanced experts: the K
+largest entries of a token's row choose its experts and, renormalised, weigh them. Otherwise by softmax top-k, which is
+what teaches the gate. Gaussian noise on the scores keeps every expert reachable. Serving is plain softmax top-k: no
+plan, no noise, no loss.
 
     SSR-L: the transport cost is the scores.     SSR-S: the cost is their row softmax.
 
@@ -12,6 +13,7 @@ What the paper's public summaries leave open is an option here, marked "open", w
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from sinkroute._errors import unknown_name
 from sinkroute.routing.router import Choice, Router
+from sinkroute.routing.uncompiled import uncompiled
 from sinkroute.transport import solve
 
 __all__ = ["SSRLinearRouter", "SSRRouter", "SSRSoftmaxRouter"]
@@ -36,13 +39,13 @@ class SSRRouter(Router):
         reg: ξ, the entropy regularisation. None: 0.5 for SSR-L, 0.1 for SSR-S.
         probability: p, the share of training steps routed by the plan. The paper advises 0.001 to 0.01 for long runs.
         noise: α, the strength of the Gaussian noise in training; 0 turns it off. The paper's best lie about 0.3 to 1.
-        noise_branch: open: which branch gets noise. Default both: a perplexity that is sensitive to α, as the paper's is,
-            cannot come from noise on 0.1 % of the steps.
+        noise_branch: open: which branch gets noise. Default both: a perplexity that is sensitive to α, as the paper's
+            is, cannot come from noise on 0.1 % of the steps.
         noise_scale: open: `"per-expert"`, a standard deviation of α/E (the V-MoE convention, arXiv 2106.05974), or
             `"absolute"`, α itself, which for the softmax cost leaves little more than chance of a token's choice.
         plan_gradient: open: what the gate learns on Sinkhorn steps through the weights. `"none"`; `"weights"`, with the
-            potentials held fixed; or `"full"`, by implicit differentiation of the plan. Default none: the softmax steps are
-            said to keep the gradient flowing.
+            potentials held fixed; or `"full"`, by implicit differentiation of the plan. Default none: the softmax
+            steps are said to keep the gradient flowing.
         draw: open: one draw per `"step"` for all layers, as "training steps" says, or per `"layer"` and micro-batch.
         tol: the relative column error at which the solver stops.
         max_passes: the solver's limit; None: its own.
@@ -91,24 +94,26 @@ class SSRRouter(Router):
         ):
             if value not in get_args(choices):
                 raise unknown_name(name, value, get_args(choices))
+        # No tokens: the solver only checks its numbers, now and not at the first step that needs a plan.
+        solve(torch.empty(0, num_experts, device="cpu"), reg, tol=tol, max_passes=max_passes)
         self.reg, self.probability, self.tol, self.max_passes = reg, probability, tol, max_passes
         self.noise, self.noise_branch, self.plan_gradient, self.draw = noise, noise_branch, plan_gradient, draw
         self.noise_std = noise / num_experts if noise_scale == "per-expert" else noise
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, cost={self.cost}, reg={self.reg:g}, probability={self.probability:g}, noise={self.noise:g}"
+        options = f"cost={self.cost}, reg={self.reg:g}, probability={self.probability:g}, noise={self.noise:g}"
+        return f"{super().extra_repr()}, {options}"
 
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         if self.draw_uniform("branch", per_layer=self.draw == "layer") < self.probability:
             return self.sinkhorn_topk(logits_TE, token_mask)
         return self.softmax_topk(self._noisy(logits_TE, "softmax"))
 
-    @torch.compiler.disable  # the solver's loop ends when the data say so
+    @uncompiled  # the solver's loop ends when the data say so
     def sinkhorn_topk(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         """Choose and weigh by the transport plan."""
-        if self.plan_gradient == "none":
-            logits_TE = logits_TE.detach()
-        cost_TE = torch.softmax(logits_TE, dim=-1) if self.cost == "softmax" else logits_TE
+        source_TE = logits_TE.detach() if self.plan_gradient == "none" else logits_TE
+        cost_TE = torch.softmax(source_TE, dim=-1) if self.cost == "softmax" else source_TE
         cost_TE = self._noisy(cost_TE, "sinkhorn")
         # The cost is made here, so that the noise is on it; to the solver it is linear.
         solve_from_TE = cost_TE if self.plan_gradient == "full" else cost_TE.detach()
@@ -120,9 +125,12 @@ class SSRRouter(Router):
             max_passes=self.max_passes,
             differentiable=self.plan_gradient == "full",
         )
-        weights_TK, experts_TK = plan.topk(self.top_k, normalise=self.norm_topk)
         if self.plan_gradient == "weights":
-            weights_TK = self.softmax_weights((cost_TE + plan.potentials) / self.reg, experts_TK)
+            plan = replace(plan, cost=cost_TE)
+        weights_TK, experts_TK = plan.topk(self.top_k, normalise=self.norm_topk)
+        if self.plan_gradient == "none":
+            # A gradient of 0 rather than none at all: data-parallel wrappers refuse a parameter that no loss reaches.
+            weights_TK = weights_TK + 0 * logits_TE.gather(-1, experts_TK)
         return Choice(experts_TK, weights_TK, "sinkhorn", plan.column_error, plan.passes)
 
     def _noisy(self, scores_TE: Tensor, branch: str) -> Tensor:

@@ -5,6 +5,8 @@ loss = coefficient · mean_i (logsumexp_j z_ij)²
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,10 @@ class ZLossRouter(Router):
         self, num_experts: int, top_k: int, *, coefficient: float = 1e-3, norm_topk: bool | None = None
     ) -> None:
         super().__init__(num_experts, top_k, norm_topk=norm_topk)
-        if coefficient < 0:
-            raise ValueError(f"coefficient must be 0 or more, got {coefficient}; 0.001 is the published value")
+        if not (coefficient >= 0 and math.isfinite(coefficient)):
+            raise ValueError(
+                f"coefficient must be a finite number of 0 or more, got {coefficient}; 0.001 is the published value"
+            )
         self.coefficient = coefficient
 
     def auxiliary_loss(self, logits_TE: Tensor, load_E: Tensor, token_mask: Tensor | None) -> Tensor:

@@ -96,8 +96,8 @@ class Curve:
 def smooth(values: np.ndarray) -> np.ndarray:
     """Moving average over an eighth of the points (none below 12 points); what is not finite stays so.
 
-    The window is centred. At the start it shrinks evenly, for a curve that falls steeply would be bent; at the end it is
-    cut off on one side, for there the noise of a single line would decide which curve seems to win.
+    The window is centred. At the start it shrinks evenly, for a curve that falls steeply would be bent; at the end it
+    is cut off on one side, for there the noise of a single line would decide which curve seems to win.
 
     >>> smooth(np.array([1.0, 5.0])).tolist()
     [1.0, 5.0]
@@ -265,8 +265,17 @@ def _apart(targets: Sequence[float], gap: float) -> list[float]:
 def _end_labels(ax: Axes, theme: Theme, ends: Sequence[tuple[int, float, float, str]]) -> None:
     """Labels right of the axes, one per (method, x, y, text), each with a thin line to the end of its curve.
 
-    Limits and the place of the axes must be final, for the labels are pushed apart in points.
+    A curve that ends well before the right edge has its label at its end. Limits and the place of the axes must be
+    final, for the labels are pushed apart in points.
     """
+    low, high = ax.get_xlim()
+    early = [end for end in ends if end[1] < low + 0.85 * (high - low)]
+    for which, x, y, text in early:
+        ax.annotate(
+            _short(text, 36), (x, y), (4, 10), textcoords="offset points", color=theme.methods[which], fontsize=9.5,
+            fontweight="bold", gid=f"m m{which} halo", zorder=6,
+        )  # fmt: skip
+    ends = [end for end in ends if end not in early]
     if not ends:
         return
     scale = 72.0 / ax.figure.dpi
@@ -275,23 +284,25 @@ def _end_labels(ax: Axes, theme: Theme, ends: Sequence[tuple[int, float, float, 
     edge = float(ax.transAxes.transform((1, 0))[0]) * scale
     for (which, x, y, text), place in zip(ends, places, strict=True):
         start = ax.transData.transform((x, y)) * scale
-        line = ax.annotate(
-            _short(text), (x, y), (edge + 20 - start[0], place - start[1]), textcoords="offset points",
+        label = ax.annotate(
+            _short(text, 20), (x, y), (edge + 20 - start[0], place - start[1]), textcoords="offset points",
             color=theme.methods[which], fontsize=9.5, fontweight="bold", va="center", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": theme.methods[which], "lw": 0.7, "alpha": 0.6, "shrinkA": 2,
                         "shrinkB": 3, "relpos": (0, 0.5)},
         )  # fmt: skip
-        line.set_gid(f"m m{which}")
-        if line.arrow_patch is not None:
-            line.arrow_patch.set_gid(f"m m{which}")
+        label.set_gid(f"m m{which}")
+        if label.arrow_patch is not None:
+            label.arrow_patch.set_gid(f"m m{which}")
 
 
-def _near_labels(ax: Axes, theme: Theme, points: Sequence[tuple[int, float, float, str]]) -> None:
+def _near_labels(ax: Axes, theme: Theme, points: Sequence[tuple[int, float, float, str]], others: np.ndarray) -> None:
     """Labels beside their points: each takes the first of several places that hits no point and no other label."""
     scale = 72.0 / ax.figure.dpi
     at = [ax.transData.transform((x, y)) * scale for _, x, y, _ in points]
     edge = float(ax.transAxes.transform((1, 0))[0]) * scale
-    taken = [(x - 7, y - 7, x + 7, y + 7) for x, y in at]
+    # A label close to the mark of another method would be read as that method's, so a mark counts three times.
+    taken = [(x - 10, y - 8, x + 10, y + 8) for x, y in at for _ in range(3)]
+    taken += [(x - 3, y - 3, x + 3, y + 3) for x, y in ax.transData.transform(others) * scale]
     for (which, x, y, text), (px, py) in zip(points, at, strict=True):
         text = _short(text)
         wide, high = 6.2 * len(text), 12.0
@@ -314,7 +325,7 @@ def _near_labels(ax: Axes, theme: Theme, points: Sequence[tuple[int, float, floa
         assert best is not None
         taken.append(best[2])
         ax.annotate(text, (x, y), best[:2], textcoords="offset points", color=theme.methods[which], fontsize=9.5,
-                    fontweight="bold", va="center", annotation_clip=False, gid=f"m m{which}")  # fmt: skip
+                    fontweight="bold", va="center", annotation_clip=False, gid=f"m m{which} halo")  # fmt: skip
 
 
 def _draw_curve(ax: Axes, theme: Theme, inks: Sequence[Ink], which: int, line: Curve, tag: str) -> None:
@@ -345,9 +356,9 @@ def _fit(ax: Axes, lows: Sequence[float], highs: Sequence[float], pad: float = 0
         ax.set_ylim(low - room, high + room)
 
 
-def _stop(group: Group) -> str:
+def _stop(group: Group, line: Curve) -> str:
     """A word for a curve that ends before its time."""
-    if any(run.diverged_at is not None for run in group.drawn):
+    if line.mean.size and not np.isfinite(line.mean[-1]):
         return "nan"
     return "" if group.finished else "interrupted"
 
@@ -387,7 +398,7 @@ def training_figure(groups: Sequence[Group], inks: Sequence[Ink], baselines: Map
     with _settings("none"):
         fig = Figure(figsize=(_WIDTH, 4.3))
         whole = fig.add_axes((0.045, 0.115, 0.30, 0.76))
-        close = fig.add_axes((0.405, 0.115, 0.435, 0.76))
+        close = fig.add_axes((0.405, 0.115, 0.41, 0.76))
         lines = [curve(group.drawn, "bits") for group in groups]
         if not any(line.drawable for line in lines):
             whole.set_position((0.045, 0.115, 0.91, 0.76))
@@ -400,7 +411,7 @@ def training_figure(groups: Sequence[Group], inks: Sequence[Ink], baselines: Map
         for ax in (whole, close):
             _style(ax, theme)
             for which, (group, line) in enumerate(zip(groups, lines, strict=True)):
-                _draw_curve(ax, theme, inks, which, line, _stop(group))
+                _draw_curve(ax, theme, inks, which, line, _stop(group, line))
                 points = [point for point in _evals(group.drawn) if ax is whole or point[0] >= start]
                 if points:
                     ax.plot(*zip(*points, strict=True), linestyle="", marker="o", markersize=4.5,
@@ -431,7 +442,7 @@ def training_figure(groups: Sequence[Group], inks: Sequence[Ink], baselines: Map
             if not line.drawable:
                 continue
             x, y = _last(line)
-            text = " · ".join(part for part in (group.label, _stop(group)) if part)
+            text = " · ".join(part for part in (group.label, _stop(group, line)) if part)
             (ends if x >= start else early).append((which, x, y, text))
         _end_labels(close, theme, ends)
         for rank, (which, _, _, text) in enumerate(early):
@@ -463,10 +474,10 @@ def balance_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
         height = 4.1 + strip
         fig = Figure(figsize=(_WIDTH, height))
         bottom = (0.5 + strip) / height
-        ax = fig.add_axes((0.045, bottom, 0.795, 1 - bottom - 0.42 / height))
+        ax = fig.add_axes((0.045, bottom, 0.77, 1 - bottom - 0.42 / height))
         _balance_panel(ax, theme, inks, groups, xlabel=not selective)
         if selective and ax.lines:
-            low = fig.add_axes((0.045, 0.5 / height, 0.795, (strip - 0.14) / height), sharex=ax)
+            low = fig.add_axes((0.045, 0.5 / height, 0.77, (strip - 0.14) / height), sharex=ax)
             _style(low, theme, grid="")
             ax.tick_params(labelbottom=False)
             low.set_ylim(len(selective), 0)
@@ -481,7 +492,8 @@ def balance_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
                                color=theme.methods[which], alpha=0.85, gid=f"m m{which}")  # fmt: skip
                 low.axhline(row + 0.92, color=theme.grid, linewidth=0.7)
             low.annotate(
-                f"Sinkhorn\'s share of router\ncalls (full bar = {most:.0%})", (1, 0.5), (20, 0), xycoords="axes fraction", va="center",
+                f"share of Sinkhorn\n(full bar = {most:.0%})", (1, 0.5), (20, 0),
+                xycoords="axes fraction", va="center",
                 textcoords="offset points", color=theme.muted, fontsize=8.5, annotation_clip=False,
             )  # fmt: skip
         return _inline(fig, "balance", "MaxVio over training steps, one curve per method")
@@ -499,7 +511,7 @@ def _balance_panel(
     # Methods that differ by more than a factor of 20 cannot be read on one linear axis.
     log = bool(values.min() > 0 and values.max() / values.min() > 20)
     for which, (group, line) in enumerate(zip(groups, lines, strict=True)):
-        _draw_curve(ax, theme, inks, which, line, _stop(group))
+        _draw_curve(ax, theme, inks, which, line, _stop(group, line))
     if log:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(
@@ -520,7 +532,7 @@ def _balance_panel(
     for which, (group, line) in enumerate(zip(groups, lines, strict=True)):
         if line.drawable:
             x, y = _last(line)
-            ends.append((which, x, y, " · ".join(part for part in (group.label, _stop(group)) if part)))
+            ends.append((which, x, y, " · ".join(part for part in (group.label, _stop(group, line)) if part)))
     _end_labels(ax, theme, ends)
 
 
@@ -577,6 +589,8 @@ def experts_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
                 ax.imshow(_load_rgba(_columns(edges, loads[:, layer])), extent=(0, float(edges[-1]), 0, loads.shape[2]),
                           aspect="auto", interpolation="none", origin="upper")  # fmt: skip
                 ax.set_xlim(0, last)
+                if edges[-1] < last:  # what was never trained must not look balanced
+                    ax.axvspan(float(edges[-1]), last, color=theme.grid, linewidth=0)
                 if loads.shape[2] <= 16:
                     for expert in range(1, loads.shape[2]):
                         ax.axhline(expert, color=theme.grid, linewidth=0.35)
@@ -639,7 +653,7 @@ def serving_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
         across = min(layers, 6)
         deep = math.ceil(layers / across)
         rows = len(loads) * deep
-        top, each, foot = 0.36, 0.78, 0.3
+        top, each, foot = 0.36, 0.78 if deep == 1 else 0.95, 0.3
         height = top + rows * each + foot
         fig = Figure(figsize=(_WIDTH, height))
         left, width = 0.155, 0.835
@@ -649,7 +663,9 @@ def serving_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
             for layer in range(load.shape[0]):
                 line, column = row * deep + layer // across, layer % across
                 y = (foot + (rows - 1 - line) * each + 0.1) / height
-                ax = fig.add_axes((left + column * wide, y, wide - 0.016, (each - 0.16) / height))
+                ax = fig.add_axes(
+                    (left + column * wide, y, wide - 0.016, (each - (0.16 if deep == 1 else 0.33)) / height)
+                )
                 _style(ax, theme, grid="")
                 ax.set_yticks([])
                 ax.set_xticks([])
@@ -668,14 +684,14 @@ def serving_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
                     f"max {bars[0]:.2f}×", (1, 1), (0, -1), xycoords="axes fraction", textcoords="offset points",
                     ha="right", va="top", color=theme.muted, fontsize=8,
                 )  # fmt: skip
-                if line < deep:
+                if row == 0 or deep > 1:
                     ax.set_title(f"layer {layer + 1}", loc="left", color=theme.muted, fontsize=9, pad=6)
             y = (foot + (rows - deep * row - 0.5) * each) / height
             fig.text(left - 0.014, y, _short(groups[which].label, 20), ha="right", va="center", fontweight="bold",
                      color=theme.methods[which], fontsize=10, gid=f"m m{which}")  # fmt: skip
         fig.text(left, 0.06 / height, "experts, busiest first", color=theme.muted, fontsize=9)
-        fig.text(left + width - 0.016, 0.06 / height, "dashed line = fair share · cross = dead expert", color=theme.muted, fontsize=9,
-                 ha="right")  # fmt: skip
+        fig.text(left + width - 0.016, 0.06 / height, "dashed line = fair share · cross = dead expert", ha="right",
+                 color=theme.muted, fontsize=9)  # fmt: skip
         return _inline(fig, "serving", "Bars of the load of each expert in serving, per method and layer")
 
 
@@ -707,7 +723,7 @@ def scatter_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
         _fit(ax, everything[:, 1].tolist(), [], pad=0.2)
         ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
         ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        ax.set_xlabel("MaxVio in serving (smaller is more even) →", fontsize=9)
+        ax.set_xlabel("MaxVio in serving (smaller is more even)", fontsize=9)
         _heading(ax, theme, "Validation bits per byte", "(smaller is better), axis does not start at 0")
         ends = []
         for which, group, points in clouds:
@@ -720,7 +736,7 @@ def scatter_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
                         color=colour, markeredgewidth=0, gid=gid)  # fmt: skip
             ax.plot([x], [y], marker=inks[which].marker, markersize=11, color=colour, markeredgewidth=0, gid=gid)
             ends.append((which, float(x), float(y), group.label))
-        _near_labels(ax, theme, ends)
+        _near_labels(ax, theme, ends, everything)
         ax.annotate(
             "better", (0, 0), (34, 30), xycoords="axes fraction", textcoords="offset points", color=theme.muted,
             fontsize=9, arrowprops={"arrowstyle": "-|>", "color": theme.muted, "lw": 1.0, "shrinkB": 6},
@@ -780,11 +796,12 @@ def _standing_panel(
                     color=theme.muted, fontsize=8.5)  # fmt: skip
         else:
             off["left" if bits < left else "right"].append(f"{_short(name)} {bits:.3f}")
+    rise = 3 if sum(map(len, off.values())) == len(ngrams) else 15  # above the names of the dashed lines
     if off["left"]:
-        ax.annotate("← " + ", ".join(off["left"]), (0, 1), (0, 3), xycoords="axes fraction", textcoords="offset points",
-                    color=theme.muted, fontsize=8.5)  # fmt: skip
+        ax.annotate("← " + ", ".join(off["left"]), (0, 1), (0, rise), xycoords="axes fraction",
+                    textcoords="offset points", color=theme.muted, fontsize=8.5)  # fmt: skip
     if off["right"]:
-        ax.annotate(", ".join(off["right"]) + " →", (1, 1), (0, 3), xycoords="axes fraction",
+        ax.annotate(", ".join(off["right"]) + " →", (1, 1), (0, rise), xycoords="axes fraction",
                     textcoords="offset points", color=theme.muted, fontsize=8.5, ha="right")  # fmt: skip
     for which, (found, spread) in enumerate(zip(values, spreads, strict=True)):
         colour, gid = theme.methods[which], f"m m{which}"
@@ -817,7 +834,7 @@ def picture(groups: Sequence[Group], inks: Sequence[Ink], baselines: Mapping[str
         fig = Figure(figsize=(12.2, height), facecolor="#fdfdfb", dpi=170)
         (FigureCanvasSVG if svg else FigureCanvasAgg)(fig)
         left = fig.add_axes((0.125, 0.15, 0.305, 0.66))
-        right = fig.add_axes((0.545, 0.15, 0.325, 0.66))
+        right = fig.add_axes((0.545, 0.15, 0.31, 0.66))
         _standing_panel(left, theme, inks, groups, baselines)
         _heading(left, theme, "Validation bits per byte", "lower is better", lift=25)
         _balance_panel(right, theme, inks, groups, xlabel=True, lift=25)
@@ -830,6 +847,7 @@ def picture(groups: Sequence[Group], inks: Sequence[Ink], baselines: Mapping[str
 
 # ----------------------------------------------------------------------------------------------------------------- SVG
 
+_URL = re.compile(r"url\(#([^)]+)\)")
 _COLOUR = re.compile(r"#0000[0-9a-f]{2}\b")
 _FONT = re.compile(r"'DejaVu Sans'(, sans-serif)?|DejaVu Sans")
 
@@ -849,23 +867,29 @@ def _inline(fig: Figure, name: str, title: str) -> str:
         for child in list(parent):
             if child.tag.rpartition("}")[2] in ("metadata", "style"):
                 parent.remove(child)
+    used: set[str] = set()
+    for element in root.iter():
+        for key, value in element.attrib.items():
+            used.update(_URL.findall(value))
+            if key.endswith("href"):
+                used.add(value.removeprefix("#"))
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         attributes = {}
         for key, value in element.attrib.items():
             key = key.rpartition("}")[2]  # in HTML, href needs no xlink
-            if key == "id":
-                if value.startswith("m m"):
-                    attributes["class"] = value
-                    continue
-                value = f"{name}-{value}"
+            if key == "id" and value.startswith("m m"):
+                attributes["class"] = value
+            elif key == "id":
+                if value in used:  # a marker may be defined twice; the first definition serves
+                    used.remove(value)
+                    attributes["id"] = f"{name}-{value}"
             elif key == "href" and value.startswith("#"):
-                value = f"#{name}-{value[1:]}"
+                attributes["href"] = f"#{name}-{value[1:]}"
             else:
-                value = value.replace("url(#", f"url(#{name}-")
+                value = _URL.sub(rf"url(#{name}-\1)", value)
                 value = _COLOUR.sub(lambda match: _variable(match.group()), value)
-                value = _FONT.sub("var(--sans)", value)
-            attributes[key] = value
+                attributes[key] = _FONT.sub("var(--sans)", value)
         element.attrib.clear()
         element.attrib.update(attributes)
         if element.text is not None and not element.text.strip():

@@ -127,6 +127,7 @@ def _render(runs: Sequence[Run], baselines: Mapping[str, Any], title: str) -> st
             "serving": Markup(figures.serving_figure(groups, colours)),
             "scatter": Markup(figures.scatter_figure(groups, colours)),
         },
+        unfinished=not all(run.finished for run in runs),
         several=any(len(group.runs) > 1 for group in groups),
         selective=[group.label for group in groups if group.selective],
         differences=list(different),

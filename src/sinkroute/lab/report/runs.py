@@ -209,14 +209,14 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping with dotted keys.
+    """A nested mapping with dotted keys; empty mappings say nothing and are left out.
 
     >>> flatten({"seed": 0, "model": {"layers": 4, "router": {}}})
-    {'seed': 0, 'model.layers': 4, 'model.router': {}}
+    {'seed': 0, 'model.layers': 4}
     """
     out: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             out |= flatten(value, f"{prefix}{key}.")
         else:
             out[f"{prefix}{key}"] = value

@@ -1,0 +1,122 @@
+"""Configurations are read strictly: what is misspelt or mistyped is an error that names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sinkroute.lab.config import (
+    Config,
+    DataConfig,
+    TrainConfig,
+    differences,
+    find_preset,
+    from_mapping,
+    parse_scalar,
+    read_yaml,
+    to_mapping,
+    write_yaml,
+)
+from sinkroute.lab.demo import DemoConfig
+
+
+def test_a_configuration_survives_yaml(tmp_path: Path) -> None:
+    config = from_mapping(
+        Config,
+        {
+            "seed": 3,
+            "router": {"name": "ssr-l", "options": {"probability": 0.25, "draw": "layer", "max_passes": None}},
+            "train": {"trackers": ["tensorboard"], "precision": "bf16"},
+            "eval": {"attacks": {}},
+        },
+    )
+    write_yaml(config, tmp_path / "c.yaml")
+    assert read_yaml(Config, tmp_path / "c.yaml") == config
+
+
+def test_missing_keys_keep_their_defaults() -> None:
+    assert from_mapping(Config, {}) == Config()
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"train": {"stepz": 5}}, "unknown key in train 'stepz'; did you mean 'steps'"),
+        ({"trian": {}}, "unknown key in configuration 'trian'; did you mean 'train'"),
+        ({"train": {"steps": "many"}}, r"train\.steps must be int, got 'many' \(str\)"),
+        ({"train": {"steps": True}}, r"train\.steps must be int, got True \(bool\)"),
+        ({"train": {"lr": [1]}}, r"train\.lr must be float"),
+        ({"train": {"precision": "bf61"}}, "unknown value of train.precision: 'bf61'; did you mean 'bf16'"),
+        ({"train": 7}, "train must be a mapping"),
+        ({"train": {"steps": 0}}, r"train\.steps must be 1 or more, got 0"),
+        ({"train": {"batch": 5, "accumulation": 2}}, r"train\.batch=5 must be a multiple of train\.accumulation=2"),
+        ({"train": {"lr": -1.0}}, r"train\.lr must be above 0, got -1"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_dotted_key(mapping: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_mapping(Config, mapping)
+
+
+def test_an_error_in_a_file_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("train: {stepz: 5}")
+    with pytest.raises(ValueError, match=r"bad\.yaml: unknown key in train 'stepz'"):
+        read_yaml(Config, tmp_path / "bad.yaml")
+
+
+def test_what_is_no_yaml_is_refused_and_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("train: {steps: 5")
+    with pytest.raises(ValueError, match=r"bad\.yaml is not YAML"):
+        read_yaml(Config, tmp_path / "bad.yaml")
+
+
+def test_yaml_cannot_make_objects(tmp_path: Path) -> None:
+    (tmp_path / "evil.yaml").write_text("label: !!python/object/apply:os.system ['true']")
+    with pytest.raises(ValueError, match="not YAML"):
+        read_yaml(Config, tmp_path / "evil.yaml")
+
+
+def test_a_missing_file_is_answered_with_the_presets(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="wikipedia-ssr"):
+        read_yaml(Config, tmp_path / "none.yaml")
+
+
+def test_numbers_with_exponents_are_numbers_wherever_they_stand() -> None:
+    # YAML 1.1, which PyYAML reads, takes 1e-3 for a string.
+    config = from_mapping(Config, {"train": {"lr": "1e-3"}, "router": {"options": {"probability": "1e-3"}}})
+    assert config.train.lr == 1e-3
+    assert config.router.options == {"probability": 1e-3}
+    assert parse_scalar("1e-3") == 1e-3
+
+
+def test_a_bare_no_in_yaml_means_no_autocast() -> None:
+    assert from_mapping(TrainConfig, {"precision": False}).precision == "no"
+
+
+def test_differences_name_dotted_keys_old_and_new() -> None:
+    new = Config(seed=1, data=DataConfig(length=64))
+    assert differences(Config(), new) == ["seed: 0 → 1", "data.length: 128 → 64"]
+
+
+def test_every_preset_can_be_read() -> None:
+    folder = find_preset("demo").parent
+    presets = sorted(path.stem for path in folder.glob("*.yaml"))
+    assert presets == ["demo", "wikipedia-ssr"]
+    for name in presets:
+        read_yaml(DemoConfig if name == "demo" else Config, find_preset(name))
+
+
+def test_the_demo_compares_the_six_methods_and_sees_at_least_twenty_sinkhorn_steps() -> None:
+    from sinkroute.routing import create_router, set_step
+
+    demo = read_yaml(DemoConfig, find_preset("demo"))
+    assert list(demo.methods) == ["softmax", "load-balance", "z-loss", "sinkhorn", "ssr-l", "ssr-s"]
+    assert to_mapping(demo)["methods"]["load-balance"]["options"] == {"coefficient": 0.01}
+    for name in ("ssr-l", "ssr-s"):
+        router = create_router(name, num_experts=8, top_k=2, **demo.methods[name].options)
+        drawn = 0
+        for step in range(demo.train.steps):
+            set_step(router, step)
+            drawn += router.draw_uniform("branch", per_layer=False) < router.probability
+        assert drawn >= 20
