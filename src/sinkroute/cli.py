@@ -165,7 +165,7 @@ def _router_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
         name, equals, value = word.removeprefix(prefix).partition("=")
         if not equals:
             value = next(words, "")
-        if not name or not value:
+        if not name or not value or value.startswith("--"):
             raise UsageError(f"{word} needs a value: {prefix}probability 0.01")
         options[name.replace("-", "_")] = parse_scalar(value)
     return options, rest

@@ -22,7 +22,7 @@ def load_balance_router(experts, top_k, **options):
 
 def test_loss_and_gradient_worked_by_hand():
     # Two tokens with scores (ln 3, 0): p = (3/4, 1/4) for both, all choices go to expert 0: f = (1, 0).
-    # loss = 2 · 1 · 3/4 = 1.5. Its gradient, with f fixed: 2 · dP_0/dz = 2 · (1/2) · p_0 p_1 = 3/16 and −3/16 per token.
+    # loss = 2 · 1 · 3/4 = 1.5. Gradient, with f fixed: 2 · dP_0/dz = 2 · (1/2) · p_0 p_1 = 3/16 and −3/16 per token.
     logits_TE = torch.tensor([[3.0, 1.0], [3.0, 1.0]]).log().requires_grad_()
     loss = load_balance_loss(logits_TE, torch.tensor([2, 0]))
     loss.backward()

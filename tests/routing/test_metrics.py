@@ -53,7 +53,8 @@ def test_leading_dimensions_are_so_many_layers(metric):
     loads = torch.randint(0, 50, (2, 3, 8), generator=torch.Generator().manual_seed(0))
     result = metric(loads)
     assert result.shape == (2, 3)
-    assert all(result[i, j] == metric(loads[i, j]) for i in range(2) for j in range(3))
+    layers = [[metric(loads[i, j]) for j in range(3)] for i in range(2)]
+    torch.testing.assert_close(result, torch.stack([torch.stack(row) for row in layers]))
 
 
 def test_leading_dimensions_may_hold_idle_and_single_experts():

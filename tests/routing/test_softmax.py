@@ -109,7 +109,7 @@ def test_routes_and_gate_gradient_are_those_of_olmoe(norm_topk):
 
 @pytest.mark.parametrize("norm_topk", [True, False])
 def test_scores_far_apart_give_weights_without_nan_and_a_gradient(norm_topk):
-    # exp(−200) is 0 in float32: the chosen weights are 1 and 0, and dividing two underflowed probabilities would be 0/0.
+    # exp(−200) is 0 in float32: the weights are 1 and 0, and a quotient of probabilities might have been 0/0.
     logits_TE = torch.tensor([[0.0, -200.0, -400.0], [1e4, -1e4, 0.0]], requires_grad=True)
     routes = softmax_router(3, 2, norm_topk=norm_topk)(logits_TE)
     routes.weights.sum().backward()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,8 @@ def _training_summary(config: Config, folder: Path) -> dict[str, Any]:
     lines = [line for line in lines if line["kind"] == "train"]
     late = lines[-max(len(lines) // 4, 1) :]
     tokens = config.train.batch * config.data.length
-    # The first line pays for everything that happens once (lazy initialisation, page faults).
-    timed = lines[1:] or lines
-    seconds_per_token = sum(1 / line["tokens_per_second"] for line in timed) / len(timed)
+    # The median line: the first pays for what happens once, and a machine that others use stalls now and then.
+    seconds_per_token = statistics.median(1 / line["tokens_per_second"] for line in lines)
     return {
         "seconds": lines[-1]["seconds"],
         "ms_per_step": 1e3 * tokens * seconds_per_token,

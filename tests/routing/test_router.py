@@ -1,0 +1,247 @@
+"""What all routers share: checks, masks, dtypes, serving, draws."""
+
+import pytest
+import torch
+import torch.distributed
+
+import sinkroute
+from sinkroute._errors import NonFiniteScores
+
+QUIET = {"noise": 0.0}
+# Every rule of every router, without noise, where the routes are functions of the scores alone.
+RULES = [
+    pytest.param("softmax", {}, id="softmax"),
+    pytest.param("load-balance", {}, id="load-balance"),
+    pytest.param("z-loss", {}, id="z-loss"),
+    pytest.param("sinkhorn", {}, id="sinkhorn"),
+    pytest.param("ssr-l", QUIET | {"probability": 0.0}, id="ssr-l by softmax"),
+    pytest.param("ssr-l", QUIET | {"probability": 1.0, "plan_gradient": "weights"}, id="ssr-l by plan"),
+    pytest.param("ssr-s", QUIET | {"probability": 0.0}, id="ssr-s by softmax"),
+    pytest.param("ssr-s", QUIET | {"probability": 1.0}, id="ssr-s by plan"),
+    pytest.param("ssr-s", QUIET | {"probability": 1.0, "plan_gradient": "weights"}, id="ssr-s by plan, weights"),
+    pytest.param("ssr-s", QUIET | {"probability": 1.0, "plan_gradient": "full"}, id="ssr-s by plan, full"),
+]
+every_rule = pytest.mark.parametrize(("name", "options"), RULES)
+
+
+def make(name, options, experts=6, top_k=2):
+    return sinkroute.create_router(name, num_experts=experts, top_k=top_k, **options)
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(routes):
+    """A loss that sees the weights unevenly, and the auxiliary loss."""
+    tokens, top_k = routes.weights.shape
+    loss = (routes.weights * torch.arange(1.0, 1 + tokens * top_k).view(tokens, top_k)).sum()
+    return loss if routes.aux_loss is None else loss + routes.aux_loss
+
+
+# -- masks -----------------------------------------------------------------------------------------------------------
+
+
+@every_rule
+def test_padding_changes_nothing_for_real_tokens(name, options):
+    logits_TE, mask = random(30, 6, dtype=torch.float64), torch.arange(30) % 3 != 1
+    padded, alone = logits_TE.clone().requires_grad_(), logits_TE[mask].clone().requires_grad_()
+    routes, expected = make(name, options)(padded, mask), make(name, options)(alone)
+    assert torch.equal(routes.experts[mask], expected.experts)
+    assert torch.equal(routes.load, expected.load)
+    torch.testing.assert_close(routes.weights[mask], expected.weights, rtol=0, atol=1e-12)
+    gradient_TK = random(20, 2, seed=1, dtype=torch.float64)
+    for given_routes, weights_TK in ((routes, routes.weights[mask]), (expected, expected.weights)):
+        loss = (weights_TK * gradient_TK).sum()
+        (loss if given_routes.aux_loss is None else loss + given_routes.aux_loss).backward()
+    torch.testing.assert_close(padded.grad[mask], alone.grad, rtol=0, atol=1e-11)
+    assert not padded.grad[~mask].any()
+
+
+@every_rule
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
+def test_what_padding_holds_reaches_neither_routes_nor_gradients(name, options, garbage):
+    mask = torch.tensor([True, False, True, True, False])
+    results = []
+    for content in (0.5, garbage):
+        logits_TE = torch.where(mask[:, None], random(5, 6), content).requires_grad_()
+        routes = make(name, options)(logits_TE, mask)
+        loss_of(routes).backward()
+        results.append((routes, logits_TE.grad))
+    (clean, clean_gradient), (dirty, dirty_gradient) = results
+    assert torch.equal(dirty.experts, clean.experts) and torch.equal(dirty.weights, clean.weights)
+    assert torch.equal(dirty_gradient, clean_gradient) and torch.isfinite(dirty_gradient).all()
+
+
+@every_rule
+def test_masked_tokens_have_weight_0_and_indices_that_exist(name, options):
+    mask = torch.tensor([False, True, True, False])
+    for router in (make(name, options), make(name, options).eval()):
+        routes = router(random(4, 6), mask)
+        assert not routes.weights[~mask].any() and (routes.weights[mask] > 0).all()
+        assert 0 <= routes.experts.min() and routes.experts.max() < 6
+
+
+@every_rule
+@pytest.mark.parametrize("tokens", [0, 4])
+def test_no_real_token_is_no_error(name, options, tokens):
+    logits_TE = random(tokens, 6).requires_grad_()
+    mask = torch.zeros(tokens, dtype=torch.bool)
+    routes = make(name, options)(logits_TE, mask)
+    assert routes.load.tolist() == [0] * 6 and routes.experts.shape == routes.weights.shape == (tokens, 2)
+    assert not routes.weights.any() and (routes.aux_loss is None or routes.aux_loss == 0)
+    loss_of(routes).backward()
+    assert torch.equal(logits_TE.grad, torch.zeros(tokens, 6))
+
+
+@every_rule
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 6, 2), (2, 6, 3), (1, 1, 1), (3, 2, 2)])
+def test_fewer_tokens_than_experts_are_no_error(name, options, tokens, experts, top_k):
+    logits_TE = random(tokens, experts).requires_grad_()
+    routes = make(name, options, experts, top_k)(logits_TE)
+    loss_of(routes).backward()
+    assert int(routes.load.sum()) == tokens * top_k
+    assert torch.isfinite(routes.weights).all() and torch.isfinite(logits_TE.grad).all()
+
+
+# -- serving ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("name", sinkroute.list_routers())
+def test_serving_is_plain_topk_to_the_last_bit(name, top_k):
+    logits_TE, mask = random(50, 6), torch.arange(50) % 5 != 0
+    options = {"probability": 1.0, "noise": 4.0} if name.startswith("ssr") else {}
+    routes = make(name, options, top_k=top_k).eval()(logits_TE, mask)
+    plain = make("softmax", {}, top_k=top_k).eval()(logits_TE, mask)
+    assert torch.equal(routes.experts, plain.experts) and torch.equal(routes.weights, plain.weights)
+    assert torch.equal(routes.load, plain.load) and routes.branch == "softmax"
+    assert routes.aux_loss is routes.plan_error is routes.plan_passes is None
+
+
+# -- dtypes ----------------------------------------------------------------------------------------------------------
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_scores_give_the_routes_of_their_float32_values(name, options, dtype):
+    half = random(30, 6).to(dtype).requires_grad_()
+    single = half.detach().float().requires_grad_()
+    routes, expected = make(name, options)(half), make(name, options)(single)
+    assert torch.equal(routes.experts, expected.experts) and torch.equal(routes.weights, expected.weights)
+    assert routes.weights.dtype == torch.float32
+    loss_of(routes).backward()
+    loss_of(expected).backward()
+    assert half.grad.dtype == dtype and torch.equal(half.grad, single.grad.to(dtype))
+
+
+@every_rule
+def test_float64_scores_stay_float64(name, options):
+    routes = make(name, options)(random(10, 6, dtype=torch.float64))
+    assert routes.weights.dtype == torch.float64
+    assert routes.aux_loss is None or routes.aux_loss.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("softmax", {}), ("load-balance", {}), ("ssr-l", {"probability": 0.0}), ("ssr-s", {"probability": 1.0})],
+)
+def test_the_largest_bfloat16_scores_are_routed(name, options):
+    logits_TE = torch.tensor([[3e38, -3e38, 0, 1], [1, 2, 3e38, -3e38]], dtype=torch.bfloat16, requires_grad=True)
+    routes = make(name, options, experts=4)(logits_TE)
+    loss_of(routes).backward()
+    assert routes.experts[:, 0].tolist() == [0, 2]
+    assert torch.isfinite(routes.weights).all() and torch.isfinite(logits_TE.grad).all()
+
+
+@pytest.mark.parametrize(("name", "options"), [("sinkhorn", {}), ("ssr-l", {"probability": 1.0})])
+def test_scores_too_large_for_a_linear_cost_are_named(name, options):
+    with pytest.raises(ValueError, match=r"scores_TE\[1, 2\] is .*e\+38.*lower the learning rate"):
+        make(name, options, experts=4)(torch.tensor([[1.0, 0, 0, 0], [0, 0, 3e38, 0]]))
+
+
+# -- input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("logits_TE", "mask", "error", "message"),
+    [
+        (torch.zeros(6), None, ValueError, r"logits_TE must have shape \(tokens, num_experts=6\), got \(6,\); flatten"),
+        (torch.zeros(2, 3, 6), None, ValueError, r"logits_TE must have shape .*got \(2, 3, 6\); flatten"),
+        (torch.zeros(3, 5), None, ValueError, r"logits_TE must have shape \(tokens, num_experts=6\), got \(3, 5\)"),
+        (torch.zeros(3, 6, dtype=torch.int64), None, TypeError, r"logits_TE must be a float tensor, got torch\.int64"),
+        (torch.zeros(3, 6, dtype=torch.bool), None, TypeError, r"logits_TE must be a float tensor, got torch\.bool"),
+        (torch.zeros(3, 6, dtype=torch.complex64), None, TypeError, r"must be a float tensor, got torch\.complex64"),
+        (torch.zeros(3, 6), torch.ones(3), TypeError, r"token_mask must be bool .*got torch\.float32; use mask\.bool"),
+        (torch.zeros(3, 6), torch.ones(3).long(), TypeError, r"token_mask must be bool .*got torch\.int64"),
+        (torch.zeros(3, 6), torch.ones(4).bool(), ValueError, r"token_mask must have shape \(3,\).*got \(4,\)"),
+        (torch.zeros(3, 6), torch.ones(3, 1).bool(), ValueError, r"token_mask must have shape \(3,\).*got \(3, 1\)"),
+    ],
+)
+def test_input_of_a_wrong_form_is_refused(logits_TE, mask, error, message, training):
+    with pytest.raises(error, match=message):
+        make("ssr-s", {}).train(training)(logits_TE, mask)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", sinkroute.list_routers())
+def test_a_non_finite_score_of_a_real_token_is_named(name, value):
+    logits_TE, mask = random(5, 6), torch.tensor([True, False, True, True, True])
+    logits_TE[1, 0], logits_TE[3, 4], logits_TE[4, 0] = value, value, value  # the first is padding
+    with pytest.raises(NonFiniteScores, match=rf"logits_TE\[3, 4\] is {value}, one of 2 .*lower the learning rate"):
+        make(name, {})(logits_TE, mask)
+
+
+def test_infinities_of_both_signs_are_found_although_no_sum_is_infinite():
+    with pytest.raises(NonFiniteScores, match=r"logits_TE\[0, 0\] is inf, one of 2"):
+        make("softmax", {}, experts=2)(torch.tensor([[float("inf"), float("-inf")]]))
+
+
+def test_finite_scores_whose_sum_overflows_are_no_error():
+    routes = make("softmax", {}, experts=2, top_k=1)(torch.full((4, 2), 3e38))
+    assert torch.isfinite(routes.weights).all()
+
+
+def test_a_number_that_float16_cannot_hold_is_found_in_it():
+    with pytest.raises(NonFiniteScores, match=r"logits_TE\[0, 1\] is inf"):
+        make("softmax", {}, experts=2)(torch.tensor([[0.0, 1e6]]).half())
+
+
+# -- draws -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretend_rank(monkeypatch):
+    def pretend(rank):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: rank)
+
+    return pretend
+
+
+def test_ranks_share_the_draw_of_the_branch_but_not_the_noise(pretend_rank):
+    router, reference, uniforms, noises = make("ssr-s", {}), torch.empty(3, 6), [], []
+    for rank in (0, 1, 0):
+        pretend_rank(rank)
+        uniforms.append([router.draw_uniform("branch", per_layer=per_layer) for per_layer in (False, True)])
+        noises.append(router.draw_normal("noise", reference))
+    assert uniforms[0] == uniforms[1]
+    assert not torch.equal(noises[0], noises[1]) and torch.equal(noises[0], noises[2])
+
+
+def test_a_process_alone_draws_as_rank_0_does(pretend_rank):
+    router, reference = make("ssr-s", {}), torch.empty(3, 6)
+    alone = router.draw_normal("noise", reference)
+    pretend_rank(0)
+    assert torch.equal(router.draw_normal("noise", reference), alone)
+
+
+def test_the_description_tells_the_sizes():
+    assert repr(make("softmax", {})) == "SoftmaxRouter(num_experts=6, top_k=2)"
+    assert "reg=0.5, probability=0.001, noise=0.3" in repr(make("ssr-l", {}))
+
+
+def test_the_gate_of_a_router_is_a_linear_map_without_bias():
+    gate = make("softmax", {}).make_gate(10)
+    assert gate.weight.shape == (6, 10) and gate.bias is None

@@ -1,0 +1,229 @@
+"""The command line as a user meets it: exit codes, messages, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sinkroute.cli import main
+
+SMALL = """
+data: {name: text, path: PATH, length: 32}
+model: {layers: 1, d_model: 32, heads: 2, d_hidden: 16, experts: 4, top_k: 2}
+router: {name: ssr-s, options: {probability: 0.2}}
+train: {steps: 12, batch: 4, warmup: 2, log_every: 4, checkpoint_every: 6}
+"""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = np.random.default_rng(0).choice(["balanced", "experts", "route", "tokens", "to", "the", "few"], 8000)
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(words))
+    return path
+
+
+@pytest.fixture
+def small(text: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL.replace("PATH", str(text)))
+    return path
+
+
+def sinkroute(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """Exit code, output, errors; lines joined, since rich wraps at the width of the terminal."""
+    try:
+        code = main([str(word) for word in words])
+    except SystemExit as exit_:  # tyro's own errors and --help
+        code = int(exit_.code or 0)
+    out, err = capsys.readouterr()
+    return code, " ".join(out.split()), " ".join(err.split())
+
+
+def test_without_arguments_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = sinkroute(capsys)
+    assert code == 2
+    assert all(f"sinkroute {name}" in out for name in ("demo", "train", "evaluate", "report"))
+    assert sinkroute(capsys, "--help")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "report"])
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, _ = sinkroute(capsys, command, "--help")
+    assert code == 0
+    assert "usage" in out
+    assert "--out" in out or command == "evaluate"
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = sinkroute(capsys, "trian")
+    assert (code, "did you mean 'train'" in err) == (2, True)
+
+
+def test_train_evaluate_report(capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = ("--train.lr", "5e-3", "--router.options.noise", "1e-1", "--router.options.draw=layer")
+    code, out, _ = sinkroute(capsys, "train", small, "--out", run, *overrides)
+    assert code == 0, out
+    assert "ssr-s" in out
+    config = (run / "config.yaml").read_text()
+    assert "lr: 0.005" in config
+    assert "probability: 0.2" in config
+    assert "noise: 0.1" in config
+    result = json.loads((run / "result.json").read_text())
+    assert (
+        result["valid"]["bytes"] == result["attacked"]["word-swap"]["bytes"] > 1000 or result["valid"]["bytes"] > 1000
+    )
+
+    code, out, _ = sinkroute(capsys, "evaluate", run, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["valid"] == result["valid"]
+    assert found["serving"] == result["serving"]
+    code, out, _ = sinkroute(capsys, "evaluate", run, "--split", "test")
+    assert code == 0
+    assert "test split" in out
+    assert "MaxVio" in out
+
+    page = tmp_path / "page.html"
+    code, out, _ = sinkroute(capsys, "report", run, "--out", page, "--picture", tmp_path / "p.png")
+    assert code == 0
+    assert page.read_text().rstrip().endswith("</html>")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_run_is_not_trained_again(capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path) -> None:
+    assert sinkroute(capsys, "train", small, "--out", tmp_path / "run")[0] == 0
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    assert sinkroute(capsys, "train", small, "--out", tmp_path / "run")[0] == 0
+    assert (tmp_path / "run" / "log.jsonl").read_text() == log
+
+
+def test_another_router_does_not_inherit_the_presets_options(
+    capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path
+) -> None:
+    code, _, err = sinkroute(capsys, "train", small, "--out", tmp_path / "run", "--router.name", "softmax")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["train"], 2, "train needs a CONFIG"),
+        (["train", "CONFIG", "--train.lrr", "1"], 2, "--train.lr"),
+        (["train", "CONFIG", "--router.name", "srr-l"], 1, "unknown router 'srr-l'; did you mean 'ssr-l'?"),
+        (["train", "CONFIG", "--router.options.probabilty", "1"], 1, "did you mean 'probability'?"),
+        (["train", "CONFIG", "--router.options.probability", "2"], 1, "probability must be between 0 and 1, got 2"),
+        (["train", "CONFIG", "--router.options.reg", "0"], 1, "reg must be a finite number above 0, got 0"),
+        (["train", "CONFIG", "--model.top-k", "9"], 1, "top_k must be between 1 and num_experts=4, got 9"),
+        (["train", "CONFIG", "--router.options.noise"], 2, "needs a value"),
+        (["train", "CONFIG", "--data.path", "/none/such.txt"], 1, "/none/such.txt"),
+        (["train", "CONFIG", "--data.name", "enwik8", "--data.path", "CONFIG"], 1, "100,000,000"),
+        (["train", "CONFIG", "--data.name", "enwik9"], 1, "did you mean 'enwik8'"),
+        (["train", "CONFIG", "--data.length", "20000"], 1, "length"),
+        (["train", "/none.yaml"], 1, "no configuration at /none.yaml"),
+        (["evaluate", "/none"], 1, "is no run"),
+        (["report"], 2, "report needs a RUN"),
+        (["report", "/none"], 1, "/none"),
+        (["demo", "--only", "sofmax"], 1, "did you mean 'softmax'?"),
+    ],
+)
+def test_errors_name_the_value_and_the_cure_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path, words: list[str], code: int, message: str
+) -> None:
+    words = [str(small) if word == "CONFIG" else word for word in words]
+    if words[0] == "train" and len(words) > 1 or words[0] == "demo":
+        words += ["--out", str(tmp_path / "run")]
+    got, out, err = sinkroute(capsys, *words)
+    assert got == code, err
+    assert message in out + err
+    assert "Traceback" not in out + err
+
+
+def test_a_damaged_checkpoint_is_an_error_with_a_cure(
+    capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert sinkroute(capsys, "train", small, "--out", run)[0] == 0
+    (run / "checkpoints" / "step-000012" / "model.safetensors").write_bytes(b"short")
+    code, _, err = sinkroute(capsys, "evaluate", run)
+    assert code == 1
+    assert "damaged" in err
+    assert "step-000006" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_train_with_130_and_the_same_command_continues(
+    small: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "sinkroute.cli", "train", str(small), "--out", str(run), "--train.steps", "3000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        _wait_for(run / "log.jsonl")
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "continues from there" in " ".join(out.split())
+    kept = max(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
+    assert kept % 6 or kept < 3000
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        lines = (run / "log.jsonl").read_text().count("\n")
+        _wait_for(run / "log.jsonl", more_than=lines)
+        process.kill()
+    steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()[: lines + 1]]
+    assert steps == sorted(set(steps)), "steps were lost or done twice"
+    assert kept in steps
+
+
+def test_an_interrupted_demo_leaves_a_report_of_what_there_is(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    settings = ["--train.steps", "150", "--train.log-every", "5", "--model.layers", "1", "--train.batch", "2"]
+    data = ["--data.name", "text", "--data.path", str(text), "--data.length", "32"]
+    command = [sys.executable, "-m", "sinkroute.cli", "demo", "--out", str(out), *settings, *data]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        _wait_for(out / "z-loss-seed0" / "log.jsonl")
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    page = (out / "report.html").read_text()
+    assert "interrupted at step" in page
+    assert "load-balance" in page
+    assert (out / "load-balance-seed0" / "result.json").exists()
+    assert not (out / "z-loss-seed0" / "result.json").exists()
+    assert "Interrupted" in said
+    # The same command finishes what is left and keeps what is done.
+    kept = (out / "softmax-seed0" / "result.json").stat().st_mtime_ns
+    subprocess.run([*command, "--only", "softmax", "load-balance", "z-loss"], check=True, stdout=subprocess.DEVNULL)
+    assert (out / "z-loss-seed0" / "result.json").exists()
+    assert (out / "softmax-seed0" / "result.json").stat().st_mtime_ns == kept
+
+
+def _wait_for(path: Path, more_than: int = 0) -> None:
+    """Until the file has more lines than that."""
+    end = time.monotonic() + 90
+    while not path.exists() or path.read_text().count("\n") <= more_than:
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+def test_a_full_disk_is_told_as_such(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    from sinkroute import cli
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setitem(cli.COMMANDS, "demo", (full, "", ""))
+    code, _, err = sinkroute(capsys, "demo")
+    assert code == 1
+    assert "the disk is full" in err
+    assert "continues from the last checkpoint" in err
