@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Before torch is imported anywhere: xdist workers share the cores, and threads of tiny operations cost more than they give.
+# Before torch is imported anywhere: xdist workers share the cores, threads cost tiny operations more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -1,4 +1,4 @@
-"""Check what a short `sinkroute demo` left behind: every method finished with finite numbers, and the report stands alone."""
+"""Check what a short `sinkroute demo` left behind: all methods finished, with finite numbers and a whole report."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     python3 scripts/make_venv.py .venv
 
-Three ways, the first that works: `venv` as it should be; `venv` without pip, filled by the system's pip; or filled by a pip
-wheel fetched from the package index (PIP_INDEX_URL is honoured) and checked against the digest that the index states.
+Three ways, the first that works: `venv` as it should be; `venv` without pip, filled by the system's pip; or filled by
+a pip wheel fetched from the package index (PIP_INDEX_URL is honoured) and checked against the digest stated there.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ PIP_WHEEL = "pip-25.2-py3-none-any.whl"
 
 
 def main(target: Path) -> None:
-    if sys.version_info < (3, 10):
-        sys.exit(f"sinkroute needs Python 3.10 or newer, this is {sys.version.split()[0]}; try: make PYTHON=python3.12 ...")
+    if sys.version_info < (3, 10):  # noqa: UP036 - it runs before anything could have checked
+        sys.exit(
+            f"sinkroute needs Python 3.10 or newer, this is {sys.version.split()[0]}; try: make PYTHON=python3.12 ..."
+        )
     python = target / "bin" / "python"
-    if subprocess.run([sys.executable, "-m", "venv", str(target)], capture_output=True).returncode == 0 and has_pip(python):
+    if subprocess.run([sys.executable, "-m", "venv", str(target)], capture_output=True).returncode == 0 and has_pip(
+        python
+    ):
         return
     venv.create(target, with_pip=False, clear=True)
     subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "pip"], capture_output=True)

@@ -79,9 +79,8 @@ def test_train_evaluate_report(capsys: pytest.CaptureFixture[str], small: Path, 
     assert "probability: 0.2" in config
     assert "noise: 0.1" in config
     result = json.loads((run / "result.json").read_text())
-    assert (
-        result["valid"]["bytes"] == result["attacked"]["word-swap"]["bytes"] > 1000 or result["valid"]["bytes"] > 1000
-    )
+    assert result["valid"]["bytes"] > 1000
+    assert result["attacked"]["word-swap"]["bytes"] != result["valid"]["bytes"]
 
     code, out, _ = sinkroute(capsys, "evaluate", run, "--json")
     found = json.loads(out)
@@ -128,7 +127,7 @@ def test_another_router_does_not_inherit_the_presets_options(
         (["train", "CONFIG", "--data.path", "/none/such.txt"], 1, "/none/such.txt"),
         (["train", "CONFIG", "--data.name", "enwik8", "--data.path", "CONFIG"], 1, "100,000,000"),
         (["train", "CONFIG", "--data.name", "enwik9"], 1, "did you mean 'enwik8'"),
-        (["train", "CONFIG", "--data.length", "20000"], 1, "length"),
+        (["train", "CONFIG", "--data.length", "30000"], 1, "length"),
         (["train", "/none.yaml"], 1, "no configuration at /none.yaml"),
         (["evaluate", "/none"], 1, "is no run"),
         (["report"], 2, "report needs a RUN"),
@@ -140,7 +139,7 @@ def test_errors_name_the_value_and_the_cure_without_a_traceback(
     capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path, words: list[str], code: int, message: str
 ) -> None:
     words = [str(small) if word == "CONFIG" else word for word in words]
-    if words[0] == "train" and len(words) > 1 or words[0] == "demo":
+    if words[0] == "demo" or (words[0] == "train" and len(words) > 1):
         words += ["--out", str(tmp_path / "run")]
     got, out, err = sinkroute(capsys, *words)
     assert got == code, err
@@ -173,7 +172,6 @@ def test_a_signal_stops_train_with_130_and_the_same_command_continues(
     assert process.returncode == 130
     assert "continues from there" in " ".join(out.split())
     kept = max(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
-    assert kept % 6 or kept < 3000
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         lines = (run / "log.jsonl").read_text().count("\n")
         _wait_for(run / "log.jsonl", more_than=lines)

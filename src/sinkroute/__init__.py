@@ -6,10 +6,40 @@ MoE             tokens -> tokens, a layer with any of these routers
 set_step        tells all routers of a model which training step it is
 """
 
-from sinkroute.moe import MoE
-from sinkroute.routing import Router, Routes, create_router, list_routers, set_step
-from sinkroute.transport import Plan, solve
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sinkroute.moe import MoE
+    from sinkroute.routing import Router, Routes, create_router, list_routers, set_step
+    from sinkroute.transport import Plan, solve
 
 __version__ = "0.1.0"
 
 __all__ = ["MoE", "Plan", "Router", "Routes", "create_router", "list_routers", "set_step", "solve"]
+
+# Loaded when first asked for: `sinkroute --help` needs no torch, the command line sets OpenMP up before torch comes.
+_HOMES = {
+    "MoE": "moe",
+    "Plan": "transport",
+    "Router": "routing",
+    "Routes": "routing",
+    "create_router": "routing",
+    "list_routers": "routing",
+    "set_step": "routing",
+    "solve": "transport",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sinkroute' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"sinkroute.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

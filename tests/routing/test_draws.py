@@ -104,7 +104,7 @@ def test_set_step_leaves_a_model_without_routers_alone():
     sinkroute.set_step(nn.Linear(2, 2), 3)
 
 
-@pytest.mark.parametrize("value", [-1, 1.0, True, "3", None, torch.tensor(2)])
+@pytest.mark.parametrize("value", [-1, 1.0, True, "3", None, torch.tensor(2.0)])
 @pytest.mark.parametrize("name", ["step", "micro_batch"])
 def test_set_step_refuses_what_is_no_count(name, value):
     with pytest.raises(ValueError, match=rf"^{name} must be an integer of 0 or more, got "):

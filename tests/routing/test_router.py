@@ -79,7 +79,7 @@ def test_masked_tokens_have_weight_0_and_indices_that_exist(name, options):
     for router in (make(name, options), make(name, options).eval()):
         routes = router(random(4, 6), mask)
         assert not routes.weights[~mask].any() and (routes.weights[mask] > 0).all()
-        assert 0 <= routes.experts.min() and routes.experts.max() < 6
+        assert routes.experts.min() >= 0 and routes.experts.max() < 6
 
 
 @every_rule

@@ -32,8 +32,8 @@ def test_experts_are_the_largest_entries_of_pots_plan(reg, top_k):
         stopThr=1e-12,
     )
     largest = -np.sort(-oracle * 60, axis=1)
-    assert (largest[:, :-1] - largest[:, 1:]).min() > 1e-6, "a tie would make this test a toss-up"
-    routes = sinkhorn_router(5, top_k, reg=reg, tol=1e-9)(scores_TE)
+    assert (largest[:, :-1] - largest[:, 1:]).min() > 1e-7, "a tie would make this test a toss-up"
+    routes = sinkhorn_router(5, top_k, reg=reg, tol=1e-10)(scores_TE)
     assert routes.experts.tolist() == np.argsort(-oracle, axis=1)[:, :top_k].tolist()
 
 

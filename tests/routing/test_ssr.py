@@ -193,9 +193,9 @@ def test_routes_without_noise_are_the_largest_entries_of_the_plan(name, cost, re
 @every_form
 def test_the_plan_balances_the_load(name, cost):
     quiet = ssr(name, probability=1, noise=0, top_k=1)
-    logits_TE = scores(600)
+    logits_TE = scores(600) + torch.tensor([2.0, 0, 0, 0, 0, 0])
     plain, balanced = quiet.eval()(logits_TE).load, quiet.train()(logits_TE).load
-    assert plain.max() > 200 and balanced.max() < 160  # of 600 tokens; even is 100
+    assert plain.max() > 200 and balanced.max() < 150  # of 600 tokens; even is 100
 
 
 def weights_by_unrolling(logits_TE, cost, reg, experts_TK, normalise, passes=1500):
@@ -233,6 +233,7 @@ def test_the_full_gradient_with_noise_and_a_mask_is_that_of_finite_differences(n
     router = ssr(name, reg=0.4, probability=1, noise=1.0, plan_gradient="full", tol=1e-12, max_passes=5000)
     mask = torch.tensor([True, True, False, True, True, True])
     logits_TE = scores(6, dtype=torch.float64).requires_grad_()
+    sinkroute.set_step(router, 1)
     assert torch.autograd.gradcheck(lambda logits: router(logits, mask).weights, (logits_TE,), eps=1e-6, atol=1e-5)
 
 

@@ -133,23 +133,20 @@ class _Attention(nn.Module):
     def forward(self, x_BLD: Tensor) -> Tensor:
         length, d_model = x_BLD.shape[1:]
         qkv = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1)).transpose(1, 3)  # (B, H, 3, L, D/H)
-        query, key, value = qkv.unbind(2)
-        cos, sin = _rotations(length, d_model // self.heads, x_BLD.device)
-        out_BHLd = F.scaled_dot_product_attention(
-            _rotate(query, cos, sin), _rotate(key, cos, sin), value, is_causal=True
-        )
+        query, key = _rotate(qkv[:, :, :2], *_rotations(length, d_model // self.heads, x_BLD.device)).unbind(2)
+        out_BHLd = F.scaled_dot_product_attention(query, key, qkv[:, :, 2], is_causal=True)
         return self.out(out_BHLd.transpose(1, 2).flatten(2))
 
 
 def _rotations(length: int, width: int, device: torch.device, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (L, width/2) of position · base^(−2i/width)."""
+    """Cosines and signed sines (L, width) of position · base^(−2i/width), for the two halves of a head."""
     frequency = base ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
     angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i + width/2}) by its angle; in the dtype of `x`."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,21 @@ def can_group(x: Tensor, weight: Tensor) -> bool:
 
 def grouped_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     """Row r times the matrix of its expert: (R, D), (E, F, D) → (R, F), in one kernel."""
-    return F.grouped_mm(x_RD, weight_EFD.transpose(-2, -1), offs=ends_E)
+    # The kernel is particular about strides; `y.sum()`, for one, sends back a gradient whose strides are 0.
+    y_RF = F.grouped_mm(x_RD.contiguous(), weight_EFD.transpose(-2, -1), offs=ends_E)
+    return _ContiguousGradient.apply(y_RF)
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity; its gradient is brought into row-major order."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
 
 
 def loop_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class MoE(nn.Module):
 
         Args:
             x: tokens, any leading shape, which may hold no token at all.
-            token_mask: the leading shape, bool, True for real tokens. Padding is not routed and comes out as 0.
+            token_mask: the leading shape, bool, True for real tokens. Padding is counted nowhere and comes out as 0.
 
         Raises:
             TypeError: a mask that is not bool.
@@ -108,12 +108,13 @@ class MoE(nn.Module):
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         """The gate's scores in float32 or better, whatever the model's dtype or autocast: near-ties decide routes."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
-            if isinstance(self.gate, nn.Linear):
-                dtype = torch.promote_types(x_TD.dtype, torch.float32)
-                bias = None if self.gate.bias is None else self.gate.bias.to(dtype)
-                return F.linear(x_TD.to(dtype), self.gate.weight.to(dtype), bias)
-            return self.gate(x_TD)
+            if not isinstance(self.gate, nn.Linear) or self.gate.weight.dtype == dtype:
+                return self.gate(x_TD.to(dtype))
+            # A gate in low precision: its weights are lifted, which its own forward would not do.
+            bias = None if self.gate.bias is None else self.gate.bias.to(dtype)
+            return F.linear(x_TD.to(dtype), self.gate.weight.to(dtype), bias)
 
     def __getstate__(self) -> dict[str, Any]:
         # The last routes belong to a graph: they cannot be copied (an average of the model's weights is a deep copy)

@@ -9,6 +9,7 @@ state is kept.
 from __future__ import annotations
 
 import hashlib
+import operator
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,17 @@ def normal_like(reference: Tensor, *key: int | str) -> Tensor:
     return torch.randn(reference.shape, dtype=reference.dtype, device=reference.device, generator=generator)
 
 
+def _count(name: str, value: int) -> int:
+    try:
+        # Any integer type, numpy's too: the key must hash alike. (A bool is one by accident only.)
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"{name} must be an integer of 0 or more, got {value!r}; pass the optimiser's step count")
+    return number
+
+
 def set_step(module: nn.Module, step: int, micro_batch: int = 0) -> None:
     """Tell all routers in `module` which step this is, so that their random draws are keyed to it.
 
@@ -61,9 +73,7 @@ def set_step(module: nn.Module, step: int, micro_batch: int = 0) -> None:
     """
     from sinkroute.routing.router import Router  # the router keys its draws with this module
 
-    for name, value in (("step", step), ("micro_batch", micro_batch)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{name} must be an integer of 0 or more, got {value!r}; pass the optimiser's step count")
+    step, micro_batch = _count("step", step), _count("micro_batch", micro_batch)
     routers = [part for part in module.modules() if isinstance(part, Router)]
     for position, router in enumerate(routers):
         if router.layer is None:

@@ -28,7 +28,7 @@ def load_balance_loss(logits_TE: Tensor, load_E: Tensor, token_mask: Tensor | No
         load_E: (E,) int64, choices of real tokens per expert.
         token_mask: (T,) bool, True for real tokens.
 
-    >>> load_balance_loss(torch.zeros(6, 3), torch.tensor([4, 4, 4])).item()
+    >>> load_balance_loss(torch.zeros(6, 4), torch.tensor([3, 3, 3, 3])).item()
     1.0
     """
     mean_score_E = mean_over_tokens(torch.softmax(logits_TE, dim=-1), token_mask)

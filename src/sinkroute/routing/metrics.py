@@ -38,7 +38,7 @@ def load_entropy(load: Tensor) -> Tensor:
     """
     experts = load.shape[-1]
     if experts == 1:
-        return torch.ones(load.shape[:-1], dtype=torch.float64)
+        return torch.ones(load.shape[:-1], dtype=torch.float64, device=load.device)
     share = _relative(load) / experts
     return -torch.special.xlogy(share, share).sum(-1) / math.log(experts)
 

@@ -20,8 +20,8 @@ from sinkroute.routing.uncompiled import uncompiled
 
 __all__ = ["Choice", "Router"]
 
-# After so many training forwards without set_step, accumulation and recomputation cannot explain it: somebody forgot.
-_FORWARDS_BEFORE_WARNING = 64
+# After so many draws without set_step, accumulation and recomputation cannot explain it: somebody forgot.
+_DRAWS_BEFORE_WARNING = 64
 
 
 class Choice(NamedTuple):
@@ -64,7 +64,7 @@ class Router(nn.Module):
         self.norm_topk = top_k > 1 if norm_topk is None else norm_topk
         self.seed, self.layer = seed, layer
         self.step, self.micro_batch, self.step_was_set = 0, 0, False
-        self._keyless_forwards = 0
+        self._keyless_draws = 0
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}"
@@ -144,10 +144,10 @@ class Router(nn.Module):
     def _note_keyless_draw(self) -> None:
         if self.step_was_set:
             return
-        self._keyless_forwards += 1
-        if self._keyless_forwards == _FORWARDS_BEFORE_WARNING:
+        self._keyless_draws += 1
+        if self._keyless_draws == _DRAWS_BEFORE_WARNING:
             warnings.warn(
-                f"{type(self).__name__} has drawn {_FORWARDS_BEFORE_WARNING} times for step 0: its draws repeat. "
+                f"{type(self).__name__} has drawn {_DRAWS_BEFORE_WARNING} times for step 0: its draws repeat. "
                 "Call sinkroute.set_step(model, step) before every training step.",
                 stacklevel=2,
             )

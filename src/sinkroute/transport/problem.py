@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sinkroute._errors import unknown_name
+from sinkroute._errors import NonFiniteScores, unknown_name
 
 __all__ = ["COSTS", "Problem", "Solution", "check_number", "check_scores_form", "make_problem", "starting_potentials"]
 
@@ -168,7 +168,7 @@ def _check_scores_finite(scores_TE: Tensor) -> None:
     if -largest <= low and high <= largest:  # False for NaN, which aminmax passes on
         return
     token, expert = (~(scores_TE.abs() <= largest)).nonzero()[0].tolist()
-    raise ValueError(
+    raise NonFiniteScores(
         f"scores_TE[{token}, {expert}] is {scores_TE[token, expert].item()}; scores of real tokens must be finite and "
         f"at most {largest:.1e} in size: mask padding with token_mask, or look for divergence upstream "
         "(lower the learning rate, clip gradients)"

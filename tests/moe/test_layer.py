@@ -1,0 +1,456 @@
+"""The layer against a slow loop over tokens, against transformers, and under everything users do to layers."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+import sinkroute
+from sinkroute.moe import experts as experts_module
+
+D, HIDDEN, EXPERTS = 20, 12, 5
+
+
+def make(d_model=D, d_hidden=HIDDEN, experts=EXPERTS, top_k=2, router="softmax", dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    return sinkroute.MoE(d_model, d_hidden, experts, top_k, router, **options).to(dtype)
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def gradients(layer):
+    return {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+
+
+# -- the reference ---------------------------------------------------------------------------------------------------
+
+PLAIN_ACTIVATIONS = {
+    "swiglu": lambda hidden: (lambda gate, up: gate / (1 + torch.exp(-gate)) * up)(*hidden.chunk(2)),
+    "gelu": lambda hidden: hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5)),
+    "relu": lambda hidden: hidden.clamp(min=0),
+}
+
+
+def one_token(x_D, weights, activation, top_k, normalise):
+    """Σ_k weight_k · expert_k(x) for one token, by the textbook."""
+    scores_E = weights["gate.weight"] @ x_D
+    chosen = sorted(range(len(scores_E)), key=lambda expert: -scores_E[expert].item())[:top_k]
+    probability_E = torch.exp(scores_E) / torch.exp(scores_E).sum()
+    total = sum(probability_E[expert] for expert in chosen) if normalise else 1
+    function = PLAIN_ACTIVATIONS[activation]
+    y_D = torch.zeros_like(x_D)
+    for expert in chosen:
+        hidden = function(weights["experts.w_in"][expert] @ x_D)
+        y_D = y_D + probability_E[expert] / total * (weights["experts.w_out"][expert] @ hidden)
+    if "shared.w_in" in weights:
+        y_D = y_D + weights["shared.w_out"][0] @ function(weights["shared.w_in"][0] @ x_D)
+    return y_D
+
+
+def by_a_loop(layer, x_TD, gradient_TD, activation, top_k, normalise):
+    """Output, gradient of x and gradients of all weights, in float64, token by token."""
+    weights = {name: value.detach().double().requires_grad_() for name, value in layer.named_parameters()}
+    x_TD = x_TD.detach().double().requires_grad_()
+    y_TD = torch.stack([one_token(x_D, weights, activation, top_k, normalise) for x_D in x_TD])
+    y_TD.backward(gradient_TD.double())
+    return y_TD.detach(), x_TD.grad, {name: value.grad for name, value in weights.items()}
+
+
+def by_the_layer(layer, x, gradient):
+    layer.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    y = layer(x)
+    y.backward(gradient)
+    return y.detach(), x.grad, gradients(layer)
+
+
+def assert_same(results, expected, **tolerance):
+    (y, x_gradient, weight_gradients), (their_y, their_x_gradient, their_weight_gradients) = results, expected
+    torch.testing.assert_close(y, their_y, **tolerance)
+    torch.testing.assert_close(x_gradient, their_x_gradient, **tolerance)
+    assert weight_gradients.keys() == their_weight_gradients.keys()
+    for name, gradient in weight_gradients.items():
+        torch.testing.assert_close(
+            gradient, their_weight_gradients[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("shared_hidden", [None, 3])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
+def test_output_and_all_gradients_are_those_of_a_loop_over_tokens(activation, top_k, shared_hidden):
+    layer = make(7, 5, 4, top_k, activation=activation, shared_hidden=shared_hidden, dtype=torch.float64)
+    x_TD, gradient_TD = random(13, 7, dtype=torch.float64), random(13, 7, seed=1, dtype=torch.float64)
+    expected = by_a_loop(layer, x_TD, gradient_TD, activation, top_k, normalise=top_k > 1)
+    assert_same(by_the_layer(layer, x_TD, gradient_TD), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_the_grouped_kernel_in_float32_is_near_the_loop_over_tokens(monkeypatch, activation):
+    calls = []
+    grouped = experts_module.grouped_linear
+    monkeypatch.setattr(experts_module, "grouped_linear", lambda *args: (calls.append(1), grouped(*args))[1])
+    layer = make(activation=activation, shared_hidden=8)
+    x_TD, gradient_TD = random(33, D), random(33, D, seed=1)
+    expected = by_a_loop(layer, x_TD, gradient_TD, activation, 2, normalise=True)
+    results = by_the_layer(layer, x_TD, gradient_TD)
+    assert len(calls) == 4  # two for the experts, two for the shared one
+    assert_same(
+        results,
+        (expected[0].float(), expected[1].float(), {n: g.float() for n, g in expected[2].items()}),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_loop_and_grouped_kernel_agree(monkeypatch):
+    layer, x, gradient = make(shared_hidden=8), random(3, 11, D), random(3, 11, D, seed=1)
+    results = by_the_layer(layer, x, gradient)
+    monkeypatch.setattr(experts_module, "can_group", lambda *_: False)
+    assert_same(results, by_the_layer(layer, x, gradient), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("router_options", [{"plan_gradient": "full", "tol": 1e-12}, {"plan_gradient": "weights"}])
+def test_the_layer_passes_gradcheck(router_options):
+    # "weights" ignores how the potentials move with x: it must pass on the softmax branch only.
+    options = {"probability": float("tol" in router_options), "noise": 1.0, "reg": 0.5} | router_options
+    layer = make(3, 2, 3, 2, "ssr-s", dtype=torch.float64, router_options=options)
+    sinkroute.set_step(layer, 1)
+    x = random(4, 3, dtype=torch.float64).requires_grad_()
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def output(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(output, (x, *values))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("shape", [(2, 7), (14,)])
+def test_output_and_gradients_are_those_of_mixtral(shape, top_k):
+    config = MixtralConfig(hidden_size=16, intermediate_size=24, num_local_experts=4, num_experts_per_tok=top_k)
+    config._experts_implementation = "eager"
+    theirs, layer = MixtralSparseMoeBlock(config), make(16, 24, 4, top_k, router_options={"norm_topk": True})
+    pairs = {
+        "gate.weight": theirs.gate.weight,
+        "experts.w_in": theirs.experts.gate_up_proj,
+        "experts.w_out": theirs.experts.down_proj,
+    }
+    for name, parameter in pairs.items():
+        parameter.data = layer.get_parameter(name).data.clone()
+    x, gradient = random(*shape, 16), random(*shape, 16, seed=1)
+    their_x = x.clone().view(-1, shape[-1], 16).requires_grad_()  # transformers takes (batch, length, D) only
+    their_y = theirs(their_x)
+    their_y.backward(gradient.view_as(their_y))
+    expected = (their_y.detach().view_as(x), their_x.grad.view_as(x), {name: p.grad for name, p in pairs.items()})
+    assert_same(by_the_layer(layer, x, gradient), expected, rtol=1e-4, atol=1e-5)
+
+
+# -- shapes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
+@pytest.mark.parametrize("router", sinkroute.list_routers())
+def test_no_token_at_all_is_no_error(router, shape, dtype):
+    layer = make(router=router, shared_hidden=4, dtype=dtype)
+    x = torch.zeros(*shape, D, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    (y.sum() + (layer.routes.aux_loss or 0)).backward()
+    assert y.shape == x.shape == x.grad.shape
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(layer).values())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (6,), (2, 3), (1, 2, 3)])
+def test_any_leading_shape_is_taken_token_by_token(shape):
+    layer, x = make(), random(*shape, D)
+    y = layer(x)
+    assert y.shape == x.shape
+    assert torch.equal(y.reshape(-1, D), layer(x.reshape(-1, D)))
+    assert int(layer.routes.load.sum()) == 2 * (x.numel() // D)
+
+
+@pytest.mark.parametrize("form", ["permuted", "transposed", "sliced", "expanded"])
+def test_x_need_not_be_contiguous(form):
+    x = {
+        "permuted": lambda: random(D, 6, 4).permute(2, 1, 0),
+        "transposed": lambda: random(D, 6).t(),
+        "sliced": lambda: random(6, D + 2)[:, :D],  # rows of 88 bytes
+        "expanded": lambda: random(1, D).expand(6, D),
+    }[form]()
+    layer, gradient = make(shared_hidden=4), random(*x.shape)
+    assert not x.is_contiguous()
+    expected = by_the_layer(layer, x.contiguous(), gradient)
+    layer.zero_grad()
+    x = x.detach().requires_grad_()  # a clone might lose the strides
+    y = layer(x)
+    y.backward(gradient)
+    assert_same((y.detach(), x.grad, gradients(layer)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_expert_that_nobody_visits_gets_gradients_of_zeros():
+    layer = make()
+    with torch.no_grad():
+        layer.gate.weight.zero_()
+        layer.gate.weight[:, 0] = torch.tensor([5.0, 4.0, -5.0, -5.0, -5.0])  # with x_0 = 1, all want experts 0 and 1
+    x = random(9, D)
+    x[:, 0] = 1
+    layer(x).sum().backward()
+    assert layer.routes.load.tolist() == [9, 9, 0, 0, 0]
+    for weight in (layer.experts.w_in, layer.experts.w_out):
+        assert weight.grad[:2].any(dim=(1, 2)).all() and not weight.grad[2:].any()
+
+
+# -- padding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"probability": 1.0, "plan_gradient": "weights"}])
+def test_padding_changes_nothing_for_real_tokens(options):
+    options = {"noise": 0.0, "probability": 0.0} | options
+    layer = make(router="ssr-s", shared_hidden=4, router_options=options, dtype=torch.float64)
+    mask = torch.tensor([[True, True, False, True], [False, True, False, False]])
+    x, gradient = random(2, 4, D, dtype=torch.float64), random(2, 4, D, seed=1, dtype=torch.float64)
+    expected = by_the_layer(layer, x[mask], gradient[mask])
+    load = layer.routes.load
+    layer.zero_grad()
+    padded = x.clone().requires_grad_()
+    y = layer(padded, mask)
+    y.backward(gradient)
+    assert torch.equal(layer.routes.load, load)
+    assert not y[~mask].any() and not padded.grad[~mask].any()
+    assert_same((y[mask].detach(), padded.grad[mask], gradients(layer)), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("router", sinkroute.list_routers())
+def test_nan_in_padding_reaches_neither_output_nor_gradients(router):
+    layer, mask = make(router=router, shared_hidden=4), torch.tensor([True, False, True, True])
+    results = []
+    for content in (0.5, float("nan")):
+        layer.zero_grad()
+        x = torch.where(mask[:, None], random(4, D), content).requires_grad_()
+        y = layer(x, mask)
+        (y.sum() + (layer.routes.aux_loss or 0)).backward()
+        results.append((y.detach(), x.grad, gradients(layer)))
+    assert_same(*results, rtol=0, atol=0)
+    assert torch.equal(results[1][0][1], torch.zeros(D)) and torch.isfinite(results[1][1]).all()
+
+
+def test_nothing_but_padding_is_no_error():
+    layer = make(router="load-balance", shared_hidden=4)
+    y = layer(random(2, 3, D), torch.zeros(2, 3, dtype=torch.bool))
+    (y.sum() + layer.routes.aux_loss).backward()
+    assert not y.any() and layer.routes.load.tolist() == [0] * EXPERTS
+    assert not any(g.any() for g in gradients(layer).values())
+
+
+# -- precision -------------------------------------------------------------------------------------------------------
+
+
+def test_autocast_computes_experts_in_bfloat16_and_routes_as_without_it():
+    layer, x = make(16, 24, shared_hidden=8), random(40, 16)
+    expected = layer(x)
+    routes = layer.routes
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(layer.routes.experts, routes.experts) and torch.equal(layer.routes.weights, routes.weights)
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.02)
+    y.float().sum().backward()
+    assert all(g.dtype == torch.float32 and g.any() for g in gradients(layer).values())
+
+
+def test_a_bfloat16_layer_scores_in_float32():
+    layer = make(16, 24, shared_hidden=8, dtype=torch.bfloat16)
+    x = random(200, 16, dtype=torch.bfloat16)
+    y = layer(x)
+    expected = layer.router(F.linear(x.float(), layer.gate.weight.float()))
+    assert torch.equal(layer.routes.experts, expected.experts) and torch.equal(layer.routes.weights, expected.weights)
+    # The test has teeth only if scores rounded to bfloat16 would have routed some token otherwise.
+    assert not torch.equal(layer.router(F.linear(x, layer.gate.weight)).experts, expected.experts)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert all(g.dtype == torch.bfloat16 and g.isfinite().all() for g in gradients(layer).values())
+
+
+def test_a_float16_layer_runs_on_the_cpu():
+    layer, x = make(16, 24, dtype=torch.float16), random(5, 16, dtype=torch.float16)
+    y = layer(x)
+    y.sum().backward()
+    assert y.dtype == torch.float16 and all(g.isfinite().all() for g in gradients(layer).values())
+
+
+# -- life with the layer ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_of_the_output_can_be_differentiated(dtype):
+    # Its gradient is an expanded scalar with strides of 0, which a grouped kernel may refuse.
+    layer, x = make(16, 24, shared_hidden=8, dtype=dtype), random(2, 9, 16, dtype=dtype).requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad.any() and all(g.any() for g in gradients(layer).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_same_input_gives_the_same_bits_of_output_and_gradients(dtype):
+    layer = make(router="ssr-s", router_options={"plan_gradient": "weights", "noise": 1.0}, dtype=dtype)
+    sinkroute.set_step(layer, 4)
+    x, gradient = random(50, D, dtype=dtype), random(50, D, seed=1, dtype=dtype)
+    once = by_the_layer(layer, x, gradient)
+    assert_same(by_the_layer(layer, x, gradient), once, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_recomputation_gives_the_same_gradients(probability, use_reentrant):
+    layer = make(router="ssr-s", router_options={"probability": probability, "noise": 1.0})
+    sinkroute.set_step(layer, 2)
+    x, gradient = random(30, D), random(30, D, seed=1)
+    expected = by_the_layer(layer, x, gradient)
+
+    layer.zero_grad()
+    recomputed = x.clone().requires_grad_()
+    y = checkpoint(layer, recomputed, use_reentrant=use_reentrant, preserve_rng_state=False)
+    y.backward(gradient)
+    assert_same((y.detach(), recomputed.grad, gradients(layer)), expected, rtol=0, atol=0)
+
+
+def test_every_parameter_has_a_gradient_whatever_the_branch():
+    # A parameter without one makes DistributedDataParallel refuse the step.
+    layer = make(router="ssr-s", shared_hidden=4, router_options={"probability": 0.5})
+    taken = set()
+    for step in range(8):
+        sinkroute.set_step(layer, step)
+        layer.zero_grad()
+        layer(random(6, D)).sum().backward()
+        taken.add(layer.routes.branch)
+        assert all(parameter.grad is not None for parameter in layer.parameters())
+    assert taken == {"softmax", "sinkhorn"}
+
+
+def test_the_names_of_the_state_are_these():
+    assert list(make().state_dict()) == ["gate.weight", "experts.w_in", "experts.w_out"]
+    assert list(make(router="ssr-s", shared_hidden=4).state_dict()) == [
+        "gate.weight",
+        "experts.w_in",
+        "experts.w_out",
+        "shared.w_in",
+        "shared.w_out",
+    ]
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "state_dict"])
+def test_a_layer_that_has_run_can_be_copied_and_saved(way):
+    layer, x = make(router="ssr-s", shared_hidden=4), random(6, D)
+    sinkroute.set_step(layer, 9)
+    y = layer(x)
+    file = io.BytesIO()
+    if way == "deepcopy":
+        other = copy.deepcopy(layer)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(layer))
+    elif way == "torch.save":
+        torch.save(layer, file)
+        other = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    else:
+        torch.save(layer.state_dict(), file)
+        other = sinkroute.MoE(D, HIDDEN, EXPERTS, 2, "ssr-s", shared_hidden=4)
+        other.load_state_dict(torch.load(io.BytesIO(file.getvalue())))
+        sinkroute.set_step(other, 9)
+    assert other.routes is None and layer.routes is not None
+    assert torch.equal(other(x), y)
+
+
+def test_the_routes_of_the_last_forward_pass_are_kept():
+    layer = make(router="z-loss")
+    assert layer.routes is None
+    layer(random(4, 3, D))
+    assert layer.routes.experts.shape == (12, 2) and layer.routes.aux_loss.requires_grad
+    layer.eval()(random(2, D))
+    assert layer.routes.experts.shape == (2, 2) and layer.routes.aux_loss is None
+
+
+def test_the_shared_expert_adds_what_it_computes_of_every_token():
+    layer, x = make(shared_hidden=4, activation="relu"), random(6, D)
+    y = layer(x)
+    shared = F.linear(F.linear(x, layer.shared.w_in[0]).relu(), layer.shared.w_out[0])
+    layer.shared = None
+    torch.testing.assert_close(y - shared, layer(x), rtol=1e-4, atol=1e-6)
+
+
+def test_a_router_that_is_made_does_what_its_name_does():
+    router = sinkroute.create_router("ssr-l", num_experts=EXPERTS, top_k=2, reg=0.7, probability=1.0)
+    layer, named = make(router=router), make(router="ssr-l", router_options={"reg": 0.7, "probability": 1.0})
+    assert layer.router is router
+    assert torch.equal(layer(random(9, D)), named(random(9, D)))
+
+
+def test_the_layer_is_routed_by_ssr_unless_told():
+    assert type(sinkroute.MoE(4, 4, 4, 2).router).__name__ == "SSRSoftmaxRouter"
+
+
+# -- input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"router": "ssr"}, r"unknown router 'ssr'.*Known"),
+        ({"router_options": {"nois": 1}, "router": "ssr-s"}, r"option of router 'ssr-s': 'nois'; did you mean 'noise'"),
+        ({"activation": "silu"}, r"unknown activation 'silu'.*swiglu"),
+        ({"top_k": 6}, r"top_k must be between 1 and num_experts=5, got 6"),
+        ({"shared_hidden": 0}, r"d_hidden must be 1 or more, got 0"),
+        (
+            {"router": sinkroute.create_router("softmax", num_experts=4, top_k=2)},
+            r"router is made for num_experts=4, top_k=2, but the layer for num_experts=5, top_k=2; make them equal",
+        ),
+        (
+            {"router": sinkroute.create_router("softmax", num_experts=5, top_k=1)},
+            r"router is made for num_experts=5, top_k=1, but the layer for num_experts=5, top_k=2",
+        ),
+        (
+            {
+                "router": sinkroute.create_router("softmax", num_experts=5, top_k=2),
+                "router_options": {"norm_topk": True},
+            },
+            r"router_options=\{'norm_topk': True\} go with a router's name",
+        ),
+    ],
+)
+def test_a_layer_that_does_not_fit_together_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "error", "message"),
+    [
+        (torch.zeros(3, D + 1), None, ValueError, r"last dimension of d_model=20, got shape \(3, 21\)"),
+        (torch.zeros(2, 3, D), torch.ones(6).bool(), ValueError, r"token_mask must have shape \(2, 3\).*got \(6,\)"),
+        (
+            torch.zeros(2, 3, D),
+            torch.ones(3, 2).bool(),
+            ValueError,
+            r"token_mask must have shape \(2, 3\).*got \(3, 2\)",
+        ),
+        (torch.zeros(2, 3, D), torch.ones(2, 3).long(), TypeError, r"token_mask must be bool.*int64; use mask\.bool"),
+        (torch.zeros(2, 3, D), torch.ones(2, 3), TypeError, r"token_mask must be bool.*float32; use mask\.bool"),
+    ],
+)
+def test_input_of_a_wrong_form_is_refused(x, mask, error, message):
+    with pytest.raises(error, match=message):
+        make()(x, mask)
+
+
+def test_a_token_that_is_not_finite_is_an_error_on_the_cpu():
+    x = random(4, D)
+    x[2, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"logits_TE\[2, 0\] is nan"):
+        make()(x)
