@@ -65,7 +65,8 @@ def test_the_example_in_three_lines_runs():
 
 def test_import_is_light():
     heavy = "transformers matplotlib accelerate datasets pandas gensim sklearn scipy yaml rich tyro torch._dynamo"
-    code = f"import sys, sinkroute; print(*[name for name in {heavy.split()} if name in sys.modules])"
+    use = "[getattr(sinkroute, name) for name in sinkroute.__all__]"
+    code = f"import sys, sinkroute; {use}; print(*[name for name in {heavy.split()} if name in sys.modules])"
     assert run(code) == ""
 
 
