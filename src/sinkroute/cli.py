@@ -152,7 +152,7 @@ def _train(arguments: list[str], console: Console) -> int:
             return 130
     if console.quiet:
         return 0
-    console.print(result_table(read_runs([folder]), None))
+    console.print(result_table(read_runs([folder])))
     console.print(f"Run: [bold]{folder}[/]; a report of it: sinkroute report {folder}", highlight=False, soft_wrap=True)
     return 0
 
@@ -254,19 +254,13 @@ def _report(arguments: list[str], console: Console) -> int:
     command = tyro.cli(ReportCommand, args=arguments, prog="sinkroute report")
     if not command.runs:
         raise UsageError("report needs a RUN: sinkroute report runs/demo")
-    first = Path(command.runs[0])
     runs = read_runs(command.runs)
-    beside = next(
-        (folder / "baselines.json" for folder in (first, first.parent) if (folder / "baselines.json").exists()), None
-    )
-    baselines = None if beside is None else json.loads(beside.read_text(encoding="utf-8"))
-    console.print(result_table(runs, baselines))
-    out = write_report(
-        runs, Path(command.out) if command.out else first / "report.html", baselines, title=command.title
-    )
+    console.print(result_table(runs))
+    out = Path(command.out) if command.out else Path(command.runs[0]) / "report.html"
+    write_report(runs, out, title=command.title)
     console.print(f"Report: [bold]{out}[/]", highlight=False, soft_wrap=True)
     if command.picture:
-        write_picture(runs, Path(command.picture), baselines)
+        write_picture(runs, Path(command.picture))
         console.print(f"Picture: [bold]{command.picture}[/]", highlight=False, soft_wrap=True)
     return 0
 

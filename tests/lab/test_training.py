@@ -85,6 +85,7 @@ def test_the_log_counts_loads_branches_and_sinkhorn_steps(corpus: Corpus, tmp_pa
         assert [sum(layer) for layer in line["load"]] == [2 * tokens * steps] * 2
         assert sum(line["branches"].values()) == steps * 2 * 2  # layers · micro-batches
         assert line["branches"].get("sinkhorn", 0) == 4 * line["sinkhorn_steps"]
+        assert line["lr"] == learning_rate(line["step"] - 1, config().train)
     assert 0 < sum(line["sinkhorn_steps"] for line in lines) < 12
 
 

@@ -6,6 +6,7 @@ A misspelt key is an error that names the nearest right one: a run must not sile
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ class TrainConfig:
     """AdamW's second decay rate."""
     clip: float = 1.0
     """Largest norm of the gradient."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["no", "bf16"] = "no"
     """Autocast; routing stays in float32."""
     log_every: int = 10
     """Steps between lines of log.jsonl."""
@@ -272,8 +273,10 @@ def read_yaml(cls: type[T], path: Path) -> T:
 
 
 def write_yaml(config: Any, path: Path) -> None:
-    """Write a dataclass as YAML, keys in the order of its fields."""
-    path.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write a dataclass as YAML, keys in the order of its fields; wholly or not at all."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(draft, path)
 
 
 def _preset_folder() -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,8 +80,8 @@ def run_demo(demo: DemoConfig, console: Console) -> int:
     begun = [out / name for name, _ in runs if (out / name / "config.yaml").exists()]
     if begun:
         found = read_runs(begun)
-        console.print(result_table(found, _read_baselines(out)))
-        report = write_report(found, out / "report.html", baselines=_read_baselines(out))
+        console.print(result_table(found))
+        report = write_report(found, out / "report.html")
         console.print(f"Report: [bold]{report}[/] (open it in a browser)", highlight=False, soft_wrap=True)
     for failure in failures:
         console.print(f"[red]failed[/] {failure}", highlight=False, soft_wrap=True)
@@ -116,7 +115,3 @@ def _baselines(corpus: Corpus, order: list[str]) -> dict[str, Any]:
     sizes = {split: len(getattr(corpus, split)) for split in ("train", "valid", "test")}
     about = {"name": corpus.name, "source": corpus.source, "sha256": corpus.sha256, **sizes}
     return {**bits, "corpus": about, "machine": machine(), "order": order}
-
-
-def _read_baselines(out: Path) -> dict[str, Any]:
-    return json.loads((out / "baselines.json").read_text(encoding="utf-8"))

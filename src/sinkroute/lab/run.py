@@ -50,7 +50,12 @@ def execute(
     processes.wait_for_everyone()
     result_file = folder / "result.json"
     if result_file.exists():
-        return json.loads(result_file.read_text(encoding="utf-8"))
+        try:
+            return json.loads(result_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{result_file} is damaged ({error}); delete it and run the same command: training need not be repeated"
+            ) from None
     reset_peak_memory()
     model = train(config, corpus, folder, stop=stop, on_progress=on_progress)
     if not processes.is_main_process:

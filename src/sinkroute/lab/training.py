@@ -182,7 +182,8 @@ def train(
         if not tally.steps:
             return
         seconds = time.perf_counter() - started
-        line = tally.line(accelerator, state, seconds, settings.batch * config.data.length)
+        rate = learning_rate(state.step - 1, settings)
+        line = tally.line(accelerator, state, seconds, rate, settings.batch * config.data.length)
         tally.clear()
         log.write(line)
         if settings.trackers:
@@ -290,7 +291,9 @@ class _Tally:
         self.step_load_LE, self.step_sinkhorn = 0, False
         self.steps += 1
 
-    def line(self, accelerator: Accelerator, state: _State, seconds: float, tokens_per_step: int) -> dict[str, Any]:
+    def line(
+        self, accelerator: Accelerator, state: _State, seconds: float, lr: float, tokens_per_step: int
+    ) -> dict[str, Any]:
         assert isinstance(self.load_LE, Tensor) and isinstance(self.max_vio_L, Tensor)
         loss = accelerator.reduce(self.loss, "mean")
         auxiliary = None if self.auxiliary is None else accelerator.reduce(self.auxiliary, "mean")
@@ -299,6 +302,7 @@ class _Tally:
             "step": state.step,
             "loss": loss.item() / self.steps,
             "aux_loss": None if auxiliary is None else auxiliary.item() / self.steps,
+            "lr": lr,
             "grad_norm": None if self.grad_norm is None else float(self.grad_norm),
             "tokens_per_second": self.steps * tokens_per_step / (time.perf_counter() - self.since),
             "seconds": seconds,

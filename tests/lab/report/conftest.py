@@ -35,15 +35,11 @@ def make_run(
     folder = root / name
     folder.mkdir(parents=True)
     config = {
-        "name": name,
+        "label": label,
         "seed": seed,
-        "data": {"corpus": "wikipedia", "batch": 8},
-        "model": {
-            "layers": LAYERS,
-            "experts": EXPERTS,
-            "top_k": 2,
-            "router": {"name": method, "options": options or {}},
-        },
+        "data": {"name": "wikipedia", "length": 8},
+        "model": {"layers": LAYERS, "experts": EXPERTS, "top_k": 2},
+        "router": {"name": method, "options": options or {}},
         "train": {"steps": STEPS, "lr": 0.003},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")

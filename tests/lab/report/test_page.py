@@ -95,8 +95,8 @@ def test_every_text_of_a_run_is_escaped(make_run: MakeRun, tmp_path: Path) -> No
 def test_configurations_are_shown_and_their_differences_listed(demo: Path, tmp_path: Path) -> None:
     text = write_report(read_runs(demo), tmp_path / "r.html").read_text(encoding="utf-8")
     assert text.count("<details>") == 4
-    assert "corpus: wikipedia" in text
-    assert '<th scope="col">model.router.name</th>' in text
+    assert "name: wikipedia" in text
+    assert '<th scope="col">router.name</th>' in text
     assert '<th scope="col">train.lr</th>' not in text
 
 

@@ -93,7 +93,7 @@ def test_a_run_killed_before_its_first_line_is_unfinished_at_step_0(make_run: Ma
 def test_seeds_of_a_label_are_one_group_and_an_unfinished_seed_joins_them(make_run: MakeRun, tmp_path: Path) -> None:
     make_run(tmp_path, "a", "ssr-s", "my SSR", seed=0)
     make_run(tmp_path, "b", "ssr-s", "my SSR", seed=1)
-    make_run(tmp_path, "c", "ssr-s", "", seed=2, finished=False)
+    make_run(tmp_path, "c", "ssr-s", "my SSR", seed=2, finished=False)
     make_run(tmp_path, "d", "softmax", "Vanilla", seed=0)
     groups = group_runs(read_runs(tmp_path))
     assert [(group.label, len(group.runs), len(group.finished)) for group in groups] == [
@@ -105,7 +105,7 @@ def test_seeds_of_a_label_are_one_group_and_an_unfinished_seed_joins_them(make_r
 
 def test_differences_name_the_dotted_keys_that_differ(demo: Path) -> None:
     found = differences(read_runs([demo / "softmax", demo / "ssr-s"]))
-    assert found == {"name": ["softmax", "ssr-s"], "model.router.name": ["softmax", "ssr-s"]}
+    assert found == {"label": ["Vanilla", "SSR-S"], "router.name": ["softmax", "ssr-s"]}
 
 
 def test_baselines_come_from_the_argument_a_file_or_beside_the_runs(demo: Path, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_runs_of_a_label_that_differ_in_more_than_the_seed_are_noted(make_run: M
     make_run(tmp_path, "a", "ssr-s", "SSR-S", seed=0, options={"epsilon": 0.1})
     make_run(tmp_path, "b", "ssr-s", "SSR-S", seed=1, options={"epsilon": 0.2})
     notes = result_table(read_runs(tmp_path)).notes
-    assert "The runs of SSR-S differ in more than their seed: model.router.options.epsilon." in notes
+    assert "The runs of SSR-S differ in more than their seed: router.options.epsilon." in notes
 
 
 def test_the_terminal_table_prints_labels_as_they_are_and_marks_the_best_in_green(

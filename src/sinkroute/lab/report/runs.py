@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,6 @@ __all__ = [
     "read_run",
     "read_runs",
 ]
-
-#: Labels of unfinished runs, whose result.json (which holds the label) does not exist yet.
-_LABELS = {
-    "softmax": "Vanilla (softmax)",
-    "load-balance": "Load-balance",
-    "z-loss": "Z-loss",
-    "sinkhorn": "Sinkhorn",
-    "ssr-l": "SSR-L",
-    "ssr-s": "SSR-S",
-}
 
 
 @dataclass(frozen=True)
@@ -142,7 +132,7 @@ def read_runs(paths: Iterable[str | Path] | str | Path) -> list[Run]:
     folders: list[Path] = []
     for path in map(Path, given):
         folders += [folder for folder in _run_folders(path) if folder not in folders]
-    return _share_labels([read_run(folder) for folder in folders])
+    return [read_run(folder) for folder in folders]
 
 
 def read_run(folder: str | Path) -> Run:
@@ -165,10 +155,8 @@ def read_run(folder: str | Path) -> Run:
     else:
         train, evals = (), ()  # killed before the first log line: it is still shown, as interrupted at step 0
 
-    router = _dig(config, "model", "router")
-    configured = router.get("name") if isinstance(router, Mapping) else router
-    method = str((result or {}).get("method") or configured or folder.name)
-    label = str((result or {}).get("label") or config.get("label") or "")
+    method = str(_dig(config, "router", "name") or folder.name)
+    label = str(config.get("label") or method)
     seed = (result or {}).get("seed", config.get("seed", 0))
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed of run {str(folder)!r} must be a whole number; received {seed!r}.")
@@ -211,7 +199,7 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested mapping with dotted keys; empty mappings say nothing and are left out.
 
-    >>> flatten({"seed": 0, "model": {"layers": 4, "router": {}}})
+    >>> flatten({"seed": 0, "model": {"layers": 4}, "router": {}})
     {'seed': 0, 'model.layers': 4}
     """
     out: dict[str, Any] = {}
@@ -255,23 +243,6 @@ def _run_folders(path: Path) -> list[Path]:
         place = {str(name): i for i, name in enumerate(order)}
         found.sort(key=lambda folder: (place.get(folder.name, len(place)), folder.name))
     return found
-
-
-def _share_labels(runs: list[Run]) -> list[Run]:
-    """Give unfinished runs the label of a finished run that differs only in its seed and name, else a default."""
-
-    def essence(run: Run) -> dict[str, Any]:
-        return {key: value for key, value in flatten(run.config).items() if key not in ("seed", "name")}
-
-    labelled = [(essence(run), run.label) for run in runs if run.label]
-    out = []
-    for run in runs:
-        if not run.label:
-            own = essence(run)
-            twin = next((label for other, label in labelled if other == own), None)
-            run = replace(run, label=twin or _LABELS.get(run.method, run.method))
-        out.append(run)
-    return out
 
 
 def _read_log(path: Path) -> tuple[tuple[Mapping[str, Any], ...], tuple[Mapping[str, Any], ...]]:
