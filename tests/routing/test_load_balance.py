@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import sinkroute
-from sinkroute.routing.load_balance import load_balance_loss, mean_over_tokens
+from sinkroute.routing.load_balance import load_balance_loss
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -97,11 +97,3 @@ def test_descending_the_loss_balances_the_load():
         (gradient,) = torch.autograd.grad(router(scores_TE + bias_E).aux_loss, bias_E)
         bias_E = (bias_E - 0.5 * gradient).detach().requires_grad_()
     assert before > 280 and router(scores_TE + bias_E).load.max() < 160  # of 400 tokens; even is 100
-
-
-def test_mean_over_tokens_counts_only_real_ones():
-    values = torch.tensor([[1.0, 2.0], [10.0, 20.0], [3.0, 6.0]])
-    mask = torch.tensor([True, False, True])
-    assert mean_over_tokens(values, mask).tolist() == [2.0, 4.0]
-    assert mean_over_tokens(values[:, 0], mask).item() == 2.0
-    assert mean_over_tokens(values[:0], None).tolist() == [0.0, 0.0]

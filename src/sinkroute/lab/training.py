@@ -31,7 +31,7 @@ from sinkroute.lab.evaluation import evaluate_text
 from sinkroute.lab.interrupt import Interrupted, StopRequest
 from sinkroute.lab.log import RunLog
 from sinkroute.lab.model import Decoder
-from sinkroute.routing.draws import set_step
+from sinkroute.routing import set_step
 from sinkroute.routing.metrics import max_violation
 
 __all__ = ["Diverged", "Progress", "learning_rate", "make_model", "prepare_folder", "train"]

@@ -4,9 +4,9 @@ Shape suffixes, here and in `sinkroute.moe`: `T` tokens, `E` experts, `K` expert
 `F` hidden width of an expert, `R` routed copies of tokens (T·K).
 """
 
-from sinkroute.routing.draws import set_step
 from sinkroute.routing.registry import create_router, list_routers
 from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
+from sinkroute.routing.step import set_step
 
 __all__ = ["Router", "Routes", "create_router", "list_routers", "set_step"]

@@ -9,12 +9,11 @@ state is kept.
 from __future__ import annotations
 
 import hashlib
-import operator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["normal_like", "set_step", "uniform"]
+__all__ = ["normal_like", "uniform"]
 
 
 def _hash64(*key: int | str) -> int:
@@ -38,44 +37,3 @@ def normal_like(reference: Tensor, *key: int | str) -> Tensor:
     generator = torch.Generator(device=reference.device)
     generator.manual_seed(_hash64(*key) >> 1)  # manual_seed takes a signed 64-bit number
     return torch.randn(reference.shape, dtype=reference.dtype, device=reference.device, generator=generator)
-
-
-def _count(name: str, value: int) -> int:
-    try:
-        # Any integer type, numpy's too: the key must hash alike. (A bool is one by accident only.)
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise ValueError(f"{name} must be an integer of 0 or more, got {value!r}; pass the optimiser's step count")
-    return number
-
-
-def set_step(module: nn.Module, step: int, micro_batch: int = 0) -> None:
-    """Tell all routers in `module` which step this is, so that their random draws are keyed to it.
-
-    Call it once per training step, before the forward pass (with gradient accumulation: before each micro-batch, with
-    its index). It also numbers the routers that have no `layer` yet in the order in which `module` holds them.
-
-    Args:
-        module: a model, a layer or a router.
-        step: the optimiser step, 0 or more.
-        micro_batch: the micro-batch within the step, 0 or more.
-
-    Raises:
-        ValueError: `step` or `micro_batch` is not an integer of 0 or more.
-
-    >>> import sinkroute
-    >>> router = sinkroute.create_router("ssr-s", num_experts=8, top_k=2)
-    >>> sinkroute.set_step(router, 100)
-    >>> router.step, router.layer
-    (100, 0)
-    """
-    from sinkroute.routing.router import Router  # the router keys its draws with this module
-
-    step, micro_batch = _count("step", step), _count("micro_batch", micro_batch)
-    routers = [part for part in module.modules() if isinstance(part, Router)]
-    for position, router in enumerate(routers):
-        if router.layer is None:
-            router.layer = position
-        router.step, router.micro_batch, router.step_was_set = step, micro_batch, True

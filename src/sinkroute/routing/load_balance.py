@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from sinkroute.routing.masked import mean_over_tokens
 from sinkroute.routing.router import Router
 
 __all__ = ["LoadBalanceRouter", "load_balance_loss"]
@@ -34,14 +35,6 @@ def load_balance_loss(logits_TE: Tensor, load_E: Tensor, token_mask: Tensor | No
     mean_score_E = mean_over_tokens(torch.softmax(logits_TE, dim=-1), token_mask)
     share_E = load_E.to(mean_score_E.dtype) / load_E.sum().clamp(min=1)
     return logits_TE.shape[1] * (share_E * mean_score_E).sum()
-
-
-def mean_over_tokens(values: Tensor, token_mask: Tensor | None) -> Tensor:
-    """The mean of (T, ...) values over the real tokens; 0 if there is none."""
-    if token_mask is None:
-        return values.sum(0) / max(values.shape[0], 1)
-    mask = token_mask.view(-1, *[1] * (values.ndim - 1))
-    return (values * mask).sum(0) / token_mask.sum().clamp(min=1)
 
 
 class LoadBalanceRouter(Router):

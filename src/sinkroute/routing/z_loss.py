@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from sinkroute.routing.load_balance import mean_over_tokens
+from sinkroute.routing.masked import mean_over_tokens
 from sinkroute.routing.router import Router
 
 __all__ = ["ZLossRouter", "z_loss"]
