@@ -15,6 +15,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -138,10 +139,11 @@ class Table:
         return self._rich(range(len(self.columns)), title, said=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        unlimited = options.update(max_width=10_000)
         left = list(range(len(self.columns)))
         while left:
             take = len(left)
-            while take > 1 and self._width(left[:take]) > options.max_width:
+            while take > 1 and self._width(left[:take], console, unlimited) > options.max_width:
                 take -= 1
             yield self._rich(left[:take], None, said=False)
             left = left[take:]
@@ -150,10 +152,9 @@ class Table:
     def _said(self) -> Text:
         return Text("\n".join((*self.headline, *self.notes)), style="dim", justify="left")
 
-    def _width(self, which: Sequence[int]) -> int:
+    def _width(self, which: Sequence[int], console: Console, unlimited: ConsoleOptions) -> int:
         """The width at which no cell of these columns has to break."""
-        table = self._rich(which, None, said=False)
-        return sum(int(column.min_width or 0) + 1 for column in table.columns) + 2
+        return Measurement.get(console, unlimited, self._rich(which, None, said=False)).maximum
 
     def _rich(self, which: Sequence[int], title: str | None, said: bool) -> RichTable:
         # A baseline has nothing to say in a stack without its one column.
