@@ -24,7 +24,7 @@ from sinkroute._errors import SinkrouteError
 __all__ = ["main"]
 
 # How long a thread of OpenMP spins for the others before it sleeps. The default is so long that training of a small
-# model all but stops when another program wants a core; with this it halves or so, and on an idle machine nothing
+# model all but stops when another program wants a core; with this it only slows down, and on an idle machine nothing
 # changes. It must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

@@ -1,8 +1,7 @@
 """Word swap: random words become the ordinary word `AAA`, and nothing else changes.
 
-The attack behind the "attacked perplexity" columns of the sparse mixture-of-experts literature, there run with
-TextAttack (Morris et al. 2020, https://arxiv.org/abs/2005.05909). The rate is not published; 2.5 % of the words, the
-default here, fits the ratio of attacked to clean perplexity in those tables, about 1.24.
+The "attacked perplexity" of the sparse mixture-of-experts literature, for bytes: it changes what a model reads and what
+it has to predict. The literature does not say at which rate; 2.5 % of the words is the default here.
 """
 
 from __future__ import annotations
