@@ -74,6 +74,10 @@ def test_the_package_alone_does_not_even_import_torch():
     assert run("import sys, sinkroute; print('torch' in sys.modules)") == "False"
 
 
+def test_floors_are_attributes_of_the_package():
+    assert run("import sinkroute; print(sinkroute.routing.list_routers() == sinkroute.list_routers())") == "True"
+
+
 def test_an_unknown_attribute_is_an_error():
     with pytest.raises(AttributeError, match="module 'sinkroute' has no attribute 'slove'"):
         sinkroute.slove  # noqa: B018

@@ -34,6 +34,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name in _HOMES.values():
+        return importlib.import_module(f"sinkroute.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'sinkroute' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"sinkroute.{_HOMES[name]}"), name)
