@@ -145,7 +145,15 @@ def _train(arguments: list[str], console: Console) -> int:
     with Display(console) as display, stop_on_signal() as stop:
         display.begin(config.label or config.router.name, config.train.steps)
         try:
-            execute(config, corpus, folder, fresh=command.fresh, stop=stop, on_progress=display.update)
+            execute(
+                config,
+                corpus,
+                folder,
+                fresh=command.fresh,
+                stop=stop,
+                on_progress=display.update,
+                on_status=display.status,
+            )
             display.note("done", done=True)
         except Interrupted as error:
             console.print(f"[yellow]Interrupted[/]: {error}.", highlight=False)

@@ -68,7 +68,15 @@ def run_demo(demo: DemoConfig, console: Console) -> int:
         for name, config in runs:
             display.begin(name, config.train.steps)
             try:
-                result = execute(config, corpus, out / name, fresh=demo.fresh, stop=stop, on_progress=display.update)
+                result = execute(
+                    config,
+                    corpus,
+                    out / name,
+                    fresh=demo.fresh,
+                    stop=stop,
+                    on_progress=display.update,
+                    on_status=display.status,
+                )
                 display.note(f"{result['valid']['bits_per_byte']:.3f} bits per byte", done=True)
             except (Diverged, CheckpointError) as error:  # the other methods can still be compared
                 failures.append(f"{name}: {error}")

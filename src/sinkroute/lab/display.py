@@ -65,6 +65,11 @@ class Display:
             self.tenths = tenths
             self.console.print(f"{self.label:<14} step {progress.step}/{progress.steps}  {note}", highlight=False)
 
+    def status(self, text: str) -> None:
+        """Passing words beside the bar of the current run."""
+        if self.task is not None:
+            self.bars.update(self.task, note=text)
+
     def note(self, text: str, done: bool = False) -> None:
         """Words beside the bar of the current run; `done` fills the bar."""
         if self.task is not None:

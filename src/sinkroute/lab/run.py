@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 
@@ -19,7 +20,7 @@ from sinkroute.lab.attacks import attack_text
 from sinkroute.lab.config import Config
 from sinkroute.lab.data import Corpus
 from sinkroute.lab.evaluation import Evaluation, evaluate_text
-from sinkroute.lab.interrupt import StopRequest
+from sinkroute.lab.interrupt import Interrupted, StopRequest
 from sinkroute.lab.memory import peak_memory_mb, reset_peak_memory
 from sinkroute.lab.model import Decoder
 from sinkroute.lab.training import Progress, prepare_folder, train
@@ -35,8 +36,12 @@ def execute(
     fresh: bool = False,
     stop: StopRequest | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    on_status: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate into `folder`; a finished run is read, an unfinished one continued.
+
+    `stop` is looked at after every step and every batch of the evaluation; `on_progress` is told of every line of the
+    log, `on_status` how far the evaluation is.
 
     Returns:
         What `result.json` holds; on other than the main process nothing.
@@ -71,24 +76,44 @@ def execute(
         "sinkhorn_steps": training.pop("sinkhorn_steps"),
         "parameters": model.count_parameters()._asdict(),
         "train": {**training, "peak_memory_mb": peak_memory_mb()},
-        **evaluate_split(model, config, corpus, "valid"),
+        **evaluate_split(model, config, corpus, "valid", stop=stop, on_status=on_status),
     }
     write_json(result, result_file)
     return result
 
 
-def evaluate_split(model: Decoder, config: Config, corpus: Corpus, split: str) -> dict[str, Any]:
-    """Clean and attacked quality on every byte of a split (`"valid"` or `"test"`), and the load when serving."""
+def evaluate_split(
+    model: Decoder,
+    config: Config,
+    corpus: Corpus,
+    split: str,
+    *,
+    stop: StopRequest | None = None,
+    on_status: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Clean and attacked quality on every byte of a split (`"valid"` or `"test"`), and the load when serving.
+
+    Raises:
+        Interrupted: `stop` turned true; nothing is kept of an evaluation.
+    """
     text = getattr(corpus, split)
     before = int((corpus.train if split == "valid" else corpus.valid)[-1])
 
-    def evaluate(data: Any) -> Evaluation:
-        return evaluate_text(model, data, length=config.data.length, batch=config.eval.batch, before=before)
+    def evaluate(name: str, data: np.ndarray) -> Evaluation:
+        def watch(done: int, windows: int) -> None:
+            if stop:
+                raise Interrupted("stopped while it was evaluated; the same command continues")
+            if on_status is not None:
+                on_status(f"evaluating {name} text: {done / windows:.0%}")
 
-    clean = evaluate(text)
+        return evaluate_text(
+            model, data, length=config.data.length, batch=config.eval.batch, before=before, on_batch=watch
+        )
+
+    clean = evaluate("clean", text)
     attacked = {}
     for name, options in config.eval.attacks.items():
-        found = evaluate(attack_text(name, text, seed=config.seed, **options))
+        found = evaluate(name, attack_text(name, text, seed=config.seed, **options))
         attacked[name] = {**_quality(found), **options}
     return {split: _quality(clean), "attacked": attacked, "serving": clean.serving()}
 

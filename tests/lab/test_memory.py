@@ -1,0 +1,21 @@
+"""Peak memory of a stretch of work."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from sinkroute.lab.memory import peak_memory_mb, reset_peak_memory
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or sys.platform != "linux", reason="resident memory on Linux")
+def test_a_peak_is_seen_and_forgotten_at_the_reset() -> None:
+    reset_peak_memory()
+    before = peak_memory_mb()
+    block = torch.ones(80 * 2**20 // 4)  # 80 MiB, touched
+    assert before + 70 < peak_memory_mb() < before + 120
+    del block
+    reset_peak_memory()
+    assert peak_memory_mb() < before + 40

@@ -1,0 +1,88 @@
+"""A run from configuration to result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sinkroute.lab.config import Config, from_mapping
+from sinkroute.lab.data import Corpus, load_corpus
+from sinkroute.lab.interrupt import Interrupted, StopRequest
+from sinkroute.lab.run import execute, machine, write_json
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    words = np.random.default_rng(0).choice(["balanced", "experts", "route", "tokens", "to", "the", "few"], 8000)
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(words))
+    return load_corpus("text", path)
+
+
+CONFIG = from_mapping(
+    Config,
+    {
+        "label": "mine",
+        "data": {"name": "text", "length": 32},
+        "model": {"layers": 2, "d_model": 32, "heads": 2, "d_hidden": 16, "experts": 4, "top_k": 2},
+        "router": {"name": "ssr-l", "options": {"probability": 0.5}},
+        "train": {"steps": 8, "batch": 4, "warmup": 2, "log_every": 2},
+        "eval": {"batch": 8},
+    },
+)
+
+
+def test_the_result_holds_what_a_table_needs(corpus: Corpus, tmp_path: Path) -> None:
+    result = execute(CONFIG, corpus, tmp_path)
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert (result["method"], result["label"], result["seed"], result["steps"]) == ("ssr-l", "mine", 0, 8)
+    assert result["probability"] == 0.5
+    assert 0 < result["sinkhorn_steps"] < 8
+    assert result["valid"]["bytes"] == len(corpus.valid)
+    assert result["attacked"]["word-swap"]["rate"] == 0.025
+    assert sum(map(sum, result["serving"]["load"])) == 2 * 2 * len(corpus.valid)  # layers · top-k
+    assert result["parameters"]["active"] < result["parameters"]["total"]
+    assert result["train"]["peak_memory_mb"] > 50
+    assert result["train"]["tokens_per_second"] == pytest.approx(4 * 32 / result["train"]["ms_per_step"] * 1e3)
+
+
+def test_a_stop_during_evaluation_is_heard_and_the_next_call_only_evaluates(corpus: Corpus, tmp_path: Path) -> None:
+    stop, heard = StopRequest(), []
+
+    def listen(text: str) -> None:
+        heard.append(text)
+        stop.asked = len(heard) == 3
+
+    with pytest.raises(Interrupted, match="while it was evaluated; the same command continues"):
+        execute(CONFIG, corpus, tmp_path, stop=stop, on_status=listen)
+    assert len(heard) == 3
+    assert heard[0].startswith("evaluating clean text: ")
+    assert not (tmp_path / "result.json").exists()
+    log = (tmp_path / "log.jsonl").read_text()
+    assert execute(CONFIG, corpus, tmp_path)["steps"] == 8
+    assert (tmp_path / "log.jsonl").read_text() == log
+
+
+def test_a_damaged_result_is_named(corpus: Corpus, tmp_path: Path) -> None:
+    execute(CONFIG, corpus, tmp_path)
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(ValueError, match=r"result\.json is damaged.*delete it and run the same command"):
+        execute(CONFIG, corpus, tmp_path)
+
+
+def test_writing_json_replaces_the_file_wholly_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json({"a": 1}, path)
+    with pytest.raises(TypeError):
+        write_json({"a": object()}, path)
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_the_machine_is_described() -> None:
+    about = machine()
+    assert about["cores"] >= 1
+    assert about["cpu"]
+    assert about["torch"].startswith("2.")
