@@ -175,6 +175,13 @@ def test_another_configuration_in_the_same_folder_is_refused(corpus: Corpus, tmp
     assert not (tmp_path / "log.jsonl").exists()
 
 
+def test_a_folder_in_which_nothing_was_trained_is_taken_over(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean 'probability'"):
+        run(config(options={"probabilty": 0.5}, steps=1), corpus, tmp_path)
+    run(config(options={"probability": 0.5}, steps=1), corpus, tmp_path)
+    assert len(losses(tmp_path)) == 1
+
+
 def test_a_damaged_checkpoint_stops_the_resume(corpus: Corpus, tmp_path: Path) -> None:
     run(config(), corpus, tmp_path)
     model = tmp_path / "checkpoints" / "step-000012" / "model.safetensors"

@@ -84,13 +84,17 @@ def make_model(config: Config) -> Decoder:
 def prepare_folder(config: Config, folder: Path, fresh: bool = False) -> None:
     """Make a run's folder, or check that the one there belongs to this configuration.
 
+    A folder in which nothing was trained yet (the run failed at once, say of a misspelt option) is taken over.
+
     Raises:
         ValueError: the folder holds a run with another configuration.
     """
     written = folder / "config.yaml"
     if fresh and written.exists():
         shutil.rmtree(folder)
-    if written.exists():
+    log = folder / "log.jsonl"
+    begun = latest_checkpoint(folder / "checkpoints") is not None or (log.exists() and log.stat().st_size > 0)
+    if written.exists() and begun:
         changed = differences(read_yaml(Config, written), config)
         if changed:
             raise ValueError(
