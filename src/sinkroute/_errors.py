@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Real
 
-__all__ = ["NonFiniteScores", "SinkrouteError", "unknown_name"]
+__all__ = ["NonFiniteScores", "SinkrouteError", "require_numbers", "unknown_name"]
 
 
 class SinkrouteError(Exception):
@@ -14,6 +15,18 @@ class SinkrouteError(Exception):
 
 class NonFiniteScores(ValueError):
     """Scores of a real token that are NaN or infinite; the message names the first."""
+
+
+def require_numbers(**values: object) -> None:
+    """Raise a `TypeError` that names the first argument that is no int or float.
+
+    >>> require_numbers(reg=0.1, noise="much")
+    Traceback (most recent call last):
+    TypeError: noise must be a number, got 'much' (str)
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
 
 
 def unknown_name(kind: str, name: object, choices: Iterable[str]) -> ValueError:

@@ -29,7 +29,7 @@ __all__ = ["main"]
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Errors that explain themselves. (What is heavy, Accelerate or matplotlib, is imported by the command that needs it.)
-EXPECTED_ERRORS = (SinkrouteError, ValueError, OSError, ModuleNotFoundError)
+EXPECTED_ERRORS = (SinkrouteError, ValueError, TypeError, OSError, ModuleNotFoundError)
 
 
 class UsageError(Exception):
@@ -136,9 +136,11 @@ def _train(arguments: list[str], console: Console) -> int:
     options, rest = _router_options(arguments if asks_help else arguments[1:])
     default = TrainCommand(**vars(preset))
     command = tyro.cli(TrainCommand, default=default, args=rest, prog="sinkroute train CONFIG")
-    # Options of another router than the preset's would be errors, not wishes.
-    kept = preset.router.options if command.router.name == preset.router.name else {}
-    command.router.options = {**kept, **options}
+    if command.router.name == preset.router.name:
+        command.router.options = {**preset.router.options, **options}
+    else:  # options and label of the preset belong to its own router
+        command.router.options = options
+        command.label = "" if command.label == preset.label else command.label
     config = Config(**{name: value for name, value in vars(command).items() if name not in ("out", "fresh")})
     folder = Path(command.out or Path("runs") / path.stem)
     corpus = load_corpus(config.data.name, config.data.path)
@@ -204,7 +206,7 @@ def _evaluate(arguments: list[str], console: Console) -> int:
     from sinkroute.lab.config import Config, read_yaml
     from sinkroute.lab.data import load_corpus
     from sinkroute.lab.run import evaluate_split, write_json
-    from sinkroute.lab.training import make_model
+    from sinkroute.lab.training import check_corpus, make_model
 
     command = tyro.cli(EvaluateCommand, args=arguments, prog="sinkroute evaluate")
     folder = Path(command.run)
@@ -217,6 +219,7 @@ def _evaluate(arguments: list[str], console: Console) -> int:
         raise FileNotFoundError(f"{folder} has no checkpoint yet; let it train to train.checkpoint_every steps")
     config = read_yaml(Config, folder / "config.yaml")
     corpus = load_corpus(config.data.name, config.data.path)
+    check_corpus(corpus, folder)
     model = make_model(config)
     load_model(checkpoint, model)
     found = {"checkpoint": checkpoint.name, **evaluate_split(model, config, corpus, command.split)}

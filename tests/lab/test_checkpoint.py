@@ -120,6 +120,20 @@ def test_a_damaged_state_file_is_named(tmp_path: Path, content: str) -> None:
         load_checkpoint(path, *trained())
 
 
+def test_a_changed_number_in_the_state_file_is_found(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 4, *trained(), {"step": 4}, keep=1)
+    text = (path / "state.json").read_text()
+    (path / "state.json").write_text(text.replace('"step": 4', '"step": 5'))
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged"):
+        load_checkpoint(path, *trained())
+
+
+def test_a_folder_with_a_similar_name_is_no_checkpoint(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, *trained(), {}, keep=1)
+    (tmp_path / "step-000006.bak").mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000001"]
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, *trained(), {}, keep=1)
     with pytest.raises(CheckpointError, match="does not fit this model"):

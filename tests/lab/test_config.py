@@ -51,7 +51,12 @@ def test_missing_keys_keep_their_defaults() -> None:
         ({"train": 7}, "train must be a mapping"),
         ({"train": {"steps": 0}}, r"train\.steps must be 1 or more, got 0"),
         ({"train": {"batch": 5, "accumulation": 2}}, r"train\.batch=5 must be a multiple of train\.accumulation=2"),
-        ({"train": {"lr": -1.0}}, r"train\.lr must be above 0, got -1"),
+        ({"train": {"clip": 0}}, r"train\.clip must be a finite number above 0, got 0"),
+        ({"train": {"beta2": 2.0}}, r"train\.beta2 must be 0 or more and below 1, got 2"),
+        ({"train": {"trackers": ["tensorbord"]}}, "did you mean 'tensorboard'"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"model": {"vocab": 100}}, r"model\.vocab must be 256 or more, got 100"),
+        ({"train": {"lr": -1.0}}, r"train\.lr must be a finite number above 0, got -1"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_dotted_key(mapping: dict, message: str) -> None:
@@ -75,6 +80,20 @@ def test_yaml_cannot_make_objects(tmp_path: Path) -> None:
     (tmp_path / "evil.yaml").write_text("label: !!python/object/apply:os.system ['true']")
     with pytest.raises(ValueError, match="not YAML"):
         read_yaml(Config, tmp_path / "evil.yaml")
+
+
+def test_a_preset_is_found_whatever_lies_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert find_preset("demo").name == "demo.yaml"
+    with pytest.raises(ValueError, match="is a folder"):
+        read_yaml(Config, find_preset("./demo"))
+
+
+def test_what_is_not_utf_8_is_refused_and_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_bytes(b"label: \xff")
+    with pytest.raises(ValueError, match=r"bad\.yaml is not YAML"):
+        read_yaml(Config, tmp_path / "bad.yaml")
 
 
 def test_a_missing_file_is_answered_with_the_presets(tmp_path: Path) -> None:

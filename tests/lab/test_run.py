@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sinkroute.lab.config import Config, from_mapping
+from sinkroute.lab.config import Config, from_mapping, to_mapping
 from sinkroute.lab.data import Corpus, load_corpus
 from sinkroute.lab.interrupt import Interrupted, StopRequest
 from sinkroute.lab.run import execute, machine, write_json
@@ -64,6 +64,32 @@ def test_a_stop_during_evaluation_is_heard_and_the_next_call_only_evaluates(corp
     log = (tmp_path / "log.jsonl").read_text()
     assert execute(CONFIG, corpus, tmp_path)["steps"] == 8
     assert (tmp_path / "log.jsonl").read_text() == log
+
+
+def test_a_misspelt_attack_is_told_before_training(corpus: Corpus, tmp_path: Path) -> None:
+    config = from_mapping(Config, {**to_mapping(CONFIG), "eval": {"attacks": {"wordswap": {}}}})
+    with pytest.raises(ValueError, match="did you mean 'word-swap'"):
+        execute(config, corpus, tmp_path)
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_training_figures_do_not_depend_on_where_log_lines_fall(tmp_path: Path) -> None:
+    from sinkroute.lab.run import _training_summary
+
+    def summary(ends: list[int]) -> dict:
+        lines = []
+        for start, end in zip([0, *ends], ends, strict=False):
+            values = [3.0 if step == 99 else 1.0 for step in range(start, end)]  # of steps, the last one is bad
+            mean = sum(values) / len(values)
+            line = {"kind": "train", "step": end, "loss": mean, "max_vio": [mean], "seconds": 1.0}
+            lines.append({**line, "tokens_per_second": 1.0, "sinkhorn_steps": 0})
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return _training_summary(from_mapping(Config, {"train": {"steps": 100}}), tmp_path)
+
+    regular, interrupted = summary(list(range(5, 101, 5))), summary([*range(5, 100, 5), 99, 100])
+    assert regular["max_vio"] == pytest.approx(27 / 25)  # 24 steps of 1 and one of 3, of the last 25
+    assert interrupted["max_vio"] == pytest.approx(27 / 25)
+    assert interrupted["bits_per_byte"] == pytest.approx(regular["bits_per_byte"])
 
 
 def test_a_damaged_result_is_named(corpus: Corpus, tmp_path: Path) -> None:

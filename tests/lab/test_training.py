@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from sinkroute.lab.checkpoint import CheckpointError
-from sinkroute.lab.config import Config, TrainConfig, from_mapping, write_yaml
+from sinkroute.lab.config import Config, TrainConfig, from_mapping, read_yaml, write_yaml
 from sinkroute.lab.data import Corpus, load_corpus
 from sinkroute.lab.interrupt import Interrupted, StopRequest
 from sinkroute.lab.training import Diverged, Progress, learning_rate, make_model, prepare_folder, train
@@ -50,7 +51,7 @@ def config(router: str = "ssr-s", options: dict | None = None, **training: objec
 
 
 def run(settings: Config, corpus: Corpus, folder: Path, **options: object) -> torch.nn.Module:
-    prepare_folder(settings, folder)
+    prepare_folder(settings, corpus, folder)
     return train(settings, corpus, folder, **options)
 
 
@@ -170,8 +171,8 @@ def test_a_stopped_run_continues_with_the_same_bits(corpus: Corpus, tmp_path: Pa
 def test_another_configuration_in_the_same_folder_is_refused(corpus: Corpus, tmp_path: Path) -> None:
     run(config(steps=1), corpus, tmp_path)
     with pytest.raises(ValueError, match=r"another configuration \(train\.steps: 1 → 2\).*--out.*--fresh"):
-        prepare_folder(config(steps=2), tmp_path)
-    prepare_folder(config(steps=2), tmp_path, fresh=True)
+        prepare_folder(config(steps=2), corpus, tmp_path)
+    prepare_folder(config(steps=2), corpus, tmp_path, fresh=True)
     assert not (tmp_path / "log.jsonl").exists()
 
 
@@ -180,6 +181,48 @@ def test_a_folder_in_which_nothing_was_trained_is_taken_over(corpus: Corpus, tmp
         run(config(options={"probabilty": 0.5}, steps=1), corpus, tmp_path)
     run(config(options={"probability": 0.5}, steps=1), corpus, tmp_path)
     assert len(losses(tmp_path)) == 1
+
+
+def test_fresh_deletes_what_runs_write_and_nothing_else(corpus: Corpus, tmp_path: Path) -> None:
+    run(config(steps=1), corpus, tmp_path)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    prepare_folder(config(steps=2), corpus, tmp_path, fresh=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "corpus.json", "thesis"]
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_configuration_of_something_else_is_never_touched(corpus: Corpus, tmp_path: Path, fresh: bool) -> None:
+    (tmp_path / "config.yaml").write_text("unrelated: 1  # mine")
+    with pytest.raises(ValueError, match="something else than a run"):
+        prepare_folder(config(), corpus, tmp_path, fresh=fresh)
+    assert (tmp_path / "config.yaml").read_text() == "unrelated: 1  # mine"
+
+
+def test_a_run_of_another_text_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    run(config(steps=1), corpus, tmp_path)
+    with pytest.raises(ValueError, match=r"was trained on another text: SHA-256 .* now 0{12}…"):
+        prepare_folder(config(steps=1), replace(corpus, sha256="0" * 64), tmp_path)
+
+
+def test_what_does_not_change_the_model_may_change_between_calls(corpus: Corpus, tmp_path: Path) -> None:
+    run(config(steps=4, checkpoint_every=2), corpus, tmp_path)
+    settings = config(steps=4, checkpoint_every=3)
+    settings.eval.attacks = {}
+    prepare_folder(settings, corpus, tmp_path)
+    assert read_yaml(Config, tmp_path / "config.yaml") == settings
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(Diverged, match="grad_norm is nan"):
+        run(config(steps=5, log_every=5), corpus, tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
 def test_a_damaged_checkpoint_stops_the_resume(corpus: Corpus, tmp_path: Path) -> None:
@@ -245,19 +288,23 @@ def test_two_processes_give_the_run_of_one(text: Path, tmp_path: Path) -> None:
     settings = config("softmax", steps=6)
     settings.data.path = str(text)
     write_yaml(settings, tmp_path / "config.yaml")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for processes in (1, 2):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        arguments = [
-            "-m",
-            "sinkroute.cli",
-            "train",
-            str(tmp_path / "config.yaml"),
-            "--out",
-            str(tmp_path / str(processes)),
-        ]
-        subprocess.run([*launcher, *arguments], check=True, env=environment, capture_output=True, timeout=120)
+        _torchrun(processes, "train", str(tmp_path / "config.yaml"), "--out", str(tmp_path / str(processes)))
     logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("1", "2")]
     for one, two in zip(*logs, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert sum(map(sum, two["load"])) == sum(map(sum, one["load"]))
+
+
+def _torchrun(processes: int, *words: str) -> None:
+    """Run the command line in several processes; again if another program took the port that torchrun had chosen."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SINKROUTE_TRACEBACK": "1"}
+    for _ in range(3):
+        command = [*launcher, "-m", "sinkroute.cli", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        if done.returncode == 0:
+            return
+        if not re.search("EADDRINUSE|address already in use|rendezvous|connect", done.stderr, flags=re.IGNORECASE):
+            break
+    pytest.fail(done.stdout[-2000:] + done.stderr[-6000:])

@@ -1,5 +1,6 @@
 """`set_step`: numbers, counts, and a warning where it was forgotten."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -18,6 +19,14 @@ class TwoRouters(nn.Module):
         self.second = sinkroute.create_router("softmax", num_experts=4, top_k=1)
         if second is not None:
             self.second.layer = second
+
+
+def test_copies_of_a_numbered_router_get_numbers_of_their_own():
+    first = sinkroute.create_router("ssr-s", num_experts=4, top_k=2)
+    sinkroute.set_step(first, 0)
+    model = nn.ModuleList([first, copy.deepcopy(first), copy.deepcopy(first)])
+    sinkroute.set_step(model, 1)
+    assert [router.layer for router in model] == [0, 1, 2]
 
 
 def test_any_integer_type_counts():

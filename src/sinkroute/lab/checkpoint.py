@@ -1,7 +1,7 @@
 """Checkpoints that survive `kill -9`, a full disk and a flipped bit, and hold no pickle.
 
 A checkpoint is a folder `step-000100` with `model.safetensors`, `optimizer.safetensors` and `state.json`, which
-carries what is no tensor and the SHA-256 of the other two. It is written beside its place under another name and then
+carries what is no tensor and the SHA-256 of all three. It is written beside its place under another name and then
 renamed, which the file system does wholly or not at all: a folder of that name is complete.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,6 +74,7 @@ def save_checkpoint(
         save_file(_whole(tensors), draft / "optimizer.safetensors")
         digests = {name: _digest(draft / name) for name in ("model.safetensors", "optimizer.safetensors")}
         content = {"step": step, "sha256": digests, "param_groups": optimizer_state["param_groups"], "state": state}
+        content["own_sha256"] = _own_digest(content)
         (draft / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         for path in draft.iterdir():
             _flush(path)
@@ -100,7 +102,8 @@ def save_checkpoint(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("step-[0-9]*"), key=lambda path: int(path.name.removeprefix("step-")))
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -144,7 +147,8 @@ def load_model(path: Path, model: nn.Module) -> None:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         content = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        _ = content["sha256"], content["param_groups"], content["state"]
+        if content["own_sha256"] != _own_digest(content):
+            raise ValueError("its SHA-256 is not the one it states")
         return content
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no checkpoint: it has no state.json. {_cure(path)}") from None
@@ -182,6 +186,12 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _own_digest(content: dict[str, Any]) -> str:
+    """Of what `state.json` holds beside this digest itself."""
+    rest = {name: value for name, value in content.items() if name != "own_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -6,6 +6,7 @@ A misspelt key is an error that names the nearest right one: a run must not sile
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import types
 import typing
@@ -114,7 +115,7 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints stay on disk."""
-    trackers: tuple[str, ...] = ()
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Also log to these: tensorboard, wandb, trackio."""
 
 
@@ -162,8 +163,18 @@ class Config:
             value = getattr(getattr(self, section), name)
             if value < least:
                 raise ValueError(f"{section}.{name} must be {least} or more, got {value}")
-        if not self.train.lr > 0:
-            raise ValueError(f"train.lr must be above 0, got {self.train.lr}")
+        for name, above in (("lr", 0), ("clip", 0)):
+            value = getattr(self.train, name)
+            if not above < value < math.inf:
+                raise ValueError(f"train.{name} must be a finite number above {above}, got {value}")
+        for name, below in (("weight_decay", math.inf), ("final_lr", 1 + 1e-9), ("beta2", 1)):
+            value = getattr(self.train, name)
+            if not 0 <= value < below:
+                raise ValueError(f"train.{name} must be 0 or more and below {below:g}, got {value}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+        if self.model.vocab < 256:
+            raise ValueError(f"model.vocab must be 256 or more, got {self.model.vocab}: the text is bytes")
         if self.train.batch % self.train.accumulation:
             raise ValueError(
                 f"train.batch={self.train.batch} must be a multiple of train.accumulation={self.train.accumulation}: "
@@ -264,7 +275,9 @@ def read_yaml(cls: type[T], path: Path) -> T:
         raise FileNotFoundError(
             f"no configuration at {path}; pass a YAML file or a preset: {', '.join(_presets())}"
         ) from None
-    except yaml.YAMLError as error:
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder; pass a YAML file or a preset: {', '.join(_presets())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     try:
         return from_mapping(cls, {} if mapping is None else mapping)
@@ -291,10 +304,9 @@ def _presets() -> list[str]:
 
 
 def find_preset(name: str) -> Path:
-    """A configuration file: the path itself, or the preset of that name."""
-    path = Path(name)
+    """A configuration file: the preset of that name, or else the path itself (`./demo` for a file of that name)."""
     preset = _preset_folder() / f"{name}.yaml"
-    return preset if not path.exists() and preset.exists() else path
+    return preset if os.sep not in name and preset.is_file() else Path(name)
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 
 import sinkroute
+from sinkroute._errors import NonFiniteScores
 from sinkroute.lab.attacks import attack_text
 from sinkroute.lab.config import Config
 from sinkroute.lab.data import Corpus
@@ -23,7 +24,7 @@ from sinkroute.lab.evaluation import Evaluation, evaluate_text
 from sinkroute.lab.interrupt import Interrupted, StopRequest
 from sinkroute.lab.memory import peak_memory_mb, reset_peak_memory
 from sinkroute.lab.model import Decoder
-from sinkroute.lab.training import Progress, prepare_folder, train
+from sinkroute.lab.training import Diverged, Progress, prepare_folder, train
 
 __all__ = ["evaluate_split", "execute", "machine", "write_json"]
 
@@ -49,9 +50,12 @@ def execute(
     Raises:
         As `prepare_folder` and `train`.
     """
+    for name, attack in config.eval.attacks.items():
+        # On any text, now: a misspelt attack must not wait for the end of training.
+        attack_text(name, b"a word", seed=config.seed, **attack)
     processes = PartialState(cpu=not torch.accelerator.is_available())
     if processes.is_main_process:
-        prepare_folder(config, folder, fresh)
+        prepare_folder(config, corpus, folder, fresh)
     processes.wait_for_everyone()
     result_file = folder / "result.json"
     if result_file.exists():
@@ -110,7 +114,10 @@ def evaluate_split(
             model, data, length=config.data.length, batch=config.eval.batch, before=before, on_batch=watch
         )
 
-    clean = evaluate("clean", text)
+    try:
+        clean = evaluate("clean", text)
+    except NonFiniteScores as error:
+        raise Diverged(f"the trained model is broken: {error}") from error
     attacked = {}
     for name, options in config.eval.attacks.items():
         found = evaluate(name, attack_text(name, text, seed=config.seed, **options))
@@ -126,7 +133,14 @@ def _training_summary(config: Config, folder: Path) -> dict[str, Any]:
     """Figures of the whole training from its log, so that they are right after a resume too."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if line["kind"] == "train"]
-    late = lines[-max(len(lines) // 4, 1) :]
+    starts = [0, *(line["step"] for line in lines[:-1])]
+    weights = {line["step"]: line["step"] - start for start, line in zip(starts, lines, strict=True)}
+    late = [line for line in lines if line["step"] > 0.75 * config.train.steps]
+
+    def late_mean(value: Callable[[dict[str, Any]], float]) -> float:
+        """Over the steps of the last quarter: a line weighs as many steps as it covers."""
+        return sum(weights[line["step"]] * value(line) for line in late) / sum(weights[line["step"]] for line in late)
+
     tokens = config.train.batch * config.data.length
     # The median line: the first pays for what happens once, and a machine that others use stalls now and then.
     seconds_per_token = statistics.median(1 / line["tokens_per_second"] for line in lines)
@@ -134,8 +148,8 @@ def _training_summary(config: Config, folder: Path) -> dict[str, Any]:
         "seconds": lines[-1]["seconds"],
         "ms_per_step": 1e3 * tokens * seconds_per_token,
         "tokens_per_second": 1 / seconds_per_token,
-        "max_vio": sum(sum(line["max_vio"]) / len(line["max_vio"]) for line in late) / len(late),
-        "bits_per_byte": sum(line["loss"] for line in late) / len(late) / math.log(2),
+        "max_vio": late_mean(lambda line: sum(line["max_vio"]) / len(line["max_vio"])),
+        "bits_per_byte": late_mean(lambda line: line["loss"]) / math.log(2),
         "sinkhorn_steps": sum(line["sinkhorn_steps"] for line in lines),
     }
 

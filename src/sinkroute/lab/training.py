@@ -7,6 +7,7 @@ generator is saved.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
@@ -34,7 +35,7 @@ from sinkroute.lab.model import Decoder
 from sinkroute.routing import set_step
 from sinkroute.routing.metrics import max_violation
 
-__all__ = ["Diverged", "Progress", "learning_rate", "make_model", "prepare_folder", "train"]
+__all__ = ["Diverged", "Progress", "check_corpus", "learning_rate", "make_model", "prepare_folder", "train"]
 
 
 class Diverged(SinkrouteError):
@@ -81,29 +82,67 @@ def make_model(config: Config) -> Decoder:
     return model
 
 
-def prepare_folder(config: Config, folder: Path, fresh: bool = False) -> None:
-    """Make a run's folder, or check that the one there belongs to this configuration.
+# What a run writes; --fresh deletes these and nothing else.
+_OWN_FILES = ("config.yaml", "corpus.json", "log.jsonl", "result.json", "evaluation-*.json", "checkpoints", "sinkroute")
 
-    A folder in which nothing was trained yet (the run failed at once, say of a misspelt option) is taken over.
+# What may change between two calls of a run: it decides what is shown and kept, not which numbers come out of training.
+_FREE_KEYS = ("label", "eval.", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.trackers")
+
+
+def prepare_folder(config: Config, corpus: Corpus, folder: Path, fresh: bool = False) -> None:
+    """Make a run's folder, or check that the one there belongs to this configuration and this text.
+
+    A folder in which nothing was trained yet (the run failed at once, say of a misspelt option) is taken over; what
+    does not change the trained model, such as `eval`, may differ and is written anew.
 
     Raises:
-        ValueError: the folder holds a run with another configuration.
+        ValueError: the folder holds a run with another configuration or of another text, or something else.
     """
     written = folder / "config.yaml"
-    if fresh and written.exists():
-        shutil.rmtree(folder)
-    log = folder / "log.jsonl"
-    begun = latest_checkpoint(folder / "checkpoints") is not None or (log.exists() and log.stat().st_size > 0)
-    if written.exists() and begun:
-        changed = differences(read_yaml(Config, written), config)
-        if changed:
-            raise ValueError(
-                f"{folder} holds a run with another configuration ({'; '.join(changed)}); "
-                "choose another --out, or --fresh to delete it and start anew"
-            )
-        return
+    if written.exists():
+        try:
+            earlier = read_yaml(Config, written)
+        except ValueError as error:
+            raise ValueError(f"{folder} holds something else than a run ({error}); choose another --out") from None
+        if fresh:
+            for pattern in _OWN_FILES:
+                for path in folder.glob(pattern):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif _begun(folder):
+            changed = [line for line in differences(earlier, config) if not line.startswith(_FREE_KEYS)]
+            if changed:
+                raise ValueError(
+                    f"{folder} holds a run with another configuration ({'; '.join(changed)}); "
+                    "choose another --out, or --fresh to delete it and start anew"
+                )
+            check_corpus(corpus, folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(config, written)
+    about = {"name": corpus.name, "source": corpus.source, "sha256": corpus.sha256}
+    (folder / "corpus.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _begun(folder: Path) -> bool:
+    log = folder / "log.jsonl"
+    logged = log.exists() and log.stat().st_size > 0
+    return logged or (folder / "result.json").exists() or latest_checkpoint(folder / "checkpoints") is not None
+
+
+def check_corpus(corpus: Corpus, folder: Path) -> None:
+    """Check that a run was trained on this very text: another one would be split elsewhere, training bytes in the test.
+
+    Raises:
+        ValueError: the text has changed since.
+    """
+    try:
+        known = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'corpus.json'} cannot be read ({error!r}); --fresh starts the run anew") from None
+    if known != corpus.sha256:
+        raise ValueError(
+            f"{folder} was trained on another text: SHA-256 {known[:12]}…, now {corpus.sha256[:12]}… "
+            f"({corpus.source}); restore the text, or --fresh to start anew"
+        )
 
 
 def train(
@@ -192,8 +231,10 @@ def train(
         log.write(line)
         if settings.trackers:
             accelerator.log(_flat(line), step=state.step)
-        if not math.isfinite(line["loss"]):
-            raise Diverged(_diverged(state.step, f"the loss is {line['loss']}", checkpoints))
+        for name in ("loss", "grad_norm"):
+            # The gradient too: with it the weights are lost, a step before the loss shows it, and would be saved.
+            if not math.isfinite(line[name]):
+                raise Diverged(_diverged(state.step, f"{name} is {line[name]}", checkpoints))
         state.seconds = seconds
         if on_progress is not None:
             mean_vio = sum(line["max_vio"]) / len(line["max_vio"])
@@ -213,7 +254,9 @@ def train(
                     accelerator.backward(loss if auxiliary is None else loss + auxiliary)
                     tally.add_micro_batch(model, loss, auxiliary, settings.accumulation)
                     if accelerator.sync_gradients:
-                        tally.grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
+                        norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
+                        assert norm is not None  # it is None with DeepSpeed's own clipping only
+                        tally.grad_norm = norm
                     prepared.step()
                     prepared.zero_grad()
             state.step += 1
@@ -273,7 +316,7 @@ class _Tally:
     branches: Counter[str] = field(default_factory=Counter)
     sinkhorn_steps: int = 0
     plan_passes: int = 0
-    grad_norm: Tensor | None = None
+    grad_norm: Tensor | float = 0.0
     since: float = field(default_factory=time.perf_counter)
 
     def add_micro_batch(self, model: Decoder, loss: Tensor, auxiliary: Tensor | None, accumulation: int) -> None:
@@ -307,7 +350,7 @@ class _Tally:
             "loss": loss.item() / self.steps,
             "aux_loss": None if auxiliary is None else auxiliary.item() / self.steps,
             "lr": lr,
-            "grad_norm": None if self.grad_norm is None else float(self.grad_norm),
+            "grad_norm": float(self.grad_norm),
             "tokens_per_second": self.steps * tokens_per_step / (time.perf_counter() - self.since),
             "seconds": seconds,
             "max_vio": (self.max_vio_L / self.steps).tolist(),

@@ -82,7 +82,7 @@ class MoE(nn.Module):
             TypeError: a mask that is not bool.
             ValueError: a last dimension other than D, or a mask whose shape is not the leading shape of `x`.
         """
-        if x.shape[-1] != self.d_model:
+        if x.ndim == 0 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must have a last dimension of d_model={self.d_model}, got shape {tuple(x.shape)}")
         if token_mask is not None:
             if token_mask.dtype != torch.bool:

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from sinkroute._errors import require_numbers
 from sinkroute.routing.masked import mean_over_tokens
 from sinkroute.routing.router import Router
 
@@ -48,6 +49,7 @@ class LoadBalanceRouter(Router):
         self, num_experts: int, top_k: int, *, coefficient: float = 0.01, norm_topk: bool | None = None
     ) -> None:
         super().__init__(num_experts, top_k, norm_topk=norm_topk)
+        require_numbers(coefficient=coefficient)
         if not (coefficient >= 0 and math.isfinite(coefficient)):
             raise ValueError(
                 f"coefficient must be a finite number of 0 or more, got {coefficient}; 0.01 is the published value"

@@ -53,6 +53,9 @@ class Router(nn.Module):
         self, num_experts: int, top_k: int, *, norm_topk: bool | None = None, seed: int = 0, layer: int | None = None
     ) -> None:
         super().__init__()
+        for name, value in (("num_experts", num_experts), ("top_k", top_k), ("seed", seed)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
         if num_experts < 1:
             raise ValueError(f"num_experts must be 1 or more, got {num_experts}")
         if not 1 <= top_k <= num_experts:
@@ -62,7 +65,7 @@ class Router(nn.Module):
             )
         self.num_experts, self.top_k = num_experts, top_k
         self.norm_topk = top_k > 1 if norm_topk is None else norm_topk
-        self.seed, self.layer = seed, layer
+        self.seed, self.layer, self.layer_is_given = seed, layer, layer is not None
         self.step, self.micro_batch, self.step_was_set = 0, 0, False
         self._keyless_draws = 0
 
@@ -155,8 +158,9 @@ class Router(nn.Module):
     # -- input -------------------------------------------------------------------------------------------------------
 
     def _checked(self, logits_TE: Tensor, token_mask: Tensor | None) -> Tensor:
-        if not logits_TE.is_floating_point():
-            raise TypeError(f"logits_TE must be a float tensor, got {logits_TE.dtype}; pass the gate's scores")
+        if not isinstance(logits_TE, Tensor) or not logits_TE.is_floating_point():
+            kind = logits_TE.dtype if isinstance(logits_TE, Tensor) else type(logits_TE).__name__
+            raise TypeError(f"logits_TE must be a float tensor, got {kind}; pass the gate's scores")
         if logits_TE.ndim != 2 or logits_TE.shape[1] != self.num_experts:
             raise ValueError(
                 f"logits_TE must have shape (tokens, num_experts={self.num_experts}), got {tuple(logits_TE.shape)}; "

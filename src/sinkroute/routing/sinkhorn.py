@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sinkroute._errors import require_numbers
 from sinkroute.routing.router import Choice, Router
 from sinkroute.routing.uncompiled import uncompiled
 from sinkroute.transport import solve
@@ -37,6 +38,7 @@ class SinkhornRouter(Router):
         norm_topk: bool | None = None,
     ) -> None:
         super().__init__(num_experts, top_k, norm_topk=norm_topk)
+        require_numbers(reg=reg)
         if not reg > 0:
             raise ValueError(f"reg must be above 0, got {reg}; 1.0 is the usual value")
         # No tokens: the solver only checks its numbers, now and not at the first step that needs a plan.

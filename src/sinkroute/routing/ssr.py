@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sinkroute._errors import unknown_name
+from sinkroute._errors import require_numbers, unknown_name
 from sinkroute.routing.router import Choice, Router
 from sinkroute.routing.uncompiled import uncompiled
 from sinkroute.transport import solve
@@ -78,6 +78,7 @@ class SSRRouter(Router):
     ) -> None:
         super().__init__(num_experts, top_k, norm_topk=norm_topk, seed=seed, layer=layer)
         reg = self.default_reg if reg is None else reg
+        require_numbers(reg=reg, probability=probability, noise=noise)
         if not (reg > 0 and math.isfinite(reg)):
             raise ValueError(f"reg must be a finite number above 0, got {reg}; try 0.5 (ssr-l) or 0.1 (ssr-s)")
         if not 0 <= probability <= 1:

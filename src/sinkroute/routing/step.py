@@ -15,7 +15,8 @@ def set_step(module: nn.Module, step: int, micro_batch: int = 0) -> None:
     """Tell all routers in `module` which step this is, so that their random draws are keyed to it.
 
     Call it once per training step, before the forward pass (with gradient accumulation: before each micro-batch, with
-    its index). It also numbers the routers that have no `layer` yet in the order in which `module` holds them.
+    its index), always with the whole model: it also numbers the routers that were given no `layer` in the order in
+    which `module` holds them. Where no process holds the whole model (pipeline stages), give each router its `layer`.
 
     Args:
         module: a model, a layer or a router.
@@ -33,8 +34,11 @@ def set_step(module: nn.Module, step: int, micro_batch: int = 0) -> None:
     """
     step, micro_batch = _count("step", step), _count("micro_batch", micro_batch)
     routers = [part for part in module.modules() if isinstance(part, Router)]
+    layers = [router.layer for router in routers]
+    # Two alike: routers were copied or added after the first call. Their draws must differ, so all are numbered anew.
+    again = len(set(layers)) < len(layers)
     for position, router in enumerate(routers):
-        if router.layer is None:
+        if router.layer is None or (again and not router.layer_is_given):
             router.layer = position
         router.step, router.micro_batch, router.step_was_set = step, micro_batch, True
 

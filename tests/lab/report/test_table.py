@@ -119,15 +119,17 @@ def test_a_difference_that_does_not_print_is_no_difference(make_run: MakeRun, tm
     assert best(table, "valid") == set()
 
 
-def test_overlapping_intervals_are_called_chance_and_separate_ones_are_not(make_run: MakeRun, tmp_path: Path) -> None:
+def test_methods_are_compared_by_the_differences_of_runs_that_share_a_seed(make_run: MakeRun, tmp_path: Path) -> None:
     for seed in range(3):
         make_run(tmp_path / "near", f"a{seed}", "softmax", "Vanilla", seed=seed, bits=3.0 + 0.1 * seed)
-        make_run(tmp_path / "near", f"b{seed}", "ssr-s", "SSR-S", seed=seed, bits=2.95 + 0.1 * seed)
-        make_run(tmp_path / "far", f"a{seed}", "softmax", "Vanilla", seed=seed, bits=3.0 + 0.001 * seed)
-        make_run(tmp_path / "far", f"b{seed}", "ssr-s", "SSR-S", seed=seed, bits=2.5 + 0.001 * seed)
+        make_run(tmp_path / "near", f"b{seed}", "ssr-s", "SSR-S", seed=seed, bits=3.05 - 0.1 * seed)
+        # Seeds vary by more than the methods differ, but every seed by the same: 0.05 ± 4.303 · 0.001 / √3.
+        make_run(tmp_path / "far", f"a{seed}", "softmax", "Vanilla", seed=seed, bits=3.05 + 0.101 * seed)
+        make_run(tmp_path / "far", f"b{seed}", "ssr-s", "SSR-S", seed=seed, bits=3.0 + 0.1 * seed)
     near, far = (" ".join(result_table(read_runs(tmp_path / name)).headline) for name in ("near", "far"))
-    assert "interval of SSR-S over seeds overlaps with that of Vanilla, so this order may be chance" in near
-    assert "interval of SSR-S over seeds overlaps with no other" in far
+    assert "Paired by seed it cannot be told from Vanilla (1 comparison" in near
+    assert "Paired by seed it is below Vanilla by more than the 95 % interval of the difference (1 comparison" in far
+    assert "0.051 (± 0.002 paired) below Vanilla" in far
 
 
 def test_an_unfinished_run_is_tagged_and_has_no_numbers(make_run: MakeRun, tmp_path: Path) -> None:

@@ -383,7 +383,7 @@ def _headline(groups: Sequence[Group], baselines: Mapping[str, Any]) -> list[str
     if variants and len(finite) > len(variants) and not any(group in variants for group in winners):
         out.append("SSR does not win at this size.")
     if len(finite) > 1 and len(winners) == 1:
-        out += _certainty(winners[0].label, finite)
+        out += _certainty(winners[0], [group for group in groups if group.label in finite])
 
     # Each variant is compared by itself: picking the better of two after the fact would flatter it.
     rivals = [group for group in groups if group.method in _VANILLA and group.label in finite]
@@ -391,7 +391,7 @@ def _headline(groups: Sequence[Group], baselines: Mapping[str, Any]) -> list[str
     compared = []
     for variant in variants:
         own = finite[variant.label].mean
-        against = [_against(own, finite[rival.label].mean, rival.label) for rival in rivals]
+        against = [_against(own, finite[rival.label].mean, rival.label, _paired(variant, rival)) for rival in rivals]
         if against:
             compared.append(f"{variant.label} is {_join(against)}")
     if compared:
@@ -414,21 +414,40 @@ def _headline(groups: Sequence[Group], baselines: Mapping[str, Any]) -> list[str
     return out
 
 
-def _certainty(winner: str, spreads: Mapping[str, Spread]) -> list[str]:
-    """Which methods the seeds cannot tell apart from the one with the lowest value."""
-    best = spreads[winner]
-    if best.half is None:
+def _certainty(winner: Group, groups: Sequence[Group]) -> list[str]:
+    """From which methods the winner can be told, by the differences of runs that share a seed.
+
+    Runs of a seed share data order and initial weights, so their difference varies less than either; overlap of two
+    separate intervals would say too little.
+    """
+    told: list[str] = []
+    level: list[str] = []
+    for group in groups:
+        difference = _paired(group, winner)
+        if group is winner or difference is None or difference.half is None:
+            continue
+        (told if difference.n >= 3 and difference.mean > difference.half else level).append(group.label)
+    if not told and not level:
         return []  # one seed: the notes say what that means
-    known = {label: spread for label, spread in spreads.items() if label != winner and spread.half is not None}
-    if not known:
-        return []
-    word = "95 % interval" if min(spread.n for spread in (best, *known.values())) >= 3 else "range"
-    level = [
-        label for label, spread in known.items() if spread.mean - (spread.half or 0.0) <= best.mean + (best.half or 0.0)
-    ]
+    out = []
+    if told:
+        out.append(f"Paired by seed it is below {_join(told)} by more than the 95 % interval of the difference")
     if level:
-        return [f"The {word} of {winner} over seeds overlaps with that of {_join(level)}, so this order may be chance."]
-    return [f"The {word} of {winner} over seeds overlaps with no other."]
+        out.append(f"{'from' if told else 'Paired by seed it cannot be told from'} {_join(level)}")
+        if told:
+            out[-1] += " it cannot be told"
+    count = len(told) + len(level)
+    return ["; ".join(out) + f" ({count} comparison{'s' if count > 1 else ''}, not corrected for their number)."]
+
+
+def _paired(one: Group, other: Group) -> Spread | None:
+    """The difference of two methods in validation bits per byte, over the seeds that both have; None without any."""
+    by_seed = [
+        {run.seed: value for run in group.finished if (value := run.value("valid", "bits_per_byte")) is not None}
+        for group in (one, other)
+    ]
+    common = [seed for seed in by_seed[0] if seed in by_seed[1]]
+    return Spread.of([by_seed[0][seed] - by_seed[1][seed] for seed in common]) if common else None
 
 
 def _notes(groups: Sequence[Group]) -> list[str]:
@@ -454,11 +473,13 @@ def _notes(groups: Sequence[Group]) -> list[str]:
     return out
 
 
-def _against(own: float, other: float, name: str) -> str:
+def _against(own: float, other: float, name: str, paired: Spread | None) -> str:
     if _same(own, other):
         return f"level with {name}"
     # From the printed values, so that a reader who subtracts two cells gets the same number.
-    return f"{abs(round(own, 3) - round(other, 3)):.3f} {'below' if own < other else 'above'} {name}"
+    by = f"{abs(round(own, 3) - round(other, 3)):.3f}"
+    interval = f" (± {paired.half:.3f} paired)" if paired is not None and paired.n >= 3 and paired.half else ""
+    return f"{by}{interval} {'below' if own < other else 'above'} {name}"
 
 
 def _same(a: float, b: float) -> bool:
