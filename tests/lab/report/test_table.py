@@ -127,8 +127,8 @@ def test_methods_are_compared_by_the_differences_of_runs_that_share_a_seed(make_
         make_run(tmp_path / "far", f"a{seed}", "softmax", "Vanilla", seed=seed, bits=3.05 + 0.101 * seed)
         make_run(tmp_path / "far", f"b{seed}", "ssr-s", "SSR-S", seed=seed, bits=3.0 + 0.1 * seed)
     near, far = (" ".join(result_table(read_runs(tmp_path / name)).headline) for name in ("near", "far"))
-    assert "Paired by seed it cannot be told from Vanilla (1 comparison" in near
-    assert "Paired by seed it is below Vanilla by more than the 95 % interval of the difference (1 comparison" in far
+    assert "Paired by seed SSR-S cannot be told from Vanilla (1 comparison" in near
+    assert "Paired by seed SSR-S is below Vanilla by more than the 95 % interval of the difference (1 comparison" in far
     assert "0.051 (± 0.002 paired) below Vanilla" in far
 
 

@@ -431,9 +431,11 @@ def _certainty(winner: Group, groups: Sequence[Group]) -> list[str]:
         return []  # one seed: the notes say what that means
     out = []
     if told:
-        out.append(f"Paired by seed it is below {_join(told)} by more than the 95 % interval of the difference")
+        out.append(
+            f"Paired by seed {winner.label} is below {_join(told)} by more than the 95 % interval of the difference"
+        )
     if level:
-        out.append(f"{'from' if told else 'Paired by seed it cannot be told from'} {_join(level)}")
+        out.append(f"{'from' if told else f'Paired by seed {winner.label} cannot be told from'} {_join(level)}")
         if told:
             out[-1] += " it cannot be told"
     count = len(told) + len(level)
