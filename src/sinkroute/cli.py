@@ -205,7 +205,8 @@ def _evaluate(arguments: list[str], console: Console) -> int:
     from sinkroute.lab.checkpoint import latest_checkpoint, load_model
     from sinkroute.lab.config import Config, read_yaml
     from sinkroute.lab.data import load_corpus
-    from sinkroute.lab.run import evaluate_split, write_json
+    from sinkroute.lab.files import write_json
+    from sinkroute.lab.run import evaluate_split
     from sinkroute.lab.training import check_corpus, make_model
 
     command = tyro.cli(EvaluateCommand, args=arguments, prog="sinkroute evaluate")

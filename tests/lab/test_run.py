@@ -10,8 +10,9 @@ import pytest
 
 from sinkroute.lab.config import Config, from_mapping, to_mapping
 from sinkroute.lab.data import Corpus, load_corpus
+from sinkroute.lab.files import write_json
 from sinkroute.lab.interrupt import Interrupted, StopRequest
-from sinkroute.lab.run import execute, machine, write_json
+from sinkroute.lab.run import execute, machine
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,16 @@ def test_a_stop_during_evaluation_is_heard_and_the_next_call_only_evaluates(corp
     assert not (tmp_path / "result.json").exists()
     log = (tmp_path / "log.jsonl").read_text()
     assert execute(CONFIG, corpus, tmp_path)["steps"] == 8
+    assert (tmp_path / "log.jsonl").read_text() == log
+
+
+def test_a_finished_run_is_evaluated_again_when_its_evaluation_changes(corpus: Corpus, tmp_path: Path) -> None:
+    first = execute(CONFIG, corpus, tmp_path)
+    log = (tmp_path / "log.jsonl").read_text()
+    changed = from_mapping(Config, {**to_mapping(CONFIG), "eval": {"attacks": {"word-swap": {"rate": 0.5}}}})
+    second = execute(changed, corpus, tmp_path)
+    assert second["attacked"]["word-swap"]["rate"] == 0.5
+    assert second["valid"]["bits_per_byte"] == pytest.approx(first["valid"]["bits_per_byte"])
     assert (tmp_path / "log.jsonl").read_text() == log
 
 

@@ -14,9 +14,10 @@ from sinkroute.lab.checkpoint import CheckpointError
 from sinkroute.lab.config import Config, DataConfig, EvalConfig, ModelConfig, RouterConfig, TrainConfig
 from sinkroute.lab.data import Corpus, load_corpus
 from sinkroute.lab.display import Display
+from sinkroute.lab.files import write_json
 from sinkroute.lab.interrupt import Interrupted, stop_on_signal
 from sinkroute.lab.ngram import ngram_bits_per_byte
-from sinkroute.lab.run import execute, machine, write_json
+from sinkroute.lab.run import execute, machine
 from sinkroute.lab.training import Diverged
 
 __all__ = ["DemoConfig", "run_demo"]

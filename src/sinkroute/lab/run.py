@@ -21,12 +21,13 @@ from sinkroute.lab.attacks import attack_text
 from sinkroute.lab.config import Config
 from sinkroute.lab.data import Corpus
 from sinkroute.lab.evaluation import Evaluation, evaluate_text
+from sinkroute.lab.files import write_json
 from sinkroute.lab.interrupt import Interrupted, StopRequest
 from sinkroute.lab.memory import peak_memory_mb, reset_peak_memory
 from sinkroute.lab.model import Decoder
 from sinkroute.lab.training import Diverged, Progress, prepare_folder, train
 
-__all__ = ["evaluate_split", "execute", "machine", "write_json"]
+__all__ = ["evaluate_split", "execute", "machine"]
 
 
 def execute(
@@ -171,10 +172,3 @@ def machine() -> dict[str, Any]:
         "sinkroute": sinkroute.__version__,
         "platform": platform.platform(),
     }
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Write wholly or not at all."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(draft, path)

@@ -29,6 +29,7 @@ from sinkroute.lab.checkpoint import latest_checkpoint, list_checkpoints, load_c
 from sinkroute.lab.config import Config, TrainConfig, differences, read_yaml, write_yaml
 from sinkroute.lab.data import Corpus, Windows
 from sinkroute.lab.evaluation import evaluate_text
+from sinkroute.lab.files import write_json
 from sinkroute.lab.interrupt import Interrupted, StopRequest
 from sinkroute.lab.log import RunLog
 from sinkroute.lab.model import Decoder
@@ -109,17 +110,20 @@ def prepare_folder(config: Config, corpus: Corpus, folder: Path, fresh: bool = F
                 for path in folder.glob(pattern):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif _begun(folder):
-            changed = [line for line in differences(earlier, config) if not line.startswith(_FREE_KEYS)]
+            lines = differences(earlier, config)
+            changed = [line for line in lines if not line.startswith(_FREE_KEYS)]
             if changed:
                 raise ValueError(
                     f"{folder} holds a run with another configuration ({'; '.join(changed)}); "
                     "choose another --out, or --fresh to delete it and start anew"
                 )
             check_corpus(corpus, folder)
+            if any(line.startswith("eval.") for line in lines):
+                (folder / "result.json").unlink(missing_ok=True)  # it answers other questions; training is not repeated
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(config, written)
     about = {"name": corpus.name, "source": corpus.source, "sha256": corpus.sha256}
-    (folder / "corpus.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    write_json(about, folder / "corpus.json")
 
 
 def _begun(folder: Path) -> bool:
