@@ -144,7 +144,12 @@ def test_float64_scores_stay_float64(name, options):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("softmax", {}), ("load-balance", {}), ("ssr-l", {"probability": 0.0}), ("ssr-s", {"probability": 1.0})],
+    [
+        ("softmax", {}),
+        ("load-balance", {}),
+        ("ssr-l", {"probability": 0.0}),
+        ("ssr-s", {"probability": 1.0}),
+    ],
 )
 def test_the_largest_bfloat16_scores_are_routed(name, options):
     logits_TE = torch.tensor([[3e38, -3e38, 0, 1], [1, 2, 3e38, -3e38]], dtype=torch.bfloat16, requires_grad=True)
@@ -152,12 +157,6 @@ def test_the_largest_bfloat16_scores_are_routed(name, options):
     loss_of(routes).backward()
     assert routes.experts[:, 0].tolist() == [0, 2]
     assert torch.isfinite(routes.weights).all() and torch.isfinite(logits_TE.grad).all()
-
-
-@pytest.mark.parametrize(("name", "options"), [("sinkhorn", {}), ("ssr-l", {"probability": 1.0})])
-def test_scores_too_large_for_a_linear_cost_are_named(name, options):
-    with pytest.raises(ValueError, match=r"scores_TE\[1, 2\] is .*e\+38.*lower the learning rate"):
-        make(name, options, experts=4)(torch.tensor([[1.0, 0, 0, 0], [0, 0, 3e38, 0]]))
 
 
 # -- input -----------------------------------------------------------------------------------------------------------

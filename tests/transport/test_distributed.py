@@ -14,10 +14,12 @@ import torch.distributed as dist
 from sinkroute.transport import list_solvers, solve
 
 WORLD = 2
+TOL = 1e-6
 # (rows of rank 0, options): uneven shards, a rank with no rows at all, and a rank whose rows are all masked.
 CASES = {
     "uneven": (13, {}),
     "mass": (20, {"expert_mass": [1.0, 0.0, 2.0, 1.0, 1.0]}),
+    "token mass": (20, {"token_mass": torch.arange(40) % 3}),
     "empty rank": (40, {}),
     "masked rank": (30, {"token_mask": torch.arange(40) < 30}),
     "no tokens": (20, {"token_mask": torch.zeros(40, dtype=torch.bool)}),
@@ -31,8 +33,8 @@ def all_scores():
 
 def shard(rank, split, options):
     rows = slice(0, split) if rank == 0 else slice(split, None)
-    mask = options.get("token_mask")
-    return all_scores()[rows], options if mask is None else options | {"token_mask": mask[rows]}
+    per_token = {name: x[rows] for name, x in options.items() if name.startswith("token_")}
+    return all_scores()[rows], options | per_token
 
 
 def run_rank(rank, world, store, output):
@@ -41,7 +43,7 @@ def run_rank(rank, world, store, output):
     for case, (split, options) in CASES.items():
         for method in list_solvers():
             scores_TE, local_options = shard(rank, split, options)
-            plan = solve(scores_TE, 0.5, method=method, process_group=dist.group.WORLD, **local_options)
+            plan = solve(scores_TE, 0.5, method=method, tol=TOL, process_group=dist.group.WORLD, **local_options)
             results[case, method] = (plan.potentials, plan.column_error, plan.passes, plan.matrix())
     torch.save(results, output)
     dist.destroy_process_group()
@@ -70,13 +72,13 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("method", list_solvers())
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_tokens_give_the_plan_of_one_process(results, case, method):
-    alone = solve(all_scores(), 0.5, method=method, **CASES[case][1])
+    alone = solve(all_scores(), 0.5, method=method, tol=TOL, **CASES[case][1])
     (potentials_E, error, passes, rows), (other_E, other_error, other_passes, other_rows) = (
         result[case, method] for result in results
     )
-    assert torch.equal(potentials_E, other_E) and error == other_error and passes == other_passes == alone.passes
+    assert torch.equal(potentials_E, other_E) and error == other_error and passes == other_passes
     torch.testing.assert_close(potentials_E, alone.potentials, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(error, alone.column_error, rtol=0, atol=1e-5)
+    assert error <= TOL and alone.column_error <= TOL
     torch.testing.assert_close(torch.cat([rows, other_rows]), alone.matrix(), rtol=1e-4, atol=1e-5)
 
 

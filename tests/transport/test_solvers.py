@@ -134,11 +134,12 @@ def test_a_warm_start_that_is_not_finite_starts_from_zero():
     assert torch.equal(solve(scores_TE, init=init_E).potentials, solve(scores_TE).potentials)
 
 
-def test_float64_stays_float64_and_all_else_is_float32():
+def test_float64_stays_float64_and_all_else_is_float32_but_for_the_potentials():
     scores_TE = biased_scores(20, 4, seed=12)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         plan = solve(scores_TE.to(dtype))
-        assert {plan.potentials.dtype, plan.matrix().dtype, plan.topk(2)[0].dtype} == {torch.float32}
+        assert {plan.cost.dtype, plan.matrix().dtype, plan.topk(2)[0].dtype} == {torch.float32}
+        assert plan.potentials.dtype == torch.float64 and plan.scores.dtype == dtype
     plan = solve(scores_TE.double(), tol=1e-12, expert_mass=torch.ones(4))
     assert {plan.potentials.dtype, plan.matrix().dtype, plan.column_error.dtype} == {torch.float64}
     assert plan.converged and plan.topk(2)[1].dtype == torch.int64

@@ -127,7 +127,7 @@ class SSRRouter(Router):
             differentiable=self.plan_gradient == "full",
         )
         if self.plan_gradient == "weights":
-            plan = replace(plan, cost=cost_TE)
+            plan = replace(plan, scores=cost_TE)
         weights_TK, experts_TK = plan.topk(self.top_k, normalise=self.norm_topk)
         if self.plan_gradient == "none":
             # A gradient of 0 rather than none at all: data-parallel wrappers refuse a parameter that no loss reaches.

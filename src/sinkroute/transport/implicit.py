@@ -1,70 +1,120 @@
 """The gradient of the potentials by implicit differentiation: no unrolling, no stored iterations.
 
-At the solution the column sums s_j(g, C) = Σ_i Π_ij equal the targets. With Π_ij = softmax_j((C_ij + g_j) / ξ),
+At the solution the column sums s_j(g, C) = Σ_i m_i p_ij equal the targets. With p_i = softmax((C_i + g) / ξ),
 
-    ∂s_j / ∂g_l  = (1/ξ) (δ_jl Σ_i Π_ij − (ΠᵀΠ)_jl) = (1/ξ) L_jl,      L = Lap(ΠᵀΠ)
-    ds_j from dC = (1/ξ) Σ_i Π_ij (dC_ij − Σ_l Π_il dC_il)
+    ∂s_j / ∂g_l  = (1/ξ) L_jl,      L = Lap(Pᵀ diag(m) P)
+    ds_j from dC = (1/ξ) Σ_i m_i p_ij (dC_ij − Σ_l p_il dC_il)
 
-since rows of Π sum to 1; Lap(A) has −A_jl off the diagonal and rows that sum to 0. Keeping s fixed gives
+since rows of P sum to 1; Lap(A) has −A_jl off the diagonal and rows that sum to 0. Keeping s fixed gives
 L dg = −ξ ds, so an upstream gradient v of g, with L w = v, becomes
 
-    ∂loss / ∂C_ij = −Π_ij (w_j − (Π w)_i).
+    ∂loss / ∂C_ij = −m_i p_ij (w_j − Σ_l p_il w_l).
 
-L is symmetric positive semidefinite. Its null space holds the constant vector: potentials have mean 0, so v is
-projected to sum 0, and the gradient does not see a constant in w. On implicit differentiation of Sinkhorn see
-Luise et al., *Differential Properties of Sinkhorn Approximation for Learning with Wasserstein Distance* (2018).
+On implicit differentiation of Sinkhorn see Luise et al., *Differential Properties of Sinkhorn Approximation for
+Learning with Wasserstein Distance* (2018).
+
+L is the Laplacian of a network in which experts are joined by the tokens they share, and w are the voltages when
+currents v are fed into it. So the gradient cannot explode, however weak the joints: what token i does to pair (j, l)
+is the current m_i p_ij p_il (w_j − w_l), and no current exceeds what is fed in, Σ |v| / 2. It does take arithmetic that
+keeps the constant vector in the null space, and differences of w exact where w is large: float64 throughout.
+
+An upstream gradient that touches K entries of a row only, such as that of the top-k weights, reaches v through these
+entries alone; the plan is never made: both loops go over chunks of rows.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from sinkroute.transport.plan import plan_matrix
+from sinkroute.transport.passes.chunked import chunks
+from sinkroute.transport.problem import Problem, cost_matrix
 
-__all__ = ["potentials_of_cost"]
+__all__ = ["potentials_of_scores"]
+
+# A leak to ground of this fraction of each column sum: experts that share less with all others than this are cut off.
+LEAK = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
-def potentials_of_cost(
-    cost_TE: Tensor, potentials_E: Tensor, reg: float, token_mask: Tensor | None, positive_E: Tensor
-) -> Tensor:
-    """The solved potentials (E,), unchanged in value, now a differentiable function of the cost (T, E).
+def potentials_of_scores(scores_TE: Tensor, potentials_E: Tensor, problem: Problem) -> Tensor:
+    """The solved potentials (E,), unchanged in value, now a differentiable function of the scores (T, E).
 
-    Backward solves one E × E system in float64 and keeps only the cost between forward and backward; a second
-    derivative is refused with torch's `once_differentiable` error.
+    Keeps the scores and E numbers for backward, which solves one E × E system in float64. It can be differentiated
+    again, at the price of T × E temporaries. With `problem.reduce`, backward is a collective of all ranks, takes the
+    loss to be the sum over the ranks, and cannot be differentiated again (NotImplementedError).
     """
-    return _Potentials.apply(cost_TE, potentials_E, reg, token_mask, positive_E)
+    return _Potentials.apply(scores_TE, potentials_E, problem)
 
 
 class _Potentials(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, cost_TE: Tensor, potentials_E: Tensor, reg: float, token_mask: Tensor | None, positive_E: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(cost_TE, potentials_E, token_mask, positive_E)
-        ctx.reg = reg
-        return potentials_E.clone()
+    def forward(ctx: Any, scores_TE: Tensor, solved_E: Tensor, problem: Problem) -> Tensor:
+        potentials_E = solved_E.clone()
+        # By autograd, not by the problem: so it notices a change in place, and checkpointing can drop the scores.
+        ctx.save_for_backward(scores_TE, potentials_E, problem.token_mask, problem.token_mass)
+        ctx.problem = replace(problem, scores_TE=scores_TE.new_empty(0, 0), token_mask=None, token_mass=None)
+        return potentials_E
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream_E: Tensor) -> tuple[Tensor, None, None, None, None]:
-        cost_TE, potentials_E, token_mask, positive_E = ctx.saved_tensors
-        with torch.autocast(cost_TE.device.type, enabled=False):
-            plan_TE = plan_matrix(cost_TE, potentials_E, ctx.reg, token_mask)
-            w_E = _solve_laplacian(plan_TE.T @ plan_TE, upstream_E, positive_E)
-            return -plan_TE * (w_E - (plan_TE @ w_E)[:, None]), None, None, None, None
+    def backward(ctx: Any, upstream_E: Tensor) -> tuple[Tensor, None, None]:
+        # Operations that autograd knows, on saved tensors that remember where they come from: a second derivative
+        # needs nothing else, as the potentials lead back to this very function.
+        scores_TE, potentials_E, token_mask, token_mass = ctx.saved_tensors
+        problem = replace(ctx.problem, scores_TE=scores_TE, token_mask=token_mask, token_mass=token_mass)
+        if torch.is_grad_enabled() and problem.reduce is not None:
+            raise NotImplementedError(
+                "a plan from solve(..., differentiable=True) over several ranks has no second derivative, as the sum "
+                "over the ranks is not differentiable; call backward without create_graph"
+            )
+        with torch.autocast(scores_TE.device.type, enabled=False):
+            return _gradient_of_scores(problem, potentials_E, upstream_E), None, None
 
 
-def _solve_laplacian(weights_EE: Tensor, upstream_E: Tensor, positive_E: Tensor) -> Tensor:
-    """The shortest w with Lap(weights) w = upstream, after the projection of upstream to sum 0."""
-    v_E = torch.where(positive_E, upstream_E.double(), 0)
-    v_E = torch.where(positive_E, v_E - v_E.sum() / positive_E.sum(), 0)
-    laplacian_EE = -weights_EE.double()
-    laplacian_EE.fill_diagonal_(0)
-    # The diagonal as minus the sum of the rest: no cancellation, the constant vector stays in the null space.
-    laplacian_EE -= laplacian_EE.sum(dim=1).diag()
-    # A pseudo-inverse, not a solve: experts without mass or without a common token add to the null space.
-    return (torch.linalg.pinv(laplacian_EE, rtol=1e-13, hermitian=True) @ v_E).to(upstream_E.dtype)
+def _gradient_of_scores(problem: Problem, potentials_E: Tensor, upstream_E: Tensor) -> Tensor:
+    tokens, experts = problem.scores_TE.shape
+    wide = problem.target_E.dtype
+    shared_EE = torch.zeros(experts, experts, dtype=wide, device=potentials_E.device)
+    for rows in chunks(tokens, experts):
+        _, p_RE, mass_R1 = _rows(problem, potentials_E, rows)
+        shared_EE = shared_EE + p_RE.T @ (p_RE * mass_R1)
+    # One collective for both.
+    sums_FE = problem.over_ranks(torch.cat([shared_EE, upstream_E.to(wide)[None]]))
+    w_E = _voltages(sums_FE[:-1], torch.where(problem.positive_E, sums_FE[-1], 0))
+    gradient_TE = torch.empty_like(problem.scores_TE, requires_grad=False)
+    for rows in chunks(tokens, experts):
+        cost_RE, p_RE, mass_R1 = _rows(problem, potentials_E, rows)
+        gradient_RE = -mass_R1 * p_RE * (w_E - (p_RE @ w_E)[:, None])
+        if problem.cost == "softmax":
+            share_RE = cost_RE.clamp(min=0)  # a forbidden expert has cost −inf, a share of 0
+            gradient_RE = share_RE * (gradient_RE - (share_RE * gradient_RE).sum(dim=1, keepdim=True))
+        gradient_TE[rows] = gradient_RE.to(gradient_TE.dtype)
+    return gradient_TE
+
+
+def _rows(problem: Problem, potentials_E: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Some rows of C and P, float64, and their mass as a column."""
+    mask_R = None if problem.token_mask is None else problem.token_mask[rows]
+    cost_RE = cost_matrix(problem.scores_TE[rows], problem.cost, mask_R).to(problem.target_E.dtype)
+    p_RE = ((cost_RE + potentials_E) / problem.reg).softmax(dim=1)
+    if problem.token_mass is not None:
+        return cost_RE, p_RE, problem.token_mass[rows, None].to(p_RE)
+    if mask_R is not None:
+        return cost_RE, p_RE, mask_R[:, None].to(p_RE)
+    return cost_RE, p_RE, p_RE.new_ones(len(p_RE), 1)
+
+
+def _voltages(shared_EE: Tensor, currents_E: Tensor) -> Tensor:
+    """w (E,) with Lap(shared) w = currents, but for a constant and for what the leak takes off."""
+    weights_EE = shared_EE - shared_EE.diag().diag()
+    # The diagonal as the sum of the rest: without cancellation, so that every joint counts to its last digit.
+    laplacian_EE = weights_EE.sum(dim=1).diag() - weights_EE
+    sums_E = shared_EE.sum(dim=1)  # the column sums of the plan, as its rows sum to 1
+    leak_E = torch.where(sums_E > 0, LEAK[sums_E.dtype] * sums_E, 1)
+    # What flows in must flow out, in the measure of the leak, or the leak would carry it.
+    currents_E = currents_E - currents_E.sum() * leak_E / leak_E.sum()
+    # Cholesky is as exact as if the matrix were scaled to a diagonal of 1 (Demmel 1989).
+    factor_EE, _ = torch.linalg.cholesky_ex(laplacian_EE + leak_E.diag())
+    return torch.cholesky_solve(currents_E[:, None], factor_EE)[:, 0]

@@ -1,18 +1,19 @@
 """The transport problem: what is asked of a solver, checked once, in one place.
 
-A solver sees a `Problem`: the cost C (T, E), the entropy weight ξ, the rows that count and the column sums to reach,
+A solver sees a `Problem`: the scores (T, E) as they came, the name of the cost C, the entropy weight ξ, the mass m_i of
+every row and the column sums to reach,
 
-    target_j = T_real · mass_j / Σ mass,
+    target_j = Σ m_i · mass_j / Σ mass,
 
-where T_real counts the real tokens over all ranks. It gives back a `Solution`: potentials g and how far the column
-sums of `softmax_j((C_ij + g_j) / ξ)` are from the targets at exactly these potentials.
+over all ranks. It gives back a `Solution`: potentials g and how far the column sums of
+`m_i softmax_j((C_ij + g_j) / ξ)` are from the targets at exactly these potentials.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import NamedTuple
 
@@ -22,12 +23,29 @@ from torch import Tensor
 
 from sinkroute._errors import NonFiniteScores, unknown_name
 
-__all__ = ["COSTS", "Problem", "Solution", "check_number", "check_scores_form", "make_problem", "starting_potentials"]
+__all__ = [
+    "COSTS",
+    "Problem",
+    "Reduction",
+    "Solution",
+    "check_number",
+    "check_scores_form",
+    "make_problem",
+    "refuse_bad_scores",
+    "starting_potentials",
+    "sum_over_ranks",
+]
 
-COSTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "linear": lambda scores_TE: scores_TE,
-    "softmax": lambda scores_TE: scores_TE.softmax(dim=1),
-}
+Reduction = Callable[[Tensor], Tensor]
+"""The sum of a tensor over all ranks that share the tokens; the same bits on every rank."""
+
+
+def _softmax_cost(scores_TE: Tensor) -> Tensor:
+    # The softmax of −inf is 0, a cost like another; a forbidden expert has to stay forbidden.
+    return scores_TE.softmax(dim=1).masked_fill(scores_TE == -math.inf, -math.inf)
+
+
+COSTS: dict[str, Callable[[Tensor], Tensor]] = {"linear": lambda scores_TE: scores_TE, "softmax": _softmax_cost}
 
 
 class Solution(NamedTuple):
@@ -35,7 +53,7 @@ class Solution(NamedTuple):
 
     potentials_E: Tensor
     column_error: Tensor
-    passes: int
+    passes: int | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,22 +61,40 @@ class Problem:
     """A checked transport problem; `make_problem` builds it.
 
     Attributes:
-        cost_TE: (T, E) float32 or float64, finite; rows of masked tokens come from scores of 0.
-        reg: ξ > 0, representable in the cost's dtype.
+        scores_TE: (T, E) of any floating-point dtype, not copied: rows without mass may hold anything.
+        cost: a name of `COSTS`.
+        reg: ξ > 0, representable in the working dtype.
         token_mask: (T,) bool, True = real token; None when all are.
-        target_E: (E,) column sums to reach, over all ranks.
+        token_mass: (T,) of the working dtype, 0 for masked tokens; None when all real tokens have mass 1.
+        target_E: (E,) float64 column sums to reach, over all ranks.
         positive_E: (E,) bool, the experts with mass; the others get potential −inf.
-        tokens: number of real tokens over all ranks.
-        process_group: the ranks that share the tokens; None for this process alone.
+        empty: no token has mass, on any rank.
+        reduce: the sum over the ranks that share the tokens; None for this process alone.
     """
 
-    cost_TE: Tensor
+    scores_TE: Tensor
+    cost: str
     reg: float
     token_mask: Tensor | None
+    token_mass: Tensor | None
     target_E: Tensor
     positive_E: Tensor
-    tokens: int
-    process_group: dist.ProcessGroup | None
+    empty: bool
+    reduce: Reduction | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What plans and weights are made of: float64 for float64 scores, float32 for all others."""
+        return torch.promote_types(self.scores_TE.dtype, torch.float32)
+
+    def cost_TE(self) -> Tensor:
+        """The cost as a matrix of the working dtype, rows of masked tokens from scores of 0."""
+        return cost_matrix(self.scores_TE, self.cost, self.token_mask)
+
+    def every(self, step: int) -> Problem:
+        """The same problem on every `step`-th row, without copying; targets stay those of all rows."""
+        mask_T, mass_T = (None if x is None else x[::step] for x in (self.token_mask, self.token_mass))
+        return replace(self, scores_TE=self.scores_TE[::step], token_mask=mask_T, token_mass=mass_T)
 
     def centre(self, potentials_E: Tensor) -> Tensor:
         """Shift potentials to mean 0 over the experts with mass: the plan does not depend on their level."""
@@ -70,11 +106,18 @@ class Problem:
         deviation_E = torch.expm1(log_sums_E - self.target_E.log())
         return torch.where(self.positive_E, deviation_E, 0).abs().amax()
 
-    def over_ranks(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """Reduce `x` in place over the process group, if there is one."""
-        if self.process_group is not None:
-            dist.all_reduce(x, op=op, group=self.process_group)
-        return x
+    def over_ranks(self, x: Tensor) -> Tensor:
+        """The sum of `x` over the ranks."""
+        return x if self.reduce is None else self.reduce(x)
+
+
+def cost_matrix(scores_TE: Tensor, cost: str, token_mask: Tensor | None) -> Tensor:
+    """C (T, E) in float32, or float64 for float64 scores; rows of masked tokens from scores of 0."""
+    clean_TE = scores_TE.to(torch.promote_types(scores_TE.dtype, torch.float32))
+    if token_mask is not None:
+        # NaN in a masked row must not reach any arithmetic: 0 · NaN is NaN, in values and in gradients.
+        clean_TE = torch.where(token_mask[:, None], clean_TE, 0)
+    return COSTS[cost](clean_TE)
 
 
 def make_problem(
@@ -82,45 +125,64 @@ def make_problem(
     reg: float,
     cost: str,
     token_mask: Tensor | None,
+    token_mass: Tensor | None,
     expert_mass: Tensor | Sequence[float] | None,
-    process_group: dist.ProcessGroup | None,
+    reduce: Reduction | None,
 ) -> Problem:
-    """Check the arguments of `solve` (see there for their meaning and for what is raised) and hold them."""
+    """Check the arguments of `solve` (see there for their meaning and for what is raised) and hold them.
+
+    Scores are not looked at here: that would be a pass of its own. Solvers call `refuse_bad_scores` when they find
+    that something is wrong, or first of all.
+    """
     if cost not in COSTS:
         raise unknown_name("cost", cost, COSTS)
+    scores_TE = scores_TE.detach()
+    dtype = torch.promote_types(scores_TE.dtype, torch.float32)
+    _check_reg(reg, dtype)
     mask = _checked_mask(token_mask, scores_TE)
-    # NaN in a masked row must not reach any arithmetic: 0 · NaN is NaN, in values and in gradients.
-    clean_TE = scores_TE.to(torch.promote_types(scores_TE.dtype, torch.float32))
-    if mask is not None:
-        clean_TE = torch.where(mask[:, None], clean_TE, 0)
-    _check_reg(reg, clean_TE.dtype)
-    _check_scores_finite(clean_TE)
-    mass_E = _checked_mass(expert_mass, clean_TE)
-    tokens = _count_tokens(clean_TE, mask, process_group)
+    mass_T = _checked_token_mass(token_mass, mask, scores_TE, dtype)
+    share_E = _checked_mass(expert_mass, scores_TE)
+    total = _total_mass(scores_TE, mask, mass_T, reduce, share_E.dtype)
     return Problem(
-        cost_TE=COSTS[cost](clean_TE),
+        scores_TE=scores_TE,
+        cost=cost,
         reg=float(reg),
         token_mask=mask,
-        target_E=mass_E * tokens,
-        positive_E=mass_E > 0,
-        tokens=tokens,
-        process_group=process_group,
+        token_mass=mass_T,
+        target_E=share_E * total,
+        positive_E=share_E > 0,
+        empty=not isinstance(total, Tensor) and total == 0,
+        reduce=reduce,
     )
 
 
-def starting_potentials(problem: Problem, init: Tensor | None) -> Tensor:
-    """The potentials to start from (E,): `init`, 0 where it is absent or not finite, −inf for experts without mass."""
-    start_E = torch.zeros_like(problem.target_E)
-    if init is not None:
-        if not isinstance(init, Tensor):
-            raise TypeError(f"init must be a tensor of shape (E,), got {type(init).__name__}; pass plan.potentials")
-        if init.shape != start_E.shape:
-            raise ValueError(
-                f"init has shape {tuple(init.shape)} but there are {len(start_E)} experts; it must be (E,)"
-            )
-        given_E = init.detach().to(start_E)
-        start_E = torch.where(given_E.abs() <= _largest(start_E.dtype), given_E, start_E)
-    return problem.centre(start_E.masked_fill(~problem.positive_E, -math.inf))
+def sum_over_ranks(group: dist.ProcessGroup) -> Reduction:
+    """The sum over a process group, in the order of the ranks: the same bits whatever the network does."""
+
+    def reduce(x: Tensor) -> Tensor:
+        gathered = x.new_empty((dist.get_world_size(group), *x.shape))
+        dist.all_gather(list(gathered.unbind()), x.contiguous(), group=group)
+        total = gathered[0]
+        for part in gathered[1:]:
+            total = total + part
+        return total
+
+    return reduce
+
+
+def starting_potentials(problem: Problem, init: Tensor | None) -> Tensor | None:
+    """`init` as potentials (E,) float64 to start from, 0 where it is not finite; None where there is none."""
+    if init is None:
+        return None
+    if not isinstance(init, Tensor):
+        raise TypeError(f"init must be a tensor of shape (E,), got {type(init).__name__}; pass plan.potentials")
+    if init.shape != problem.target_E.shape:
+        raise ValueError(
+            f"init has shape {tuple(init.shape)} but there are {len(problem.target_E)} experts; it must be (E,)"
+        )
+    given_E = init.detach().to(problem.target_E)
+    largest = torch.finfo(problem.dtype).max / 64
+    return torch.where(given_E.abs() <= largest, given_E, 0)
 
 
 def check_number(name: str, value: object) -> None:
@@ -129,11 +191,6 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 < float(value) < math.inf:
         raise ValueError(f"{name} must be a finite number above 0, got {value}")
-
-
-def _largest(dtype: torch.dtype) -> float:
-    """The largest magnitude of a score; the rest is headroom, so that sums of a few terms do not overflow."""
-    return torch.finfo(dtype).max / 64
 
 
 def check_scores_form(scores_TE: Tensor) -> None:
@@ -158,21 +215,30 @@ def _check_reg(reg: float, dtype: torch.dtype) -> None:
         raise ValueError(f"reg={reg} is outside {lowest:.3g} to {highest:.3g}, the range that {dtype} can work with")
 
 
-def _check_scores_finite(scores_TE: Tensor) -> None:
-    # Reading a value back from an accelerator would make the host wait on every call; there, bad scores
-    # come back as a plan that has not converged.
-    if scores_TE.device.type != "cpu" or scores_TE.numel() == 0:
-        return
-    largest = _largest(scores_TE.dtype)
-    low, high = scores_TE.detach().aminmax()
-    if -largest <= low and high <= largest:  # False for NaN, which aminmax passes on
-        return
-    token, expert = (~(scores_TE.abs() <= largest)).nonzero()[0].tolist()
-    raise NonFiniteScores(
-        f"scores_TE[{token}, {expert}] is {scores_TE[token, expert].item()}; scores of real tokens must be finite and "
-        f"at most {largest:.1e} in size: mask padding with token_mask, or look for divergence upstream "
-        "(lower the learning rate, clip gradients)"
-    )
+def refuse_bad_scores(problem: Problem) -> None:
+    """Raise `NonFiniteScores`, naming the first score that no plan can be made of, if there is one.
+
+    NaN and +inf are refused, and rows that are −inf throughout. −inf alone is a forbidden expert. Not called for
+    accelerators: there bad scores give a plan that has not converged.
+    """
+    scores_TE = problem.scores_TE
+    real_T1 = torch.ones_like(scores_TE[:, :1], dtype=torch.bool)
+    if problem.token_mask is not None:
+        real_T1 = problem.token_mask[:, None]
+    bad = ((scores_TE.isnan() | (scores_TE == math.inf)) & real_T1).nonzero()
+    if len(bad):
+        token, expert = bad[0].tolist()
+        raise NonFiniteScores(
+            f"scores_TE[{token}, {expert}] is {scores_TE[token, expert].item()}; scores of real tokens must be finite, "
+            "or −inf for an expert that the token must not have: mask padding with token_mask, or look for divergence "
+            "upstream (lower the learning rate, clip gradients)"
+        )
+    forbidden = ((scores_TE.amax(dim=1, keepdim=True) == -math.inf) & real_T1).nonzero()
+    if len(forbidden):
+        raise NonFiniteScores(
+            f"all scores of token {forbidden[0, 0].item()} are −inf, so that no expert is left for it; leave at least "
+            "one finite, or mask the token with token_mask"
+        )
 
 
 def _checked_mask(token_mask: Tensor | None, scores_TE: Tensor) -> Tensor | None:
@@ -189,11 +255,32 @@ def _checked_mask(token_mask: Tensor | None, scores_TE: Tensor) -> Tensor | None
     return token_mask.to(scores_TE.device)
 
 
-def _checked_mass(expert_mass: Tensor | Sequence[float] | None, like_TE: Tensor) -> Tensor:
-    """The share of the tokens for each expert: (E,), sums to 1."""
-    experts = like_TE.shape[1]
+def _checked_token_mass(
+    token_mass: Tensor | None, mask: Tensor | None, scores_TE: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    if token_mass is None:
+        return None
+    if not isinstance(token_mass, Tensor):
+        raise TypeError(f"token_mass must be a tensor of shape (T,), got {type(token_mass).__name__}")
+    if token_mass.shape != scores_TE.shape[:1]:
+        raise ValueError(
+            f"token_mass has shape {tuple(token_mass.shape)} but there are {scores_TE.shape[0]} tokens; it must be (T,)"
+        )
+    mass_T = token_mass.detach().to(scores_TE.device, dtype)
+    if mask is not None:
+        mass_T = torch.where(mask, mass_T, 0)
+    if mass_T.device.type == "cpu" and not ((mass_T >= 0) & mass_T.isfinite()).all():
+        at = int((~((mass_T >= 0) & mass_T.isfinite())).nonzero()[0])
+        raise ValueError(f"token_mass[{at}] is {mass_T[at].item()}; masses must be finite and not negative")
+    return mass_T
+
+
+def _checked_mass(expert_mass: Tensor | Sequence[float] | None, scores_TE: Tensor) -> Tensor:
+    """The share of the tokens for each expert: (E,) float64 (float32 where a device has no other), sums to 1."""
+    experts, device = scores_TE.shape[1], scores_TE.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
     if expert_mass is None:
-        return like_TE.new_full((experts,), 1 / experts)
+        return torch.full((experts,), 1 / experts, dtype=dtype, device=device)
     mass_E = torch.as_tensor(expert_mass).detach()
     if mass_E.shape != (experts,):
         raise ValueError(
@@ -204,14 +291,21 @@ def _checked_mass(expert_mass: Tensor | Sequence[float] | None, like_TE: Tensor)
         raise ValueError(
             f"expert_mass must be finite, not negative and positive for at least one expert, got {mass_E.tolist()}"
         )
-    mass_E = (mass_E / mass_E.max()).to(like_TE)  # the sum of any scale must not overflow
+    mass_E = (mass_E / mass_E.max()).to(device, dtype)  # the sum of any scale must not overflow
     return mass_E / mass_E.sum()
 
 
-def _count_tokens(scores_TE: Tensor, mask: Tensor | None, process_group: dist.ProcessGroup | None) -> int:
-    if mask is None and process_group is None:
-        return scores_TE.shape[0]
-    count = torch.full((), scores_TE.shape[0], device=scores_TE.device) if mask is None else mask.sum()
-    if process_group is not None:
-        dist.all_reduce(count, group=process_group)
-    return int(count)
+def _total_mass(
+    scores_TE: Tensor, mask: Tensor | None, mass_T: Tensor | None, reduce: Reduction | None, dtype: torch.dtype
+) -> Tensor | float:
+    """Σ m_i over all ranks: a float where it is known without waiting for an accelerator."""
+    if mass_T is not None:
+        total = mass_T.sum(dtype=dtype)
+    elif mask is not None:
+        total = mask.sum().to(dtype)
+    elif reduce is None:
+        return float(scores_TE.shape[0])
+    else:
+        total = torch.full((), scores_TE.shape[0], dtype=dtype, device=scores_TE.device)
+    total = total if reduce is None else reduce(total)
+    return float(total) if total.device.type == "cpu" or scores_TE.shape[0] == 0 else total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -10,16 +11,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sinkroute._errors import unknown_name
-from sinkroute.transport.implicit import potentials_of_cost
+from sinkroute.transport.dual import dual
+from sinkroute.transport.implicit import potentials_of_scores
 from sinkroute.transport.naive import naive
 from sinkroute.transport.plan import Plan
 from sinkroute.transport.problem import (
     Problem,
+    Reduction,
     Solution,
     check_number,
     check_scores_form,
     make_problem,
     starting_potentials,
+    sum_over_ranks,
 )
 from sinkroute.transport.sinkhorn import sinkhorn
 
@@ -27,13 +31,16 @@ __all__ = ["AUTO", "SOLVERS", "Solver", "list_solvers", "solve"]
 
 
 class Solver(Protocol):
-    """A solver: from centred starting potentials to a `Solution`, in at most `max_passes` (None: its own default)."""
+    """A solver: from a problem to a `Solution`, in at most `max_passes` (None: its own default).
 
-    def __call__(self, problem: Problem, *, tol: float, max_passes: int | None, init_E: Tensor) -> Solution: ...
+    `init_E`, if any, are finite potentials to start from.
+    """
+
+    def __call__(self, problem: Problem, *, tol: float, max_passes: int | None, init_E: Tensor | None) -> Solution: ...
 
 
-SOLVERS: dict[str, Solver] = {"sinkhorn": sinkhorn, "naive": naive}
-AUTO = "sinkhorn"
+SOLVERS: dict[str, Solver] = {"dual": dual, "sinkhorn": sinkhorn, "naive": naive}
+AUTO = "dual"
 
 
 def list_solvers() -> list[str]:
@@ -51,6 +58,7 @@ def solve(
     cost: str = "linear",
     *,
     token_mask: Tensor | None = None,
+    token_mass: Tensor | None = None,
     expert_mass: Tensor | Sequence[float] | None = None,
     method: str = "auto",
     tol: float = 1e-4,
@@ -58,44 +66,49 @@ def solve(
     init: Tensor | None = None,
     differentiable: bool = False,
     process_group: dist.ProcessGroup | None = None,
+    reduce: Reduction | None = None,
 ) -> Plan:
-    """Solve the balanced routing problem of arXiv 2511.08972: every token spends mass 1, experts share it as asked.
+    """Solve the balanced routing problem of arXiv 2511.08972: every token spends its mass, experts share it as asked.
 
-        argmax <Π, C> − ξ <Π, log Π>   s.t.   Π 1 = 1,   Πᵀ 1 = T_real · expert_mass / Σ expert_mass
+        argmax <Π, C> − ξ <Π, log Π>   s.t.   Π 1 = token_mass,   Πᵀ 1 = Σ token_mass · expert_mass / Σ expert_mass
 
-    The answer is Π_ij = softmax_j((C_ij + g_j) / ξ) with one potential g_j for each expert. A solver that runs out of
-    passes is no error: look at `plan.converged` and `plan.column_error`.
+    The answer is Π_ij = m_i softmax_j((C_ij + g_j) / ξ) with one potential g_j for each expert. A solver that runs out
+    of passes is no error: look at `plan.converged` and `plan.column_error`.
 
     Args:
-        scores_TE: (T, E) scores of any floating-point dtype. float64 is worked on in float64, all else in float32.
-            T may be 0, and smaller than E.
+        scores_TE: (T, E) scores of any floating-point dtype. float64 is worked on in float64, all else in float32
+            with float64 potentials and sums. T may be 0, and smaller than E. −inf forbids an expert to a token.
         reg: ξ > 0, the weight of the entropy, in units of the cost. Small is sharp and takes more passes.
         cost: "linear" for C = scores, "softmax" for C = softmax of each row of the scores.
         token_mask: (T,) bool, True = real token. What the scores of the others hold (even NaN) is ignored.
+        token_mass: (T,) mass ≥ 0 of each token, for tokens that count more or less than others; None for 1.
         expert_mass: (E,) relative capacities ≥ 0 of any scale, at least one above 0; None for equal ones. An expert
             with 0 gets nothing and potential −inf.
-        method: a name of `list_solvers()`, or "auto", today "sinkhorn".
-        tol: stop when no column sum is off its target by more than this fraction. In float32 the rounding of
-            (C + g) / ξ sets a floor of about 1e-7 · |C| / ξ.
-        max_passes: cap on the passes over the cost; None for the method's own, 1000 for "sinkhorn", 100 for "naive".
+        method: a name of `list_solvers()`, or "auto", which is "dual".
+        tol: stop when no column sum is off its target by more than this fraction. "dual" reaches 1e-6 with float32
+            scores; the float32 potentials of the other methods set a floor of about 1e-7 · |C| / ξ.
+        max_passes: cap on the passes over the scores; None for the method's own: 200 for "dual", 1000 for "sinkhorn",
+            100 for "naive".
         init: (E,) potentials to start from, such as `plan.potentials` of the step before; entries that are not finite
             start from 0.
         differentiable: True makes `plan.matrix()` and `plan.topk()` differentiable in the scores, by implicit
             differentiation at the solution (first order only; its error is of the order of `tol`). False: no
             gradient at all.
-        process_group: ranks that hold different tokens of one problem. Column sums and T_real are taken over all
+        process_group: ranks that hold different tokens of one problem. Column sums and total mass are taken over all
             of them, every rank gets the same potentials and its own rows. A rank may have no tokens. All other
-            arguments, and E, must agree between the ranks.
+            arguments, and E, must agree between the ranks. With `differentiable`, all ranks must run backward, and
+            the loss is the sum over the ranks.
+        reduce: instead of `process_group`, the sum over the ranks as a function of yours, for tokens spread over more
+            than one group: takes a float64 tensor, returns its sum, the same bits on every rank.
 
     Returns:
         A `Plan`.
 
     Raises:
-        TypeError: scores, mask, init, reg, tol or max_passes of a wrong type or dtype.
-        ValueError: a wrong shape, an unknown name, a number out of range, or scores of a real token that are not
-            finite (names the first). Values are checked on the CPU only: a check on an accelerator would make the host
-            wait for it; there bad scores give a plan with `converged` False.
-        NotImplementedError: `differentiable=True` together with `process_group`.
+        TypeError: scores, mask, masses, init, reg, tol or max_passes of a wrong type or dtype.
+        ValueError: a wrong shape, an unknown name, a number out of range, or scores of a real token that are NaN, +inf
+            or all −inf (names the first). Values are checked on the CPU only: a check on an accelerator would make
+            the host wait for it; there bad scores give a plan with `converged` False.
 
     Example:
         >>> import torch
@@ -111,37 +124,37 @@ def solve(
     check_scores_form(scores_TE)
     if method not in ("auto", *SOLVERS):
         raise unknown_name("method", method, ["auto", *SOLVERS])
-    if differentiable and process_group is not None:
-        raise NotImplementedError(
-            "differentiable=True cannot be combined with process_group: the gradient would need sums over ranks; "
-            "leave one of the two out"
-        )
+    if process_group is not None:
+        if reduce is not None:
+            raise ValueError("process_group and reduce say the same thing in two ways; give one of them")
+        reduce = sum_over_ranks(process_group)
     _check_budget(tol, max_passes)
     name = AUTO if method == "auto" else method
     # Mixed precision is for the model: a product in bfloat16 would spoil the column sums.
     with torch.autocast(scores_TE.device.type, enabled=False):
-        source_TE = scores_TE if differentiable and torch.is_grad_enabled() else scores_TE.detach()
-        problem = make_problem(source_TE, reg, cost, token_mask, expert_mass, process_group)
-        with torch.no_grad():
-            init_E = starting_potentials(problem, init)
-            if problem.tokens == 0:
-                found = Solution(init_E.masked_fill(problem.positive_E, 0), init_E.new_zeros(()), 0)
-            else:
+        problem = make_problem(scores_TE, reg, cost, token_mask, token_mass, expert_mass, reduce)
+        init_E = starting_potentials(problem, init)
+        if problem.empty:
+            zeros_E = torch.zeros_like(problem.target_E).masked_fill(~problem.positive_E, -math.inf)
+            found = Solution(zeros_E, zeros_E.new_zeros(()), 0)
+        else:
+            with torch.no_grad():
                 found = SOLVERS[name](problem, tol=tol, max_passes=max_passes, init_E=init_E)
+        with_gradient = differentiable and scores_TE.requires_grad and torch.is_grad_enabled()
         potentials_E = found.potentials_E
-        if differentiable:
-            potentials_E = potentials_of_cost(
-                problem.cost_TE, potentials_E, problem.reg, problem.token_mask, problem.positive_E
-            )
+        if with_gradient:
+            potentials_E = potentials_of_scores(scores_TE, potentials_E, problem)
     return Plan(
         potentials=potentials_E,
-        cost=problem.cost_TE,
+        scores=scores_TE if with_gradient else problem.scores_TE,
+        cost_name=cost,
         reg=problem.reg,
         token_mask=problem.token_mask,
+        token_mass=problem.token_mass,
         method=name,
         column_error=found.column_error,
         converged=found.column_error <= tol,
-        passes=found.passes,
+        pass_count=found.passes,
     )
 
 

@@ -1,0 +1,101 @@
+/* One pass over the scores: with p_ij = softmax_j((C_ij + g_j) / xi) and the mass m_i of row i,
+ *
+ *     sums_j = sum_i m_i p_ij          squares_j = sum_i m_i p_ij^2
+ *
+ * and nothing else is written. The shift (C + g - max) / xi is made in float64, so that neither the size of the scores
+ * nor that of the potentials costs digits; the exponential is float32. Rows are summed in float32 over BLOCK rows, in
+ * float64 over a chunk, then over the chunks in their order: the sums do not depend on the number of threads.
+ */
+#include "row.h"
+
+#define BLOCK 64
+#define CHUNKS_AT_MOST 256
+#define CHUNK_AT_LEAST 512
+
+static int64_t chunk_length(int64_t tokens) {
+    int64_t length = (tokens + CHUNKS_AT_MOST - 1) / CHUNKS_AT_MOST;
+    return length > CHUNK_AT_LEAST ? length : CHUNK_AT_LEAST;
+}
+
+/* How many float64 `column_sums` wants as workspace. */
+int64_t column_sums_workspace(int64_t tokens, int64_t experts) {
+    int64_t length = chunk_length(tokens);
+    return (tokens + length - 1) / length * 2 * PAD(experts);
+}
+
+/* e_j = 2^(c_j inv + shift_j - top), and their sum. */
+static inline float exponentials(const float *c, const double *shift, double inv, double top, int64_t padded,
+                                 float *e) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < padded; ++j) {
+        float value = exp2_of((float)(c[j] * inv + (shift[j] - top)));
+        e[j] = value;
+        sum += value;
+    }
+    return sum;
+}
+
+static void sum_chunk(const Scores *s, int64_t first, int64_t last, const float *g, const double *shift, double inv,
+                      double *sums, double *squares) {
+    int64_t padded = PAD(s->experts);
+    float buffer[padded] ALIGNED, e[padded] ALIGNED, block[padded] ALIGNED, block_squares[padded] ALIGNED;
+    for (int64_t j = 0; j < padded; ++j) sums[j] = squares[j] = 0;
+    for (int64_t start = first; start < last; start += BLOCK) {
+        int64_t stop = start + BLOCK < last ? start + BLOCK : last;
+        for (int64_t j = 0; j < padded; ++j) block[j] = block_squares[j] = 0;
+        for (int64_t row = start; row < stop; ++row) {
+            if (s->mask && !s->mask[row * s->mask_stride]) continue;
+            const float *c = read_cost(s, row, buffer);
+            float sum = exponentials(c, shift, inv, shifted_max(c, g, padded) * inv, padded, e);
+            if (!(sum > 1e-30f && sum < 1e30f)) { /* float32 was too coarse for this row's maximum */
+                double top = -INFINITY;
+                for (int64_t j = 0; j < padded; ++j) {
+                    double x = c[j] * inv + shift[j];
+                    top = x > top ? x : top;
+                }
+                sum = exponentials(c, shift, inv, top, padded, e);
+            }
+            float scale = 1 / sum, mass = s->mass ? s->mass[row * s->mass_stride] : 1.0f;
+#pragma omp simd
+            for (int64_t j = 0; j < padded; ++j) {
+                float p = e[j] * scale, share = p * mass;
+                block[j] += share;
+                block_squares[j] += share * p;
+            }
+        }
+#pragma omp simd
+        for (int64_t j = 0; j < padded; ++j) {
+            sums[j] += block[j];
+            squares[j] += block_squares[j];
+        }
+    }
+}
+
+/* potentials: (experts,), -inf for an expert without mass. out: (2, experts), the sums and the squares; NaN where a
+ * score is NaN or +inf, or a whole row is -inf. */
+void column_sums(const Scores *s, const double *potentials, double reg, double *out, double *workspace,
+                 int64_t threads) {
+    int64_t experts = s->experts, padded = PAD(experts), length = chunk_length(s->tokens);
+    int64_t chunks = (s->tokens + length - 1) / length;
+    double inv = LOG2E / reg, shift[padded] ALIGNED;
+    float g[padded] ALIGNED;
+    for (int64_t j = 0; j < padded; ++j) {
+        g[j] = j < experts ? (float)potentials[j] : 0;
+        shift[j] = j < experts ? potentials[j] * inv : 0;
+    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1 && chunks > 1)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        int64_t first = chunk * length, last = first + length < s->tokens ? first + length : s->tokens;
+        double *sums = workspace + chunk * 2 * padded;
+        sum_chunk(s, first, last, g, shift, inv, sums, sums + padded);
+    }
+    for (int64_t j = 0; j < 2 * experts; ++j) out[j] = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const double *sums = workspace + chunk * 2 * padded;
+        for (int64_t j = 0; j < experts; ++j) {
+            out[j] += sums[j];
+            out[experts + j] += sums[padded + j];
+        }
+    }
+}

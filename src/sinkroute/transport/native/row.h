@@ -1,0 +1,119 @@
+/* One row of scores, as every kernel here reads it: any dtype in, float32 out, padded to whole vectors.
+ *
+ * Loops run over PAD(experts) elements with `omp simd`, which lets the compiler vectorise reductions without
+ * -ffast-math (linking with that would change the rounding of the whole process). Nothing here needs libm.
+ */
+#ifndef SINKROUTE_ROW_H
+#define SINKROUTE_ROW_H
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 16
+#define PAD(n) (((n) + LANES - 1) / LANES * LANES)
+#define ALIGNED __attribute__((aligned(64)))
+#define LOG2E 1.4426950408889634
+
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+/* What is read: (tokens, experts), rows `row_stride` elements apart, columns 1. `mask` and `mass` may be NULL. */
+typedef struct {
+    const void *scores;
+    int64_t dtype, tokens, experts, row_stride, softmax_cost;
+    const uint8_t *mask; /* 0 = the row is not looked at */
+    int64_t mask_stride;
+    const float *mass;
+    int64_t mass_stride;
+} Scores;
+
+/* 2^x, at most 2^127; 0 below 2^-126. Relative error below 1.2e-7. NaN stays NaN. */
+static inline float exp2_of(float x) {
+    float clamped = x < -126.0f ? -126.0f : x;
+    clamped = clamped > 127.0f ? 127.0f : clamped;
+    float rounded = (clamped + 12582912.0f) - 12582912.0f; /* to the nearest integer */
+    float f = clamped - rounded;
+    float p = 1.535336188319500e-4f;
+    p = p * f + 1.339887440266574e-3f;
+    p = p * f + 9.618437357674640e-3f;
+    p = p * f + 5.550332471162809e-2f;
+    p = p * f + 2.402264791363012e-1f;
+    p = p * f + 6.931472028550421e-1f;
+    p = p * f + 1.0f;
+    union { float f; int32_t i; } scale;
+    scale.i = ((int32_t)rounded + 127) << 23;
+    return x < -126.0f ? 0.0f : p * scale.f;
+}
+
+static inline float bfloat16_of(uint16_t bits) {
+    union { uint32_t i; float f; } out = {(uint32_t)bits << 16};
+    return out.f;
+}
+
+static inline float float16_of(uint16_t bits) {
+    uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, rest = bits & 0x7fffu;
+    union { uint32_t i; float f; } out;
+    out.i = rest << 13;
+    out.f *= 0x1p112f; /* moves the exponent, subnormals included */
+    out.i |= rest >= 0x7c00u ? 0x7f800000u : 0;
+    out.i |= sign;
+    return out.f;
+}
+
+/* The scores of one token as float32, padded with -inf: `buffer`, or the memory itself where that needs no change. */
+static inline const float *read_row(const Scores *s, int64_t row, float *buffer) {
+    int64_t experts = s->experts, at = row * s->row_stride;
+    if (s->dtype == FLOAT32) {
+        const float *in = (const float *)s->scores + at;
+        if (experts % LANES == 0) return in;
+        memcpy(buffer, in, experts * sizeof(float));
+    } else {
+        const uint16_t *in = (const uint16_t *)s->scores + at;
+        if (s->dtype == BFLOAT16) {
+            for (int64_t j = 0; j < experts; ++j) buffer[j] = bfloat16_of(in[j]);
+        } else {
+            for (int64_t j = 0; j < experts; ++j) buffer[j] = float16_of(in[j]);
+        }
+    }
+    for (int64_t j = experts; j < PAD(experts); ++j) buffer[j] = -INFINITY;
+    return buffer;
+}
+
+static inline float row_max(const float *x, int64_t padded) {
+    float largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < padded; ++j) largest = x[j] > largest ? x[j] : largest;
+    return largest;
+}
+
+/* max_j(x_j + g_j) in float32. Any number near it will do where it only keeps exponentials in range. */
+static inline float shifted_max(const float *x, const float *g, int64_t padded) {
+    float largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < padded; ++j) {
+        float y = x[j] + g[j];
+        largest = y > largest ? y : largest;
+    }
+    return largest;
+}
+
+/* The transport cost of one row: the scores, or their softmax, where -inf stays -inf (a forbidden expert). */
+static inline const float *read_cost(const Scores *s, int64_t row, float *buffer) {
+    const float *x = read_row(s, row, buffer);
+    if (!s->softmax_cost) return x;
+    int64_t padded = PAD(s->experts);
+    float largest = row_max(x, padded), sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < padded; ++j) {
+        float e = exp2_of((float)LOG2E * (x[j] - largest));
+        sum += e;
+        buffer[j] = x[j] == -INFINITY ? -INFINITY : e;
+    }
+    float scale = 1 / sum;
+#pragma omp simd
+    for (int64_t j = 0; j < padded; ++j) buffer[j] *= scale;
+    return buffer;
+}
+
+#endif

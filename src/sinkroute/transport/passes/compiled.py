@@ -1,0 +1,73 @@
+"""A pass by the compiled kernels: float32, bfloat16 or float16 scores on a CPU, columns next to each other."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sinkroute.transport import native
+from sinkroute.transport.problem import Problem
+
+__all__ = ["CompiledPass", "served_by_kernels"]
+
+# Waking a second thread costs some ten microseconds: about the time of this many scores.
+SCORES_PER_THREAD = 100_000
+
+
+def served_by_kernels(scores_TE: Tensor) -> bool:
+    """Whether the kernels can read these scores."""
+    return (
+        scores_TE.device.type == "cpu"
+        and scores_TE.dtype in native.DTYPES
+        and (scores_TE.stride(1) == 1 or scores_TE.shape[1] == 1)
+        and native.library() is not None
+    )
+
+
+def threads_for(scores_TE: Tensor) -> int:
+    """Threads that pay, at most as many as torch may use."""
+    return max(1, min(torch.get_num_threads(), scores_TE.numel() // SCORES_PER_THREAD))
+
+
+class CompiledPass:
+    """See `Pass`. The sums do not depend on the number of threads."""
+
+    def __init__(self, problem: Problem) -> None:
+        kernels = native.library()
+        assert kernels is not None
+        scores_TE = problem.scores_TE
+        # Held here because the kernels see addresses only.
+        self._tensors = scores_TE, problem.token_mask, problem.token_mass
+        self._kernels, self._tokens, self._experts = kernels, *scores_TE.shape
+        mask = problem.token_mask if problem.token_mass is None else problem.token_mass > 0
+        self._mask = mask
+        self._scores = ctypes.byref(native.Scores.of(scores_TE, problem.cost == "softmax", mask, problem.token_mass))
+        self._threads = threads_for(scores_TE)
+        self._workspace = np.empty(kernels.column_sums_workspace(self._tokens, self._experts))
+
+    @staticmethod
+    def serves(problem: Problem) -> bool:
+        """Whether this backend can do the problem."""
+        return served_by_kernels(problem.scores_TE)
+
+    def column_sums(self, potentials_E: np.ndarray, reg: float) -> np.ndarray:
+        """See `Pass`."""
+        potentials_E = np.ascontiguousarray(potentials_E, dtype=np.float64)
+        sums_2E = np.empty((2, self._experts))
+        self._kernels.column_sums(
+            self._scores, potentials_E.ctypes.data, reg, sums_2E.ctypes.data, self._workspace.ctypes.data, self._threads
+        )
+        return sums_2E
+
+    def column_ranks(self, ranks_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `Pass`."""
+        ranks_E = np.ascontiguousarray(ranks_E, dtype=np.int64)
+        means_E, quantiles_E = np.empty((2, self._experts))
+        lists = np.empty(int(ranks_E.sum()), dtype=np.float32)
+        self._kernels.column_ranks(
+            self._scores, ranks_E.ctypes.data, means_E.ctypes.data, quantiles_E.ctypes.data, lists.ctypes.data
+        )
+        return means_E, quantiles_E

@@ -1,0 +1,63 @@
+"""The last pass: the K best experts of every row under given potentials, and what they weigh."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from sinkroute.transport import native
+from sinkroute.transport.passes.chunked import chunks
+from sinkroute.transport.passes.compiled import served_by_kernels, threads_for
+from sinkroute.transport.problem import cost_matrix
+
+__all__ = ["topk_rows"]
+
+
+def topk_rows(
+    scores_TE: Tensor,
+    cost: str,
+    token_mask: Tensor | None,
+    token_mass: Tensor | None,
+    potentials_E: Tensor,
+    reg: float,
+    k: int,
+    normalise: bool,
+) -> tuple[Tensor, Tensor]:
+    """Weights (T, K) and experts (T, K) of `Plan.topk`, which see; without gradient, without a T × E matrix."""
+    tokens, experts = scores_TE.shape
+    dtype = torch.promote_types(scores_TE.dtype, torch.float32)
+    weights_TK = torch.empty(tokens, k, dtype=dtype, device=scores_TE.device)
+    experts_TK = torch.empty(tokens, k, dtype=torch.int64, device=scores_TE.device)
+    has_mass_T = token_mask if token_mass is None else token_mass > 0
+    if served_by_kernels(scores_TE):
+        kernels = native.library()
+        assert kernels is not None
+        described = native.Scores.of(scores_TE, cost == "softmax", has_mass_T, token_mass)
+        wide_E = potentials_E.double().contiguous()
+        kernels.topk(
+            ctypes.byref(described),
+            wide_E.data_ptr(),
+            reg,
+            k,
+            normalise,
+            experts_TK.data_ptr(),
+            weights_TK.data_ptr(),
+            threads_for(scores_TE),
+        )
+        return weights_TK, experts_TK
+    wide = torch.promote_types(dtype, potentials_E.dtype)
+    for rows in chunks(tokens, experts):
+        mask_R = None if has_mass_T is None else has_mass_T[rows]
+        above_RE = cost_matrix(scores_TE[rows], cost, mask_R).to(wide) + potentials_E.to(wide)
+        above_RE -= above_RE.amax(dim=1, keepdim=True)
+        # Order before the division by reg: after it distinct entries may underflow to ties.
+        top_RK, experts_TK[rows] = above_RE.topk(k, dim=1)
+        # Relative to the best, which is 0, or to all experts.
+        total_R1 = 0 if normalise else (above_RE / reg).logsumexp(dim=1, keepdim=True)
+        weights_RK = (top_RK / reg).softmax(dim=1) if normalise else (top_RK / reg - total_R1).exp()
+        if token_mass is not None and not normalise:
+            weights_RK *= token_mass[rows, None]
+        weights_TK[rows] = weights_RK if mask_R is None else weights_RK.masked_fill(~mask_R[:, None], 0)
+    return weights_TK, experts_TK
