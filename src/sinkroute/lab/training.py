@@ -319,7 +319,7 @@ class _Tally:
     max_vio_L: Tensor | float = 0.0
     branches: Counter[str] = field(default_factory=Counter)
     sinkhorn_steps: int = 0
-    plan_passes: int = 0
+    plan_passes: int | Tensor = 0
     grad_norm: Tensor | float = 0.0
     since: float = field(default_factory=time.perf_counter)
 
@@ -361,7 +361,7 @@ class _Tally:
             "load": self.load_LE.tolist(),
             "branches": dict(self.branches),
             "sinkhorn_steps": self.sinkhorn_steps,
-            "plan_passes": self.plan_passes,
+            "plan_passes": int(self.plan_passes),
         }
 
     def clear(self) -> None:

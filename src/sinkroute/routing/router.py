@@ -31,7 +31,7 @@ class Choice(NamedTuple):
     weights_TK: Tensor
     branch: str = "softmax"
     plan_error: Tensor | None = None
-    plan_passes: int | None = None
+    plan_passes: int | Tensor | None = None
 
 
 class Router(nn.Module):

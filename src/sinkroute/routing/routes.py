@@ -29,4 +29,4 @@ class Routes:
     branch: str = "softmax"
     aux_loss: Tensor | None = None
     plan_error: Tensor | None = None
-    plan_passes: int | None = None
+    plan_passes: int | Tensor | None = None

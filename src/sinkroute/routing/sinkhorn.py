@@ -50,4 +50,4 @@ class SinkhornRouter(Router):
         plan = solve(logits_TE.detach(), self.reg, token_mask=token_mask, tol=self.tol, max_passes=self.max_passes)
         _, experts_TK = plan.topk(self.top_k)
         weights_TK = self.softmax_weights(logits_TE, experts_TK)
-        return Choice(experts_TK, weights_TK, "sinkhorn", plan.column_error, plan.passes)
+        return Choice(experts_TK, weights_TK, "sinkhorn", plan.column_error, plan.pass_count)

@@ -132,7 +132,7 @@ class SSRRouter(Router):
         if self.plan_gradient == "none":
             # A gradient of 0 rather than none at all: data-parallel wrappers refuse a parameter that no loss reaches.
             weights_TK = weights_TK + 0 * logits_TE.gather(-1, experts_TK)
-        return Choice(experts_TK, weights_TK, "sinkhorn", plan.column_error, plan.passes)
+        return Choice(experts_TK, weights_TK, "sinkhorn", plan.column_error, plan.pass_count)
 
     def _noisy(self, scores_TE: Tensor, branch: str) -> Tensor:
         if self.noise_std == 0 or self.noise_branch not in ("both", branch):

@@ -58,7 +58,7 @@ def dual(problem: Problem, *, tol: float, max_passes: int | None, init_E: torch.
     rounding = 4 * np.finfo(np.float64).eps * float(np.abs(search.best_E[search.active_E]).max()) / problem.reg
     like_E = problem.target_E
     return Solution(
-        problem.centre(torch.from_numpy(search.best_E).to(like_E)),
+        torch.from_numpy(search.centred(search.best_E)).to(like_E),
         like_E.new_tensor(max(search.best_error, rounding)),
         math.ceil(search.spent - 1e-9),
     )
@@ -73,11 +73,13 @@ class _Search:
         self.target_E = problem.target_E.double().cpu().numpy()
         self.active_E = self.target_E > 0
         self.all_active = bool(self.active_E.all())
+        # How large costs are, where that is known; what float32 loses of them must be nothing beside the tolerance.
+        self.size, self.tol = math.inf, math.inf
         self.best_error = math.inf
         self.best_E = np.where(self.active_E, 0.0, -np.inf)
 
     def run(self, tol: float, init_E: np.ndarray | None) -> None:
-        reg = self.problem.reg
+        reg, self.tol = self.problem.reg, tol
         if init_E is not None:
             self.descend(self.centred(init_E), reg, tol, min(PATIENCE, self.budget), give_up_at=FAR_ABOVE)
             if self.best_error <= tol or self.spent >= self.budget:
@@ -97,7 +99,8 @@ class _Search:
     def evaluate(self, potentials_E: np.ndarray, reg: float) -> tuple[np.ndarray, np.ndarray]:
         """s and q of all rows on all ranks; remembers the best potentials for the ξ that was asked for."""
         self.spent += 1
-        sums_E, squares_E = self.over_ranks(self.rows.column_sums(potentials_E, reg))
+        wide = 6e-8 * self.size / reg > 0.01 * self.tol
+        sums_E, squares_E = self.over_ranks(self.rows.column_sums(potentials_E, reg, wide))
         if reg == self.problem.reg:
             error = self.error(sums_E)
             if error < self.best_error or not math.isfinite(self.best_error):
@@ -142,14 +145,15 @@ class _Search:
                 np.stack([means_E * real, quantiles_E * real, np.full(experts, float(real))])
             )
             means_E, quantiles_E = means_E / reals_E, quantiles_E / reals_E
-        spread = float(np.median((quantiles_E - means_E)[self.active_E]))
+        spread = float((quantiles_E - means_E)[self.active_E].max())
+        self.size = float(np.abs([means_E, quantiles_E]).max() + np.abs(quantiles_E).max())
         guesses = [self.centred(-means_E), self.centred(-quantiles_E)]
         if self.spent + 2 / step + 1 > self.budget:
             return guesses[1], spread
         self.spent += 2 / step
         distances = []
         for guess_E in guesses:
-            sums_E = self.over_ranks(rows.column_sums(guess_E, problem.reg))[0][self.active_E]
+            sums_E = self.over_ranks(rows.column_sums(guess_E, problem.reg, False))[0][self.active_E]
             ratios_E = sums_E / sums_E.sum() / share_E[self.active_E]
             distances.append(float(np.abs(np.log(np.maximum(ratios_E, 1e-30))).max()))
         return guesses[int(distances[1] <= distances[0])], spread
@@ -246,5 +250,3 @@ def lbfgs_direction(
     for (step_E, change_E, bend), weight in zip(pairs, reversed(weights), strict=True):
         q_E += (weight - float(change_E @ q_E) / bend) * step_E
     return -q_E
-
-

@@ -150,7 +150,7 @@ def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     integer, number, address, scores = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.POINTER(Scores)
     kernels.column_sums_workspace.argtypes = [integer, integer]
     kernels.column_sums_workspace.restype = integer
-    kernels.column_sums.argtypes = [scores, address, number, address, address, integer]
+    kernels.column_sums.argtypes = [scores, address, number, integer, address, address, integer]
     kernels.column_sums.restype = None
     kernels.column_ranks.argtypes = [scores, address, address, address, address]
     kernels.column_ranks.restype = None

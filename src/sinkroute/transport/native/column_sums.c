@@ -2,13 +2,14 @@
  *
  *     sums_j = sum_i m_i p_ij          squares_j = sum_i m_i p_ij^2
  *
- * and nothing else is written. The shift (C + g - max) / xi is made in float64, so that neither the size of the scores
- * nor that of the potentials costs digits; the exponential is float32. Rows are summed in float32 over BLOCK rows, in
+ * and nothing else is written. The exponential is float32. The shift (C + g - max) / xi is float32 too, which is off by
+ * about 6e-8 |C| / xi, or float64 (`wide`), where neither the size of the scores nor that of the potentials costs
+ * digits, at a quarter more time. Rows are summed in float32 over BLOCK rows, in
  * float64 over a chunk, then over the chunks in their order: the sums do not depend on the number of threads.
  */
 #include "row.h"
 
-#define BLOCK 64
+#define BLOCK 16
 #define CHUNKS_AT_MOST 256
 #define CHUNK_AT_LEAST 512
 
@@ -23,21 +24,16 @@ int64_t column_sums_workspace(int64_t tokens, int64_t experts) {
     return (tokens + length - 1) / length * 2 * PAD(experts);
 }
 
-/* e_j = 2^(c_j inv + shift_j - top), and their sum. */
-static inline float exponentials(const float *c, const double *shift, double inv, double top, int64_t padded,
-                                 float *e) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < padded; ++j) {
-        float value = exp2_of((float)(c[j] * inv + (shift[j] - top)));
-        e[j] = value;
-        sum += value;
-    }
-    return sum;
-}
+typedef struct {
+    double inv;          /* log2(e) / xi */
+    const double *shift; /* g_j inv */
+    const float *g, *narrow_shift;
+    int wide;
+} Potentials;
 
-static void sum_chunk(const Scores *s, int64_t first, int64_t last, const float *g, const double *shift, double inv,
-                      double *sums, double *squares) {
+/* Into `sums` and `squares`, (padded,) each, from rows first to last. */
+static void sum_chunk(const Scores *s, int64_t first, int64_t last, const Potentials *p, double *sums,
+                      double *squares) {
     int64_t padded = PAD(s->experts);
     float buffer[padded] ALIGNED, e[padded] ALIGNED, block[padded] ALIGNED, block_squares[padded] ALIGNED;
     for (int64_t j = 0; j < padded; ++j) sums[j] = squares[j] = 0;
@@ -47,22 +43,19 @@ static void sum_chunk(const Scores *s, int64_t first, int64_t last, const float 
         for (int64_t row = start; row < stop; ++row) {
             if (s->mask && !s->mask[row * s->mask_stride]) continue;
             const float *c = read_cost(s, row, buffer);
-            float sum = exponentials(c, shift, inv, shifted_max(c, g, padded) * inv, padded, e);
-            if (!(sum > 1e-30f && sum < 1e30f)) { /* float32 was too coarse for this row's maximum */
-                double top = -INFINITY;
+            double top = shifted_max(c, p->g, padded) * p->inv;
+            float sum = p->wide ? exponentials(c, p->shift, p->inv, top, padded, e)
+                                : narrow_exponentials(c, p->narrow_shift, (float)p->inv, (float)top, padded, e);
+            if (!(sum > 0.25f && sum < 1e30f)) { /* not about 1 or more: float32 was too coarse for the maximum */
+                top = -INFINITY;
                 for (int64_t j = 0; j < padded; ++j) {
-                    double x = c[j] * inv + shift[j];
+                    double x = c[j] * p->inv + p->shift[j];
                     top = x > top ? x : top;
                 }
-                sum = exponentials(c, shift, inv, top, padded, e);
+                sum = exponentials(c, p->shift, p->inv, top, padded, e);
             }
-            float scale = 1 / sum, mass = s->mass ? s->mass[row * s->mass_stride] : 1.0f;
-#pragma omp simd
-            for (int64_t j = 0; j < padded; ++j) {
-                float p = e[j] * scale, share = p * mass;
-                block[j] += share;
-                block_squares[j] += share * p;
-            }
+            float mass = s->mass ? s->mass[row * s->mass_stride] : 1.0f;
+            accumulate(e, 1 / sum, mass, padded, block, block_squares);
         }
 #pragma omp simd
         for (int64_t j = 0; j < padded; ++j) {
@@ -74,21 +67,23 @@ static void sum_chunk(const Scores *s, int64_t first, int64_t last, const float 
 
 /* potentials: (experts,), -inf for an expert without mass. out: (2, experts), the sums and the squares; NaN where a
  * score is NaN or +inf, or a whole row is -inf. */
-void column_sums(const Scores *s, const double *potentials, double reg, double *out, double *workspace,
+void column_sums(const Scores *s, const double *potentials, double reg, int64_t wide, double *out, double *workspace,
                  int64_t threads) {
     int64_t experts = s->experts, padded = PAD(experts), length = chunk_length(s->tokens);
     int64_t chunks = (s->tokens + length - 1) / length;
-    double inv = LOG2E / reg, shift[padded] ALIGNED;
-    float g[padded] ALIGNED;
+    double shift[padded] ALIGNED;
+    float g[padded] ALIGNED, narrow_shift[padded] ALIGNED;
+    Potentials p = {LOG2E / reg, shift, g, narrow_shift, wide != 0};
     for (int64_t j = 0; j < padded; ++j) {
         g[j] = j < experts ? (float)potentials[j] : 0;
-        shift[j] = j < experts ? potentials[j] * inv : 0;
+        shift[j] = j < experts ? potentials[j] * p.inv : 0;
+        narrow_shift[j] = (float)shift[j];
     }
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1 && chunks > 1)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         int64_t first = chunk * length, last = first + length < s->tokens ? first + length : s->tokens;
         double *sums = workspace + chunk * 2 * padded;
-        sum_chunk(s, first, last, g, shift, inv, sums, sums + padded);
+        sum_chunk(s, first, last, &p, sums, sums + padded);
     }
     for (int64_t j = 0; j < 2 * experts; ++j) out[j] = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {

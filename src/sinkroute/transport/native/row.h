@@ -12,7 +12,7 @@
 #include <string.h>
 
 #define LANES 16
-#define PAD(n) (((n) + LANES - 1) / LANES * LANES)
+#define PAD(n) (((n) + LANES - 1) & ~(int64_t)(LANES - 1)) /* a mask, so that the compiler sees whole vectors */
 #define ALIGNED __attribute__((aligned(64)))
 #define LOG2E 1.4426950408889634
 
@@ -28,12 +28,12 @@ typedef struct {
     int64_t mass_stride;
 } Scores;
 
-/* 2^x, at most 2^127; 0 below 2^-126. Relative error below 1.2e-7. NaN stays NaN. */
+/* 2^x for -63 <= x <= 127, and the nearer end's value outside; relative error below 1.2e-7. NaN stays NaN.
+ * The floor, 1e-19, is nothing beside 1, and its square is no denormal, which would be slow. */
 static inline float exp2_of(float x) {
-    float clamped = x < -126.0f ? -126.0f : x;
-    clamped = clamped > 127.0f ? 127.0f : clamped;
-    float rounded = (clamped + 12582912.0f) - 12582912.0f; /* to the nearest integer */
-    float f = clamped - rounded;
+    x = x < -63.0f ? -63.0f : x;
+    x = x > 127.0f ? 127.0f : x;
+    float rounded = rintf(x), f = x - rounded;
     float p = 1.535336188319500e-4f;
     p = p * f + 1.339887440266574e-3f;
     p = p * f + 9.618437357674640e-3f;
@@ -41,9 +41,9 @@ static inline float exp2_of(float x) {
     p = p * f + 2.402264791363012e-1f;
     p = p * f + 6.931472028550421e-1f;
     p = p * f + 1.0f;
-    union { float f; int32_t i; } scale;
-    scale.i = ((int32_t)rounded + 127) << 23;
-    return x < -126.0f ? 0.0f : p * scale.f;
+    union { float f; int32_t i; } out = {p};
+    out.i += (int32_t)rounded * (1 << 23); /* into the exponent */
+    return out.f;
 }
 
 static inline float bfloat16_of(uint16_t bits) {
@@ -80,6 +80,9 @@ static inline const float *read_row(const Scores *s, int64_t row, float *buffer)
     return buffer;
 }
 
+#ifdef __AVX512F__
+#include "avx512.h"
+#else
 static inline float row_max(const float *x, int64_t padded) {
     float largest = -INFINITY;
 #pragma omp simd reduction(max : largest)
@@ -98,19 +101,58 @@ static inline float shifted_max(const float *x, const float *g, int64_t padded) 
     return largest;
 }
 
+/* out_j = exp(x_j - top), -inf where x_j is, and their sum. */
+static inline float softmax_numerators(const float *x, float top, int64_t padded, float *out) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < padded; ++j) {
+        float e = exp2_of((float)LOG2E * (x[j] - top));
+        sum += e;
+        out[j] = x[j] == -INFINITY ? -INFINITY : e;
+    }
+    return sum;
+}
+
+/* e_j = 2^(c_j inv + shift_j - top), and their sum: the shift in float64 or, `narrow_`, in float32. */
+static inline float exponentials(const float *c, const double *shift, double inv, double top, int64_t padded,
+                                 float *e) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < padded; ++j) {
+        e[j] = exp2_of((float)(c[j] * inv + (shift[j] - top)));
+        sum += e[j];
+    }
+    return sum;
+}
+
+static inline float narrow_exponentials(const float *c, const float *shift, float inv, float top, int64_t padded,
+                                        float *e) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < padded; ++j) {
+        e[j] = exp2_of(c[j] * inv + (shift[j] - top));
+        sum += e[j];
+    }
+    return sum;
+}
+
+/* block_j += mass p_j and squares_j += mass p_j^2, with p = e scale. */
+static inline void accumulate(const float *e, float scale, float mass, int64_t padded, float *block, float *squares) {
+#pragma omp simd
+    for (int64_t j = 0; j < padded; ++j) {
+        float p = e[j] * scale, share = p * mass;
+        block[j] += share;
+        squares[j] += share * p;
+    }
+}
+#endif
+
 /* The transport cost of one row: the scores, or their softmax, where -inf stays -inf (a forbidden expert). */
 static inline const float *read_cost(const Scores *s, int64_t row, float *buffer) {
     const float *x = read_row(s, row, buffer);
     if (!s->softmax_cost) return x;
     int64_t padded = PAD(s->experts);
-    float largest = row_max(x, padded), sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < padded; ++j) {
-        float e = exp2_of((float)LOG2E * (x[j] - largest));
-        sum += e;
-        buffer[j] = x[j] == -INFINITY ? -INFINITY : e;
-    }
-    float scale = 1 / sum;
+    float scale = 1 / softmax_numerators(x, row_max(x, padded), padded, buffer);
 #pragma omp simd
     for (int64_t j = 0; j < padded; ++j) buffer[j] *= scale;
     return buffer;

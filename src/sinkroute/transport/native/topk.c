@@ -28,7 +28,7 @@ void topk(const Scores *s, const double *potentials, double reg, int64_t k, int6
             float all = 0;
             if (!normalise)
 #pragma omp simd reduction(+ : all)
-                for (int64_t j = 0; j < padded; ++j) all += exp2_of((float)(y[j] * inv));
+                for (int64_t j = 0; j < padded; ++j) all += y[j] == -INFINITY ? 0.0f : exp2_of((float)(y[j] * inv));
             float sum = 0, first = 0;
             for (int64_t n = 0; n < k; ++n) {
                 float best = row_max(y, padded);
@@ -44,7 +44,7 @@ void topk(const Scores *s, const double *potentials, double reg, int64_t k, int6
                 }
                 if (n == 0) first = best;
                 chosen[n] = at;
-                weights[n] = best == -INFINITY ? 0 : exp2_of((float)((best - (normalise ? first : 0)) * inv));
+                weights[n] = best == -INFINITY ? 0 : exp2f((float)((best - (normalise ? first : 0)) * inv));
                 sum += weights[n];
                 y[at] = -NAN; /* never equal to anything, never the maximum: not chosen twice, even among -inf */
             }

@@ -1,8 +1,8 @@
 """A pass over the scores, the one thing that costs time: every backend does the same, one file each.
 
-    `chunked`    torch, a few thousand rows at a time in buffers that stay in cache; any device, any dtype
-    `compiled`   C, for CPU tensors, where a compiler is
-    `topk`       the last pass: the K best experts of each row and their weights
+`chunked`    torch, a few thousand rows at a time in buffers that stay in cache; any device, any dtype
+`compiled`   C, for CPU tensors, where a compiler is
+`topk`       the last pass: the K best experts of each row and their weights
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ __all__ = ["Pass", "make_pass"]
 class Pass(Protocol):
     """Passes over the rows of one problem that this process holds."""
 
-    def column_sums(self, potentials_E: np.ndarray, reg: float) -> np.ndarray:
+    def column_sums(self, potentials_E: np.ndarray, reg: float, wide: bool) -> np.ndarray:
         """(2, E) float64: Σ_i m_i p_ij and Σ_i m_i p_ij², with p_ij = softmax_j((C_ij + g_j) / reg).
 
+        potentials_E: (E,) float64, contiguous. `wide`: shift the scores in float64; if False the shift may be float32,
+        which is off by about 6e-8 |C + g| / reg, and faster. Exponentials are of the working dtype.
         NaN where a score is NaN or +inf, or a whole row −inf.
         """
 

@@ -18,6 +18,7 @@ __all__ = ["ChunkedPass", "chunks"]
 
 # Two buffers of this many numbers: 1 MB in float32, 2 MB in float64.
 NUMBERS_PER_CHUNK = 1 << 17
+FLOOR = -43.0
 
 
 def chunks(tokens: int, experts: int) -> Iterator[slice]:
@@ -27,18 +28,16 @@ def chunks(tokens: int, experts: int) -> Iterator[slice]:
 
 
 class ChunkedPass:
-    """See `Pass`. Exponentials are float32, shifts float64; all is float64 for float64 scores."""
+    """See `Pass`. All is float64 for float64 scores."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         scores_TE = problem.scores_TE
-        # No float64 on an MPS device; there the shift is float32 too.
-        self._wide = problem.target_E.dtype
+        self._wide = problem.target_E.dtype  # float32 on an MPS device, which has no other
         experts = scores_TE.shape[1]
         rows = min(scores_TE.shape[0], max(1, NUMBERS_PER_CHUNK // experts))
         self._wide_RE = torch.empty(rows, experts, dtype=self._wide, device=scores_TE.device)
         self._narrow_RE = torch.empty(rows, experts, dtype=problem.dtype, device=scores_TE.device)
-        self._floor = -80.0  # below, exponentials would turn into denormals, which are slow
 
     def _cost(self, rows: slice) -> Tensor:
         problem = self._problem
@@ -51,7 +50,7 @@ class ChunkedPass:
                 scores_RE = torch.where((counts_T[rows] > 0)[:, None], scores_RE, 0)
         return COSTS[problem.cost](scores_RE)
 
-    def column_sums(self, potentials_E: np.ndarray, reg: float) -> np.ndarray:
+    def column_sums(self, potentials_E: np.ndarray, reg: float, wide: bool) -> np.ndarray:
         """See `Pass`."""
         problem = self._problem
         tokens, experts = problem.scores_TE.shape
@@ -59,12 +58,12 @@ class ChunkedPass:
         sums_2E = torch.zeros(2, experts, dtype=self._wide, device=g_E.device)
         for rows in chunks(tokens, experts):
             length = rows.stop - rows.start
-            wide_RE, p_RE = self._wide_RE[:length], self._narrow_RE[:length]
-            torch.add(self._cost(rows), g_E, out=wide_RE)
-            wide_RE.sub_(wide_RE.amax(dim=1, keepdim=True)).mul_(1 / reg)
-            p_RE.copy_(wide_RE)
-            forbidden_RE = p_RE < self._floor
-            p_RE.exp_().masked_fill_(forbidden_RE, 0)
+            p_RE = self._narrow_RE[:length]
+            shifted_RE = self._wide_RE[:length] if wide else p_RE
+            torch.add(self._cost(rows), g_E.to(shifted_RE.dtype), out=shifted_RE)
+            shifted_RE.sub_(shifted_RE.amax(dim=1, keepdim=True)).mul_(1 / reg)
+            # Exponentials below this are nothing beside 1, but their squares would be denormals, which are slow.
+            p_RE.copy_(shifted_RE).clamp_(min=FLOOR).exp_()
             p_RE.div_(p_RE.sum(dim=1, keepdim=True))
             if problem.token_mass is not None:
                 mass_R1 = problem.token_mass[rows, None]

@@ -53,12 +53,17 @@ class CompiledPass:
         """Whether this backend can do the problem."""
         return served_by_kernels(problem.scores_TE)
 
-    def column_sums(self, potentials_E: np.ndarray, reg: float) -> np.ndarray:
+    def column_sums(self, potentials_E: np.ndarray, reg: float, wide: bool) -> np.ndarray:
         """See `Pass`."""
-        potentials_E = np.ascontiguousarray(potentials_E, dtype=np.float64)
         sums_2E = np.empty((2, self._experts))
         self._kernels.column_sums(
-            self._scores, potentials_E.ctypes.data, reg, sums_2E.ctypes.data, self._workspace.ctypes.data, self._threads
+            self._scores,
+            potentials_E.ctypes.data,
+            reg,
+            wide,
+            sums_2E.ctypes.data,
+            self._workspace.ctypes.data,
+            self._threads,
         )
         return sums_2E
 
