@@ -16,7 +16,7 @@ the step g_j ← g_j + ξ log(t_j / s_j): to first order it divides the gradient
 2. L-BFGS (Nocedal & Wright, *Numerical Optimization*, algorithm 7.4) from H₀ = diag(ξ / (s − q)), at most MEMORY pairs.
    Far from balance: Sinkhorn steps. A step is at most `reach` long, which grows while the slope hardly changes along
    steps that were cut, and shrinks when one overshoots. F is convex along a line, so slopes alone tell where to stop.
-3. If that has not converged in PATIENCE passes, the problem is nearly degenerate (clustered tokens, scores far apart in
+3. If the error has not halved in PATIENCE passes, the problem is nearly degenerate (clustered tokens, scores far apart in
    units of ξ): follow the solution down from a ξ at which it is easy, a factor ANNEAL at a time.
 
 It stops at max_j |s_j / t_j − 1| ≤ tol, or returns the best g seen and how good it is.
@@ -40,7 +40,7 @@ SAMPLE_AT_LEAST, SAMPLE_PER_EXPERT = 512, 16  # rows
 MEMORY = 10
 REACH = 30.0  # of a first step, in units of ξ
 FAR_BELOW, FAR_ABOVE = 0.1, 8.0  # s / t outside: far from balance
-PATIENCE = 20  # passes
+PATIENCE = 10  # passes in which the error must halve
 ANNEAL, ANNEAL_TOLERANCE, ANNEAL_PASSES = 4.0, 0.3, 12
 
 
@@ -81,18 +81,18 @@ class _Search:
     def run(self, tol: float, init_E: np.ndarray | None) -> None:
         reg, self.tol = self.problem.reg, tol
         if init_E is not None:
-            self.descend(self.centred(init_E), reg, tol, min(PATIENCE, self.budget), give_up_at=FAR_ABOVE)
+            self.descend(self.centred(init_E), reg, tol, patience=PATIENCE, give_up_at=FAR_ABOVE)
             if self.best_error <= tol or self.spent >= self.budget:
                 return
         start_E, spread = self.start()
-        self.descend(start_E, reg, tol, PATIENCE)
+        self.descend(start_E, reg, tol, patience=PATIENCE)
         if self.best_error <= tol:
             return
         stages = max(0, math.ceil(math.log(max(spread / reg, 1), ANNEAL)) - 1) if math.isfinite(spread) else 0
         point_E = start_E
         for stage in range(stages, 0, -1):
-            point_E = self.descend(point_E, reg * ANNEAL**stage, ANNEAL_TOLERANCE, ANNEAL_PASSES)
-        self.descend(point_E if stages else self.best_E, reg, tol, self.budget)
+            point_E = self.descend(point_E, reg * ANNEAL**stage, ANNEAL_TOLERANCE, passes=ANNEAL_PASSES)
+        self.descend(point_E if stages else self.best_E, reg, tol)
 
     # -- one evaluation -------------------------------------------------------------------------------------------
 
@@ -161,11 +161,19 @@ class _Search:
     # -- descent --------------------------------------------------------------------------------------------------
 
     def descend(
-        self, point_E: np.ndarray, reg: float, tol: float, passes: int, give_up_at: float = math.inf
+        self,
+        point_E: np.ndarray,
+        reg: float,
+        tol: float,
+        *,
+        passes: float = math.inf,
+        patience: float = math.inf,
+        give_up_at: float = math.inf,
     ) -> np.ndarray:
         """L-BFGS at this ξ until `tol`, for at most so many passes; returns the last point.
 
-        `give_up_at`: return at once if s / t at the first point is above this, or below its inverse.
+        `patience`: stop when the error has not halved in so many passes. `give_up_at`: return at once if s / t at the
+        first point is above this, or below its inverse.
         """
         last = min(self.spent + passes, float(self.budget))
         if self.spent + 1 > last:
@@ -178,7 +186,8 @@ class _Search:
         gradient_E = self.gradient(sums_E, unit)
         pairs: deque[tuple[np.ndarray, np.ndarray, float]] = deque(maxlen=MEMORY)
         reach = REACH * reg
-        while self.error(sums_E) > tol and self.spent + 1 <= last:
+        halved, halved_at = self.error(sums_E), self.spent
+        while self.error(sums_E) > tol and self.spent + 1 <= last and self.spent - halved_at < patience:
             if ratios_E.min() < FAR_BELOW or ratios_E.max() > FAR_ABOVE:
                 direction_E = -reg * np.log(np.maximum(ratios_E, 1e-30))
             else:
@@ -215,6 +224,8 @@ class _Search:
             if cut and trial_slope < 0.5 * slope:
                 reach *= 2
             point_E, gradient_E, ratios_E = trial_E, trial_gradient_E, self.ratios(sums_E)
+            if self.error(sums_E) <= halved / 2:
+                halved, halved_at = self.error(sums_E), self.spent
         return point_E
 
     def ratios(self, sums_E: np.ndarray) -> np.ndarray:
