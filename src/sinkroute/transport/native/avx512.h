@@ -32,6 +32,27 @@ static inline float shifted_max(const float *x, const float *g, int64_t padded) 
     return _mm512_reduce_max_ps(largest);
 }
 
+static inline float next_largest(const float *y, int64_t padded, float before, int64_t before_at, int64_t *at) {
+    __m512 largest = _mm512_set1_ps(-INFINITY), before_16 = _mm512_set1_ps(before);
+    __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i found = _mm512_set1_epi32(INT32_MAX), before_at_16 = _mm512_set1_epi32((int32_t)before_at);
+    for (int64_t j = 0; j < padded; j += 16) {
+        __m512 x = _mm512_load_ps(y + j);
+        __mmask16 tied = _mm512_cmp_ps_mask(x, before_16, _CMP_EQ_OQ) & _mm512_cmpgt_epi32_mask(index, before_at_16);
+        __mmask16 after = _mm512_cmp_ps_mask(x, before_16, _CMP_LT_OQ) | tied;
+        __mmask16 better = _mm512_mask_cmp_ps_mask(after, x, largest, _CMP_GT_OQ);
+        largest = _mm512_mask_mov_ps(largest, better, x);
+        found = _mm512_mask_mov_epi32(found, better, index);
+        index = _mm512_add_epi32(index, _mm512_set1_epi32(16));
+    }
+    float top = _mm512_reduce_max_ps(largest);
+    __mmask16 best = _mm512_cmp_ps_mask(largest, _mm512_set1_ps(top), _CMP_EQ_OQ);
+    *at = _mm512_mask_reduce_min_epi32(best, found);
+    if (*at == INT32_MAX) /* only -inf is left */
+        for (*at = before > -INFINITY ? 0 : before_at + 1; *at < padded - 1 && y[*at] != -INFINITY;) ++*at;
+    return top;
+}
+
 static inline float softmax_numerators(const float *x, float top, int64_t padded, float *out) {
     __m512 sum = _mm512_setzero_ps(), least = _mm512_set1_ps(-INFINITY);
     for (int64_t j = 0; j < padded; j += 16) {

@@ -101,6 +101,21 @@ static inline float shifted_max(const float *x, const float *g, int64_t padded) 
     return largest;
 }
 
+/* The largest of the y that come after (before, before_at), where larger ones come first and of equal ones that with the
+ * lower index; its index into `at`. Start from (INFINITY, -1). */
+static inline float next_largest(const float *y, int64_t padded, float before, int64_t before_at, int64_t *at) {
+    float largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < padded; ++j) {
+        float x = (y[j] < before) | ((y[j] == before) & (j > before_at)) ? y[j] : -INFINITY;
+        largest = x > largest ? x : largest;
+    }
+    int64_t j = largest < before ? 0 : before_at + 1;
+    while (j < padded - 1 && y[j] != largest) ++j;
+    *at = j;
+    return largest;
+}
+
 /* out_j = exp(x_j - top), -inf where x_j is, and their sum. */
 static inline float softmax_numerators(const float *x, float top, int64_t padded, float *out) {
     float sum = 0;

@@ -7,8 +7,9 @@ void topk(const Scores *s, const double *potentials, double reg, int64_t k, int6
           float *weights_out, int64_t threads) {
     int64_t experts = s->experts, padded = PAD(experts);
     double inv = LOG2E / reg;
-    float g[padded] ALIGNED;
-    for (int64_t j = 0; j < padded; ++j) g[j] = j < experts ? (float)potentials[j] : 0;
+    float narrow_g[padded] ALIGNED;
+    double g[padded] ALIGNED;
+    for (int64_t j = 0; j < padded; ++j) narrow_g[j] = (float)(g[j] = j < experts ? potentials[j] : 0);
 #pragma omp parallel num_threads(threads) if (threads > 1 && s->tokens > 1024)
     {
         float buffer[padded] ALIGNED, y[padded] ALIGNED;
@@ -21,32 +22,23 @@ void topk(const Scores *s, const double *potentials, double reg, int64_t k, int6
                 continue;
             }
             const float *c = read_cost(s, row, buffer);
-            float largest = shifted_max(c, g, padded);
+            float largest = shifted_max(c, narrow_g, padded);
             /* Relative to the maximum and in float64 first: near the top no digit is lost to the size of C or g. */
-            for (int64_t j = 0; j < experts; ++j) y[j] = (float)(c[j] + (potentials[j] - largest));
-            for (int64_t j = experts; j < padded; ++j) y[j] = -INFINITY;
+#pragma omp simd
+            for (int64_t j = 0; j < padded; ++j) y[j] = (float)(c[j] + (g[j] - (double)largest));
             float all = 0;
             if (!normalise)
 #pragma omp simd reduction(+ : all)
                 for (int64_t j = 0; j < padded; ++j) all += y[j] == -INFINITY ? 0.0f : exp2_of((float)(y[j] * inv));
-            float sum = 0, first = 0;
+            float sum = 0, first = 0, best = INFINITY;
+            int64_t at = -1;
             for (int64_t n = 0; n < k; ++n) {
-                float best = row_max(y, padded);
-                int64_t at = 0;
-                for (int64_t j = 0; j < padded; j += LANES) {
-                    int32_t hit = 0;
-#pragma omp simd reduction(| : hit)
-                    for (int64_t lane = 0; lane < LANES; ++lane) hit |= (y[j + lane] == best) << lane;
-                    if (hit) {
-                        at = j + __builtin_ctz(hit);
-                        break;
-                    }
-                }
-                if (n == 0) first = best;
+                best = next_largest(y, padded, best, at, &at);
+                if (n == 0) first = normalise ? best : 0;
                 chosen[n] = at;
-                weights[n] = best == -INFINITY ? 0 : exp2f((float)((best - (normalise ? first : 0)) * inv));
+                float z = (float)((best - first) * inv);
+                weights[n] = z > -62.0f ? exp2_of(z) : exp2f(z);
                 sum += weights[n];
-                y[at] = -NAN; /* never equal to anything, never the maximum: not chosen twice, even among -inf */
             }
             float scale = normalise ? 1 / sum : (s->mass ? s->mass[row * s->mass_stride] : 1.0f) / all;
             for (int64_t n = 0; n < k; ++n) weights[n] *= scale;
