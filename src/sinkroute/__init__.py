@@ -1,6 +1,7 @@
 """sinkroute: balanced mixture-of-experts routing for PyTorch, without auxiliary losses.
 
 solve           scores -> transport plan with balanced experts
+balanced_topk   scores -> k experts per token, with balanced loads
 create_router   scores -> routes, by SSR or by a method it is compared with
 MoE             tokens -> tokens, a layer with any of these routers
 set_step        tells all routers of a model which training step it is
@@ -14,11 +15,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sinkroute.moe import MoE
     from sinkroute.routing import Router, Routes, create_router, list_routers, set_step
-    from sinkroute.transport import Plan, solve
+    from sinkroute.transport import Plan, balanced_topk, solve
 
 __version__ = "0.1.0"
 
-__all__ = ["MoE", "Plan", "Router", "Routes", "create_router", "list_routers", "set_step", "solve"]
+__all__ = [
+    "MoE",
+    "Plan",
+    "Router",
+    "Routes",
+    "balanced_topk",
+    "create_router",
+    "list_routers",
+    "set_step",
+    "solve",
+]
 
 # Loaded when first asked for: `sinkroute --help` needs no torch, the command line sets OpenMP up before torch comes.
 _HOMES = {
@@ -26,6 +37,7 @@ _HOMES = {
     "Plan": "transport",
     "Router": "routing",
     "Routes": "routing",
+    "balanced_topk": "transport",
     "create_router": "routing",
     "list_routers": "routing",
     "set_step": "routing",

@@ -20,11 +20,17 @@ Shape suffixes, here and in the names of every variable:
     E  experts
     K  experts per token
 
-One file a part: `problem` (what is asked, and every check of it), `sinkhorn` and `naive` (solvers, one a file),
-`implicit` (the gradient), `plan` (what comes back), `solve` (the entrance and the registry of solvers).
+One file a part:
+
+    `problem`    what is asked, and every check of it         `dual`                 the solver, L-BFGS in g
+    `plan`       what comes back                              `sinkhorn`, `naive`    solvers to compare it with
+    `solve`      the entrance and the registry of solvers     `passes`               a pass over the scores, by backend
+    `implicit`   the gradient                                 `native`               the C kernels
+    `balanced`   whole tokens instead of mass                 `device`               the solver without the host
 """
 
+from sinkroute.transport.balanced import BalancedTopk, balanced_topk
 from sinkroute.transport.plan import Plan
 from sinkroute.transport.solve import list_solvers, solve
 
-__all__ = ["Plan", "list_solvers", "solve"]
+__all__ = ["BalancedTopk", "Plan", "balanced_topk", "list_solvers", "solve"]

@@ -133,8 +133,7 @@ class _Search:
         step = max(1, tokens // max(SAMPLE_AT_LEAST, SAMPLE_PER_EXPERT * experts))
         sample = problem.every(step)
         rows = make_pass(sample)
-        counts_S = sample.token_mask if sample.token_mass is None else sample.token_mass > 0
-        real = len(sample.scores_TE) if counts_S is None else int(counts_S.sum())
+        real = len(sample.scores_TE) if sample.token_mask is None else int(sample.token_mask.sum())
         share_E = self.target_E / self.target_E.sum()
         ranks_E = np.clip(np.rint(share_E * real), 1, max(real, 1)).astype(np.int64)
         means_E, quantiles_E = rows.column_ranks(ranks_E)

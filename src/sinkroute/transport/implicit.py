@@ -14,9 +14,10 @@ On implicit differentiation of Sinkhorn see Luise et al., *Differential Properti
 Learning with Wasserstein Distance* (2018).
 
 L is the Laplacian of a network in which experts are joined by the tokens they share, and w are the voltages when
-currents v are fed into it. So the gradient cannot explode, however weak the joints: what token i does to pair (j, l)
-is the current m_i p_ij p_il (w_j − w_l), and no current exceeds what is fed in, Σ |v| / 2. It does take arithmetic that
-keeps the constant vector in the null space, and differences of w exact where w is large: float64 throughout.
+currents v, of sum 0, are fed into it. So the gradient cannot explode, however weak the joints: what token i adds for
+experts j and l, m_i p_ij p_il (w_j − w_l), is its part of the current between them, and no current exceeds what is fed
+in, Σ |v_j| / 2. But weak joints make w large and leave its differences small, so all of this is done in float64, which
+neither autocast nor a lower precision of float32 products touches.
 
 An upstream gradient that touches K entries of a row only, such as that of the top-k weights, reaches v through these
 entries alone; the plan is never made: both loops go over chunks of rows.
@@ -35,7 +36,8 @@ from sinkroute.transport.problem import Problem, cost_matrix
 
 __all__ = ["potentials_of_scores"]
 
-# A leak to ground of this fraction of each column sum: experts that share less with all others than this are cut off.
+# From each expert this fraction of its column sum leaks to ground. It keeps w finite where experts share less than that
+# with all others; they get the gradient of experts that share nothing.
 LEAK = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
@@ -69,8 +71,7 @@ class _Potentials(torch.autograd.Function):
                 "a plan from solve(..., differentiable=True) over several ranks has no second derivative, as the sum "
                 "over the ranks is not differentiable; call backward without create_graph"
             )
-        with torch.autocast(scores_TE.device.type, enabled=False):
-            return _gradient_of_scores(problem, potentials_E, upstream_E), None, None
+        return _gradient_of_scores(problem, potentials_E, upstream_E), None, None
 
 
 def _gradient_of_scores(problem: Problem, potentials_E: Tensor, upstream_E: Tensor) -> Tensor:
@@ -78,15 +79,17 @@ def _gradient_of_scores(problem: Problem, potentials_E: Tensor, upstream_E: Tens
     wide = problem.target_E.dtype
     shared_EE = torch.zeros(experts, experts, dtype=wide, device=potentials_E.device)
     for rows in chunks(tokens, experts):
-        _, p_RE, mass_R1 = _rows(problem, potentials_E, rows)
-        shared_EE = shared_EE + p_RE.T @ (p_RE * mass_R1)
+        _, p_RE, plan_RE = _rows(problem, potentials_E, rows)
+        shared_EE += p_RE.T @ plan_RE
     # One collective for both.
     sums_FE = problem.over_ranks(torch.cat([shared_EE, upstream_E.to(wide)[None]]))
-    w_E = _voltages(sums_FE[:-1], torch.where(problem.positive_E, sums_FE[-1], 0))
-    gradient_TE = torch.empty_like(problem.scores_TE, requires_grad=False)
+    # Potentials have mean 0 over the experts with mass; the others have p = 0, so that their w does not matter.
+    v_E = torch.where(problem.positive_E, sums_FE[-1], 0)
+    w_E = _voltages(sums_FE[:-1], v_E - v_E.sum() / problem.positive_E.sum())
+    gradient_TE = torch.empty_like(problem.scores_TE)
     for rows in chunks(tokens, experts):
-        cost_RE, p_RE, mass_R1 = _rows(problem, potentials_E, rows)
-        gradient_RE = -mass_R1 * p_RE * (w_E - (p_RE @ w_E)[:, None])
+        cost_RE, p_RE, plan_RE = _rows(problem, potentials_E, rows)
+        gradient_RE = plan_RE * ((p_RE @ w_E)[:, None] - w_E)
         if problem.cost == "softmax":
             share_RE = cost_RE.clamp(min=0)  # a forbidden expert has cost −inf, a share of 0
             gradient_RE = share_RE * (gradient_RE - (share_RE * gradient_RE).sum(dim=1, keepdim=True))
@@ -95,26 +98,19 @@ def _gradient_of_scores(problem: Problem, potentials_E: Tensor, upstream_E: Tens
 
 
 def _rows(problem: Problem, potentials_E: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Some rows of C and P, float64, and their mass as a column."""
+    """Some rows, (R, E) float64: of C, of P, and of diag(m) P."""
     mask_R = None if problem.token_mask is None else problem.token_mask[rows]
     cost_RE = cost_matrix(problem.scores_TE[rows], problem.cost, mask_R).to(problem.target_E.dtype)
-    p_RE = ((cost_RE + potentials_E) / problem.reg).softmax(dim=1)
+    p_RE = (cost_RE + potentials_E).div_(problem.reg).softmax(dim=1)
     if problem.token_mass is not None:
-        return cost_RE, p_RE, problem.token_mass[rows, None].to(p_RE)
-    if mask_R is not None:
-        return cost_RE, p_RE, mask_R[:, None].to(p_RE)
-    return cost_RE, p_RE, p_RE.new_ones(len(p_RE), 1)
+        return cost_RE, p_RE, p_RE * problem.token_mass[rows, None]
+    return cost_RE, p_RE, p_RE if mask_R is None else p_RE.masked_fill(~mask_R[:, None], 0)
 
 
 def _voltages(shared_EE: Tensor, currents_E: Tensor) -> Tensor:
-    """w (E,) with Lap(shared) w = currents, but for a constant and for what the leak takes off."""
-    weights_EE = shared_EE - shared_EE.diag().diag()
-    # The diagonal as the sum of the rest: without cancellation, so that every joint counts to its last digit.
-    laplacian_EE = weights_EE.sum(dim=1).diag() - weights_EE
+    """w (E,) with Lap(shared) w = currents, up to a constant and to what leaks; currents sum to 0."""
     sums_E = shared_EE.sum(dim=1)  # the column sums of the plan, as its rows sum to 1
-    leak_E = torch.where(sums_E > 0, LEAK[sums_E.dtype] * sums_E, 1)
-    # What flows in must flow out, in the measure of the leak, or the leak would carry it.
-    currents_E = currents_E - currents_E.sum() * leak_E / leak_E.sum()
-    # Cholesky is as exact as if the matrix were scaled to a diagonal of 1 (Demmel 1989).
-    factor_EE, _ = torch.linalg.cholesky_ex(laplacian_EE + leak_E.diag())
+    diagonal_E = torch.where(sums_E > 0, (1 + LEAK[sums_E.dtype]) * sums_E, 1)
+    # Cholesky is as exact as if the matrix had been scaled to a diagonal of 1 (Demmel 1989).
+    factor_EE, _ = torch.linalg.cholesky_ex(diagonal_E.diag() - shared_EE)
     return torch.cholesky_solve(currents_E[:, None], factor_EE)[:, 0]

@@ -29,10 +29,8 @@ def naive(problem: Problem, *, tol: float, max_passes: int | None, init_E: Tenso
     v_E = torch.where(problem.positive_E, (start_E / problem.reg).exp(), 0)
     for passes in range(1, limit + 1):
         u_T = 1 / (kernel_TE @ v_E)
-        if problem.token_mass is not None:
-            u_T = torch.where(problem.token_mass > 0, problem.token_mass * u_T, 0)
-        elif problem.token_mask is not None:
-            u_T = torch.where(problem.token_mask, u_T, 0)
+        if problem.token_mask is not None:
+            u_T = torch.where(problem.token_mask, u_T if problem.token_mass is None else problem.token_mass * u_T, 0)
         kernel_u_E = problem.over_ranks(kernel_TE.T @ u_T)
         error = problem.column_error((v_E * kernel_u_E).log().to(problem.target_E))
         if passes == limit or bool(error <= tol):

@@ -24,7 +24,7 @@ class Plan:
             `solve(..., differentiable=True)`.
         cost_name: "linear" or "softmax".
         reg: the entropy weight ξ.
-        token_mask: (T,) bool, True = real token, or None.
+        token_mask: (T,) bool, True = token with mass, or None when all are.
         token_mass: (T,) mass of each row, or None for 1.
         method: name of the solver that ran.
         column_error: 0-d tensor, largest relative deviation of a column sum from its target at `potentials`; experts
@@ -72,8 +72,13 @@ class Plan:
 
         Columns sum to `Σ token_mass · expert_mass / Σ expert_mass` within `column_error`, over all ranks.
         """
-        matrix_TE = (_above_row_maximum(self.cost, self.potentials) / self.reg).softmax(dim=1)
-        return self._times_mass(matrix_TE)
+        # In the dtype of the potentials: at small reg the shift must not be rounded to float32.
+        above_TE = self.cost.to(torch.promote_types(self.scores.dtype, self.potentials.dtype)) + self.potentials
+        above_TE = above_TE - above_TE.detach().amax(dim=1, keepdim=True)
+        matrix_TE = (above_TE / self.reg).to(self._dtype).softmax(dim=1)
+        if self.token_mass is not None:
+            return matrix_TE * self.token_mass[:, None]
+        return matrix_TE if self.token_mask is None else matrix_TE.masked_fill(~self.token_mask[:, None], 0)
 
     def topk(self, k: int, normalise: bool = True) -> tuple[Tensor, Tensor]:
         """The k largest entries of every row: `(weights_TK, experts_TK)`, descending.
@@ -104,42 +109,35 @@ class Plan:
         experts = self.scores.shape[1]
         if not 1 <= k <= experts:
             raise ValueError(f"k must be 1 to {experts}, the number of experts, got {k}")
-        if self.potentials.requires_grad or self.scores.requires_grad:
-            return self._topk_with_gradient(k, normalise)
-        return topk_rows(
-            self.scores, self.cost_name, self.token_mask, self.token_mass, self.potentials, self.reg, k, normalise
+        weights_TK, experts_TK = topk_rows(
+            self.scores.detach(),
+            self.cost_name,
+            self.token_mask,
+            self.token_mass,
+            self.potentials.detach(),
+            self.reg,
+            k,
+            normalise,
         )
+        if self.potentials.requires_grad or self.scores.requires_grad:
+            weights_TK = self._weights_with_gradient(experts_TK, normalise)
+        return weights_TK, experts_TK
 
-    def _topk_with_gradient(self, k: int, normalise: bool) -> tuple[Tensor, Tensor]:
-        above_TE = _above_row_maximum(self.cost, self.potentials)
-        # Order before the division by reg: after it distinct entries may underflow to ties.
-        top_TK, experts_TK = above_TE.topk(k, dim=1)
+    def _weights_with_gradient(self, experts_TK: Tensor, normalise: bool) -> Tensor:
+        """The weights (T, K) of these experts once more, by operations that autograd knows."""
         if not normalise:
-            return self._times_mass((above_TE / self.reg).softmax(dim=1)).gather(1, experts_TK), experts_TK
-        weights_TK = (top_TK / self.reg).softmax(dim=1)
-        has_mass_T = self.token_mask if self.token_mass is None else self.token_mass > 0
-        return weights_TK if has_mass_T is None else torch.where(has_mass_T[:, None], weights_TK, 0), experts_TK
+            return self.matrix().gather(1, experts_TK)
+        # The linear cost is looked up where the scores are: K numbers of a row are kept for backward, not E.
+        cost_TE = self.scores if self.cost_name == "linear" else self.cost
+        top_TK = cost_TE.gather(1, experts_TK).to(self.potentials.dtype)
+        if self.token_mask is not None:
+            # NaN in a masked row must not reach any arithmetic: 0 · NaN is NaN, in gradients too.
+            top_TK = torch.where(self.token_mask[:, None], top_TK, 0)
+        top_TK = top_TK + self.potentials[experts_TK]
+        top_TK = top_TK - top_TK.detach().amax(dim=1, keepdim=True)
+        weights_TK = (top_TK / self.reg).to(self._dtype).softmax(dim=1)
+        return weights_TK if self.token_mask is None else torch.where(self.token_mask[:, None], weights_TK, 0)
 
-    def _times_mass(self, rows: Tensor) -> Tensor:
-        if self.token_mass is not None:
-            return rows * self.token_mass[:, None]
-        return rows if self.token_mask is None else rows.masked_fill(~self.token_mask[:, None], 0)
-
-
-def _above_row_maximum(cost_TE: Tensor, potentials_E: Tensor) -> Tensor:
-    """(C + g) minus its row maximum, ≤ 0, in the cost's dtype, to the last digit even where C and g are large.
-
-    What the sum C + g loses to rounding is recovered (Knuth's TwoSum) and added back when the maximum is off.
-    """
-    coarse_E = potentials_E.to(cost_TE.dtype)
-    rest_E = (potentials_E.detach() - coarse_E.detach()).nan_to_num(0).to(cost_TE.dtype)
-    sum_TE = cost_TE + coarse_E
-    with torch.no_grad():
-        added_TE = sum_TE - cost_TE
-        lost_TE = (cost_TE - (sum_TE - added_TE)) + (coarse_E - added_TE)
-        lost_TE = torch.where(lost_TE.isfinite(), lost_TE, 0) + rest_E
-        above_TE = (sum_TE - sum_TE.amax(dim=1, keepdim=True)) + lost_TE
-    if not sum_TE.requires_grad:
-        return above_TE
-    # The value of the one and the gradient of the other; softmax does not see what the maximum would add to it.
-    return above_TE + torch.where(sum_TE.isfinite(), sum_TE - sum_TE.detach(), 0)
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.scores.dtype, torch.float32)

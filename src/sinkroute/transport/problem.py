@@ -64,7 +64,7 @@ class Problem:
         scores_TE: (T, E) of any floating-point dtype, not copied: rows without mass may hold anything.
         cost: a name of `COSTS`.
         reg: ξ > 0, representable in the working dtype.
-        token_mask: (T,) bool, True = real token; None when all are.
+        token_mask: (T,) bool, True = real token with mass; None when all are.
         token_mass: (T,) of the working dtype, 0 for masked tokens; None when all real tokens have mass 1.
         target_E: (E,) float64 column sums to reach, over all ranks.
         positive_E: (E,) bool, the experts with mass; the others get potential −inf.
@@ -141,6 +141,8 @@ def make_problem(
     _check_reg(reg, dtype)
     mask = _checked_mask(token_mask, scores_TE)
     mass_T = _checked_token_mass(token_mass, mask, scores_TE, dtype)
+    if mass_T is not None:
+        mask = mass_T > 0
     share_E = _checked_mass(expert_mass, scores_TE)
     total = _total_mass(scores_TE, mask, mass_T, reduce, share_E.dtype)
     return Problem(
@@ -281,7 +283,8 @@ def _checked_mass(expert_mass: Tensor | Sequence[float] | None, scores_TE: Tenso
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if expert_mass is None:
         return torch.full((experts,), 1 / experts, dtype=dtype, device=device)
-    mass_E = torch.as_tensor(expert_mass).detach()
+    mass_E = expert_mass if isinstance(expert_mass, Tensor) else torch.tensor(expert_mass, dtype=torch.float64)
+    mass_E = mass_E.detach()
     if mass_E.shape != (experts,):
         raise ValueError(
             f"expert_mass has shape {tuple(mass_E.shape)} but there are {experts} experts; it must be (E,), one "

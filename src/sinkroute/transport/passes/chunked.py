@@ -42,13 +42,10 @@ class ChunkedPass:
     def _cost(self, rows: slice) -> Tensor:
         problem = self._problem
         scores_RE = problem.scores_TE[rows]
-        if problem.cost != "linear" or problem.token_mask is not None or problem.token_mass is not None:
-            scores_RE = scores_RE.to(problem.dtype)
-        for counts_T in (problem.token_mask, problem.token_mass):
-            if counts_T is not None:
-                # NaN in a masked row must not reach the sums: 0 · NaN is NaN.
-                scores_RE = torch.where((counts_T[rows] > 0)[:, None], scores_RE, 0)
-        return COSTS[problem.cost](scores_RE)
+        if problem.token_mask is not None:
+            # NaN in a masked row must not reach the sums: 0 · NaN is NaN.
+            scores_RE = torch.where(problem.token_mask[rows, None], scores_RE, 0)
+        return scores_RE if problem.cost == "linear" else COSTS[problem.cost](scores_RE.to(problem.dtype))
 
     def column_sums(self, potentials_E: np.ndarray, reg: float, wide: bool) -> np.ndarray:
         """See `Pass`."""
@@ -79,9 +76,10 @@ class ChunkedPass:
     def column_ranks(self, ranks_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `Pass`. Makes a matrix of all rows: meant for a sample."""
         cost_SE = self._cost(slice(0, self._problem.scores_TE.shape[0])).to(self._problem.dtype)
-        for counts_T in (self._problem.token_mask, self._problem.token_mass):
-            if counts_T is not None:
-                cost_SE = cost_SE.masked_fill((counts_T == 0)[:, None], -torch.inf)
+        if self._problem.token_mask is not None:
+            cost_SE = cost_SE[self._problem.token_mask]
+        if not len(cost_SE):
+            return np.zeros(cost_SE.shape[1]), np.zeros(cost_SE.shape[1])
         finite_SE = cost_SE.isfinite()
         means_E = torch.where(finite_SE, cost_SE, 0).sum(dim=0) / finite_SE.sum(dim=0).clamp(min=1)
         top_RE = cost_SE.topk(min(int(ranks_E.max()), len(cost_SE)), dim=0).values

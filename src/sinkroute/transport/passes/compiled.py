@@ -42,9 +42,9 @@ class CompiledPass:
         # Held here because the kernels see addresses only.
         self._tensors = scores_TE, problem.token_mask, problem.token_mass
         self._kernels, self._tokens, self._experts = kernels, *scores_TE.shape
-        mask = problem.token_mask if problem.token_mass is None else problem.token_mass > 0
-        self._mask = mask
-        self._scores = ctypes.byref(native.Scores.of(scores_TE, problem.cost == "softmax", mask, problem.token_mass))
+        self._scores = ctypes.byref(
+            native.Scores.of(scores_TE, problem.cost == "softmax", problem.token_mask, problem.token_mass)
+        )
         self._threads = threads_for(scores_TE)
         self._workspace = np.empty(kernels.column_sums_workspace(self._tokens, self._experts))
 

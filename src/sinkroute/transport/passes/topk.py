@@ -30,11 +30,10 @@ def topk_rows(
     dtype = torch.promote_types(scores_TE.dtype, torch.float32)
     weights_TK = torch.empty(tokens, k, dtype=dtype, device=scores_TE.device)
     experts_TK = torch.empty(tokens, k, dtype=torch.int64, device=scores_TE.device)
-    has_mass_T = token_mask if token_mass is None else token_mass > 0
     if served_by_kernels(scores_TE):
         kernels = native.library()
         assert kernels is not None
-        described = native.Scores.of(scores_TE, cost == "softmax", has_mass_T, token_mass)
+        described = native.Scores.of(scores_TE, cost == "softmax", token_mask, token_mass)
         wide_E = potentials_E.double().contiguous()
         kernels.topk(
             ctypes.byref(described),
@@ -49,7 +48,7 @@ def topk_rows(
         return weights_TK, experts_TK
     wide = torch.promote_types(dtype, potentials_E.dtype)
     for rows in chunks(tokens, experts):
-        mask_R = None if has_mass_T is None else has_mass_T[rows]
+        mask_R = None if token_mask is None else token_mask[rows]
         above_RE = cost_matrix(scores_TE[rows], cost, mask_R).to(wide) + potentials_E.to(wide)
         above_RE -= above_RE.amax(dim=1, keepdim=True)
         # Order before the division by reg: after it distinct entries may underflow to ties.

@@ -1,0 +1,316 @@
+"""Balanced top-k: exactly k experts for every token, and a load for every expert that is balanced in whole tokens.
+
+The top-k of a balanced plan is not balanced: the plan balances the sum of its entries, not who is chosen. Wanted is
+
+    max Σ_i Σ_{j chosen by i} C_ij    s.t.    every token chooses k distinct experts, expert j is chosen t_j times,
+
+a b-matching. Its linear-programming dual has one price per expert, the bias g:
+
+    D(g) = Σ_i [sum of the k largest of C_i + g] − Σ_j t_j g_j,    subgradient: counts − t,
+
+and when the top-k of C + g has the right counts, it is the best assignment there is. It is found in two steps:
+
+1. `_search`, with passes that only count: g_j += δ_j log(t_j / count_j), where δ_j is how near decisions about expert j
+   are, with Anderson acceleration; on a sample of the tokens first, then on all. That comes to about 1 %, unless
+   scores are so skewed that the δ_j differ by orders of magnitude; then the sample is repaired, and its bias taken on.
+2. `repair`: what is still too much leaves by the cheapest chains of moves. That is exact, needs no breaking of ties,
+   and ends with loads inside the bounds wherever there is an assignment that has them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sinkroute._errors import require_numbers
+from sinkroute.transport.chains import repair
+from sinkroute.transport.choice import Choice, choose
+from sinkroute.transport.passes.chunked import chunks
+from sinkroute.transport.problem import (
+    Problem,
+    check_scores_form,
+    make_problem,
+    refuse_bad_scores,
+    starting_potentials,
+)
+
+__all__ = ["BalancedTopk", "balanced_topk"]
+
+SAMPLED_LOAD = 32  # choices per expert in the smallest sample
+SAMPLE_PASSES, PASSES = 8, 7  # at most
+PATIENCE = 2  # passes without a smaller surplus before a search gives up
+# Surpluses, as shares of the choices. Sampling alone makes sqrt(experts / choices) times some tenths.
+SAMPLE_ENOUGH, SAMPLE_HARD = 0.15, 0.4
+ENOUGH = 0.003  # below, a further pass would cost more than the moves that it saves
+MEMORY = 6  # steps that Anderson acceleration looks back on
+# About 1 / k of the choices of an expert are a token's last, which alone are open to a small change of the bias.
+STEP = 1.5
+
+
+class BalancedTopk(tuple[Tensor, Tensor]):
+    """What `balanced_topk` returns: `experts_TK, bias_E = balanced_topk(...)`.
+
+    Attributes:
+        experts: (T, K) int64, the experts of every token, in no order; 0 to K − 1 for masked tokens.
+        bias: (E,) float32, or float64 for float64 scores: the experts of each token are the K largest of C + bias, up
+            to ties. Mean 0 over the experts with mass; −inf for an expert without. Start the next call from it.
+        passes: how often all tokens were counted.
+        moves: how often the repair gave a token another expert.
+    """
+
+    passes: int
+    moves: int
+
+    def __new__(cls, experts_TK: Tensor, bias_E: Tensor, passes: int, moves: int) -> BalancedTopk:
+        self = super().__new__(cls, (experts_TK, bias_E))
+        self.passes, self.moves = passes, moves
+        return self
+
+    @property
+    def experts(self) -> Tensor:
+        """(T, K) int64."""
+        return self[0]
+
+    @property
+    def bias(self) -> Tensor:
+        """(E,)."""
+        return self[1]
+
+
+def balanced_topk(
+    scores_TE: Tensor,
+    k: int,
+    tol: float = 0.01,
+    *,
+    cost: str = "linear",
+    token_mask: Tensor | None = None,
+    expert_mass: Tensor | Sequence[float] | None = None,
+    init: Tensor | None = None,
+) -> BalancedTopk:
+    """Choose k distinct experts for every token so that loads are balanced and the chosen scores are largest.
+
+    With target t_j = k · T_real · mass_j / Σ mass, every load comes within `tol` of its target,
+
+        (1 − tol) t_j ≤ load_j ≤ (1 + tol) t_j,    so that MaxVio = max_j load_j / t_j − 1 ≤ tol;
+
+    where no whole number lies in there, t_j rounded up or down. Of all assignments with the same loads it is one with
+    the largest sum of C, and the slack is used where it raises that sum: with tol=0 it is the largest for the targets,
+    with more it is larger. Forbidden experts may leave a load below (1 − tol) t_j, never one above the upper bound.
+    Nothing is random: the same scores give the same experts. The scores get no gradient.
+
+    Time goes into a few passes over the scores and, for strongly skewed "softmax" costs, into moving single tokens:
+    without the compiled kernels that can take seconds.
+
+    Args:
+        scores_TE: (T, E) scores of any floating-point dtype. −inf forbids an expert to a token.
+        k: experts per token, 1 to E.
+        tol: largest relative deviation of a load from its target, ≥ 0. 0 asks for the targets, rounded.
+        cost: "linear" to maximise the sum of the scores, "softmax" that of each row's softmax.
+        token_mask: (T,) bool, True = real token. What the scores of the others hold (even NaN) is ignored; they get
+            experts 0 to k − 1, which count for nothing.
+        expert_mass: (E,) relative capacities ≥ 0 of any scale; None for equal ones. An expert with 0 is not chosen. No
+            expert may get more than 1/k of the sum: it can take a token only once.
+        init: (E,) bias to start from, such as that of the call before; entries that are not finite start from 0.
+
+    Returns:
+        `(experts_TK, bias_E)` with the attributes of `BalancedTopk`.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, an unknown name, a number out of range, a token with fewer than k experts that are
+            allowed, an expert that would have to take tokens twice, or −inf in so many places that no assignment
+            has loads within `tol`.
+        NonFiniteScores: a score of a real token is NaN or +inf (names the first). A ValueError.
+
+    Example:
+        >>> import torch
+        >>> scores_TE = torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 1.0], [3.0, 2.0]])  # all prefer expert 0
+        >>> experts_TK, bias_E = balanced_topk(scores_TE, k=1)
+        >>> experts_TK.flatten().tolist()
+        [0, 0, 1, 1]
+    """
+    check_scores_form(scores_TE)
+    with torch.no_grad(), torch.autocast(scores_TE.device.type, enabled=False):
+        problem = make_problem(scores_TE, 1.0, cost, token_mask, None, expert_mass, None)
+        init_E = starting_potentials(problem, init)
+        _check(problem, k, tol)
+        target_E = k * problem.target_E
+        lower_E, upper_E = _bounds(target_E, tol)
+        if not target_E.any():
+            start_E = torch.zeros_like(target_E).masked_fill(~problem.positive_E, -math.inf)
+            choice, passes = choose(problem, k, start_E), 1
+        else:
+            choice, passes = _search(problem, k, target_E, init_E)
+        # A load above its target raises the score where the price is low, as all want the expert, and one below where
+        # it is high. Only there may the repair leave it, unless too much is forbidden for that.
+        wanted_E = problem.centre(choice.bias_E) < 0
+        floor_E, ceiling_E = _bounds(target_E, 0)
+        one_sided = torch.where(wanted_E, floor_E, lower_E), torch.where(wanted_E, upper_E, ceiling_E)
+        choice, moves = _repaired(problem, choice, *one_sided)
+        if not _within(choice.loads_E, lower_E, upper_E):
+            unknown_TK = torch.full_like(choice.margin_TK, -math.inf)
+            choice, more = _repaired(problem, choice._replace(margin_TK=unknown_TK), lower_E, upper_E)
+            moves += more
+        loads_E = choice.loads_E
+        if (loads_E > upper_E).any():
+            worst = int((loads_E - upper_E).argmax())
+            raise ValueError(
+                f"tol={tol} cannot be kept: expert {worst} has a load of {int(loads_E[worst])} and may have "
+                f"{int(upper_E[worst])}, but its tokens are allowed (scores above −inf) no expert with room; raise tol "
+                "or expert_mass, or allow more"
+            )
+        bias_E = problem.centre(choice.bias_E).to(problem.dtype)
+    return BalancedTopk(choice.experts_TK, bias_E, passes, moves)
+
+
+def _check(problem: Problem, k: int, tol: float) -> None:
+    scores_TE = problem.scores_TE
+    experts = scores_TE.shape[1]
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    if not 1 <= k <= experts:
+        raise ValueError(f"k must be 1 to {experts}, the number of experts, got {k}")
+    require_numbers(tol=tol)
+    if not 0 <= tol < math.inf:
+        raise ValueError(f"tol must be a finite number, at least 0, got {tol}")
+    if not problem.target_E.any():
+        return
+    low, high = scores_TE.aminmax()
+    if not high < math.inf:  # also where it is NaN; perhaps in a masked row only
+        refuse_bad_scores(problem)
+    share_E = problem.target_E / problem.target_E.sum()
+    if k * share_E.max() > 1 + 1e-9:
+        most = int(share_E.argmax())
+        raise ValueError(
+            f"expert_mass gives expert {most} a share of {share_E[most].item():.3g}, but with k={k} distinct experts "
+            f"per token none can have more than 1/{k} of the choices; lower expert_mass[{most}] or k"
+        )
+    if -math.inf < low and problem.positive_E.all():
+        return
+    for rows in chunks(*scores_TE.shape):
+        allowed_R = ((scores_TE[rows] > -math.inf) & problem.positive_E).sum(dim=1)
+        if problem.token_mask is not None:
+            allowed_R = allowed_R.masked_fill(~problem.token_mask[rows], k)
+        if (allowed_R < k).any():
+            token = int((allowed_R < k).nonzero()[0])
+            raise ValueError(
+                f"k={k}, but scores_TE[{rows.start + token}] allows {int(allowed_R[token])} experts (scores above "
+                "−inf, expert_mass above 0); lower k, allow more, or mask the token with token_mask"
+            )
+
+
+def _bounds(target_E: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    """Smallest and largest load (E,) int64 within tol of the target, which never exclude the target rounded."""
+    rounding = 1e-9 * target_E
+    lower_E = torch.minimum(((1 - tol) * target_E - rounding).ceil(), (target_E + rounding).floor())
+    upper_E = torch.maximum(((1 + tol) * target_E + rounding).floor(), (target_E - rounding).ceil())
+    return lower_E.clamp(min=0).long(), upper_E.long()
+
+
+def _within(loads_E: Tensor, lower_E: Tensor, upper_E: Tensor) -> bool:
+    return bool(((lower_E <= loads_E) & (loads_E <= upper_E)).all())
+
+
+def _search(problem: Problem, k: int, target_E: Tensor, init_E: Tensor | None) -> tuple[Choice, int]:
+    """A choice of nearly the right loads, and how often all tokens were looked at."""
+    anderson = _Anderson()
+    bias_E = init_E
+    if bias_E is None:
+        tokens, experts = problem.scores_TE.shape
+        bias_E = _column_quantiles(problem, k, target_E)
+        levels = int(math.log(max(1, tokens * k / (experts * SAMPLED_LOAD)), 4))
+        for level in range(levels, 0, -1):
+            sample = problem.every(4**level)
+            real = len(sample.scores_TE) if sample.token_mask is None else int(sample.token_mask.sum())
+            if real == 0:
+                continue
+            sampled_E = target_E * (real * k / target_E.sum())
+            noise = math.sqrt(experts / (real * k))
+            choice, surplus, _ = anderson.run(sample, k, sampled_E, bias_E, SAMPLE_PASSES, SAMPLE_ENOUGH * noise)
+            if surplus > SAMPLE_HARD * noise:
+                choice, _ = _repaired(sample, choice, *_bounds(sampled_E, 0))
+                anderson = _Anderson()
+            bias_E = choice.bias_E
+    choice, _, passes = anderson.run(problem, k, target_E, bias_E, PASSES, ENOUGH)
+    return choice, passes
+
+
+def _repaired(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor) -> tuple[Choice, int]:
+    """The choice with its loads inside the bounds, as far as possible, and the moves that took."""
+    if _within(choice.loads_E, lower_E, upper_E):
+        return choice, 0
+    # The repair goes from token to token, which is nothing for an accelerator.
+    mask, device = problem.token_mask, choice.bias_E.device
+    here = replace(problem, scores_TE=problem.scores_TE.cpu(), token_mask=None if mask is None else mask.cpu())
+    changed = Choice(*(x.cpu() for x in choice))._replace(bias_E=choice.bias_E.cpu().double())
+    moves = repair(here, changed, lower_E.cpu(), upper_E.cpu())
+    bias_E = changed.bias_E.to(choice.bias_E.dtype)
+    return Choice(*(x.to(device) for x in changed._replace(bias_E=bias_E))), moves
+
+
+def _column_quantiles(problem: Problem, k: int, target_E: Tensor) -> Tensor:
+    """Minus the score that expert j's share of the tokens is above, (E,) float64, from a sample."""
+    sample = problem.every(max(1, len(problem.scores_TE) // 1024))
+    cost_SE = sample.cost_TE()
+    if sample.token_mask is not None:
+        cost_SE = cost_SE[sample.token_mask]
+    if len(cost_SE) == 0:
+        return torch.zeros_like(target_E)
+    rank_E = (len(cost_SE) * k * target_E / target_E.sum()).long().clamp(0, len(cost_SE) - 1)
+    largest_ES = cost_SE.T.contiguous().topk(int(rank_E.max()) + 1, dim=1).values
+    quantile_E = largest_ES.gather(1, rank_E[:, None])[:, 0].to(target_E)
+    return torch.where(quantile_E.isfinite(), -quantile_E, 0)
+
+
+class _Anderson:
+    """Fixed point iteration on the bias, accelerated by what earlier steps taught about how loads answer to it.
+
+    That knowledge, pairs of changes of the bias and of the residual log(target / load), holds for any sample of the
+    same tokens, so that one object serves all samples.
+    """
+
+    def __init__(self) -> None:
+        self.changes: list[tuple[Tensor, Tensor]] = []
+
+    def run(
+        self, problem: Problem, k: int, target_E: Tensor, bias_E: Tensor, most_passes: int, enough: float
+    ) -> tuple[Choice, float, int]:
+        """The choice with the least surplus that was met, that surplus as a share of the choices, and the passes."""
+        positive_E = target_E > 0
+        least, since, passes = math.inf, 0, 0
+        before: tuple[Tensor, Tensor] | None = None
+        while True:
+            # With the largest at 0, float32 resolves the small differences between the experts that few tokens want.
+            bias_E = (bias_E - bias_E[positive_E].max()).masked_fill(~positive_E, -math.inf)
+            choice = choose(problem, k, bias_E)
+            passes += 1
+            surplus = float((choice.loads_E - target_E).clamp(min=0).sum() / target_E.sum())
+            since += 1
+            if surplus < least:
+                best, least, since = choice, surplus, 0
+            scale_known = bool((choice.nearness_E > 0).any())
+            if least <= enough or since > PATIENCE or passes == most_passes or not scale_known:
+                return best, least, passes
+            residual_E = torch.where(positive_E, ((target_E + 0.5) / (choice.loads_E + 0.5)).log(), 0)
+            if before is not None and not residual_E.equal(before[1]):
+                change_E = (bias_E - before[0]).nan_to_num()
+                self.changes = [*self.changes[-MEMORY + 1 :], (change_E, residual_E - before[1])]
+            before = bias_E, residual_E
+            nearness_E = choice.nearness_E.to(bias_E)
+            nearness_E = torch.where(nearness_E > 0, nearness_E, nearness_E[nearness_E > 0].amin())
+            bias_E, residual_E = self.extrapolate(bias_E, residual_E)
+            bias_E = bias_E + STEP * k * nearness_E * residual_E
+
+    def extrapolate(self, bias_E: Tensor, residual_E: Tensor) -> tuple[Tensor, Tensor]:
+        """The bias with the smallest residual, if residuals are linear and it moves as before, and that residual."""
+        if not self.changes:
+            return bias_E, residual_E
+        biases_EM, residuals_EM = (torch.stack(x, dim=1) for x in zip(*self.changes, strict=True))
+        gram_MM = residuals_EM.T @ residuals_EM
+        gram_MM += 1e-4 * gram_MM.diagonal().max() * torch.eye(len(gram_MM), dtype=gram_MM.dtype, device=gram_MM.device)
+        weights_M = torch.linalg.solve(gram_MM, residuals_EM.T @ residual_E)
+        return bias_E - biases_EM @ weights_M, residual_E - residuals_EM @ weights_M
