@@ -2,9 +2,9 @@
 
     python benchmarks/balanced_topk.py [--repeats 5] [--seed 0] [--out FILE.json]
 
-Scores are scale · randn(T, E) + 2 · randn(E) in float32. Times are CPU times of one thread, best of the repeats, the two
-in alternation. "Bound" is the value in float64 of the linear programme's dual at the returned bias: no choice with loads
-exactly on target has a larger sum of costs. Up to `tol` off the target a choice may have a larger one.
+Scores are scale · randn(T, E) + 2 · randn(E) in float32. Times are CPU times of one thread, best of the repeats, the
+two in alternation. "Bound" is the value in float64 of the linear programme's dual at the returned bias: no choice with
+loads exactly on target has a larger sum of costs. Up to `tol` off the target a choice may have a larger one.
 """
 
 from __future__ import annotations

@@ -95,7 +95,9 @@ def test_import_takes_no_longer_than_a_third_of_a_second_beyond_torch():
 @pytest.mark.parametrize("name", of_floors(*FLOORS))
 def test_the_library_needs_torch_numpy_and_the_standard_library_only(name):
     # Below, NumPy (an operation on E numbers costs it a third of what it costs torch), and Triton for a GPU alone.
-    allowed = {"torch", "sinkroute", *sys.stdlib_module_names} | ({"numpy", "triton"} if name.startswith("transport/") else set())
+    allowed = {"torch", "sinkroute", *sys.stdlib_module_names} | (
+        {"numpy", "triton"} if name.startswith("transport/") else set()
+    )
     assert {module.split(".")[0] for module in imports(SOURCES[name])} <= allowed
 
 

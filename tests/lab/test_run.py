@@ -12,7 +12,8 @@ from sinkroute.lab.config import Config, from_mapping, to_mapping
 from sinkroute.lab.data import Corpus, load_corpus
 from sinkroute.lab.files import write_json
 from sinkroute.lab.interrupt import Interrupted, StopRequest
-from sinkroute.lab.run import execute, machine
+from sinkroute.lab.machine import machine
+from sinkroute.lab.run import execute
 
 
 @pytest.fixture(scope="module")

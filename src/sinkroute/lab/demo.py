@@ -16,8 +16,9 @@ from sinkroute.lab.data import Corpus, load_corpus
 from sinkroute.lab.display import Display
 from sinkroute.lab.files import write_json
 from sinkroute.lab.interrupt import Interrupted, stop_on_signal
+from sinkroute.lab.machine import machine
 from sinkroute.lab.ngram import ngram_bits_per_byte
-from sinkroute.lab.run import execute, machine
+from sinkroute.lab.run import execute
 from sinkroute.lab.training import Diverged
 
 __all__ = ["DemoConfig", "run_demo"]

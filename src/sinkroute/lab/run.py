@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-import sinkroute
 from sinkroute._errors import NonFiniteScores
 from sinkroute.lab.attacks import attack_text
 from sinkroute.lab.config import Config
@@ -27,7 +24,7 @@ from sinkroute.lab.memory import peak_memory_mb, reset_peak_memory
 from sinkroute.lab.model import Decoder
 from sinkroute.lab.training import Diverged, Progress, prepare_folder, train
 
-__all__ = ["evaluate_split", "execute", "machine"]
+__all__ = ["evaluate_split", "execute"]
 
 
 def execute(
@@ -152,23 +149,4 @@ def _training_summary(config: Config, folder: Path) -> dict[str, Any]:
         "max_vio": late_mean(lambda line: sum(line["max_vio"]) / len(line["max_vio"])),
         "bits_per_byte": late_mean(lambda line: line["loss"]) / math.log(2),
         "sinkhorn_steps": sum(line["sinkhorn_steps"] for line in lines),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What a figure must be read with: processor, cores, versions."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "sinkroute": sinkroute.__version__,
-        "platform": platform.platform(),
     }

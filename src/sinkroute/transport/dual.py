@@ -16,8 +16,8 @@ the step g_j ← g_j + ξ log(t_j / s_j): to first order it divides the gradient
 2. L-BFGS (Nocedal & Wright, *Numerical Optimization*, algorithm 7.4) from H₀ = diag(ξ / (s − q)), at most MEMORY pairs.
    Far from balance: Sinkhorn steps. A step is at most `reach` long, which grows while the slope hardly changes along
    steps that were cut, and shrinks when one overshoots. F is convex along a line, so slopes alone tell where to stop.
-3. If the error has not halved in PATIENCE passes, the problem is nearly degenerate (clustered tokens, scores far apart in
-   units of ξ): follow the solution down from a ξ at which it is easy, a factor ANNEAL at a time.
+3. If the error has not halved in PATIENCE passes, the problem is nearly degenerate (clusters of like tokens, scores far
+   apart in units of ξ): follow the solution down from a ξ at which it is easy, a factor ANNEAL at a time.
 
 It stops at max_j |s_j / t_j − 1| ≤ tol, or returns the best g seen and how good it is.
 """
@@ -30,6 +30,7 @@ from collections import deque
 import numpy as np
 import torch
 
+from sinkroute.transport import device
 from sinkroute.transport.passes import make_pass
 from sinkroute.transport.problem import Problem, Solution, refuse_bad_scores
 
@@ -47,8 +48,14 @@ ANNEAL, ANNEAL_TOLERANCE, ANNEAL_PASSES = 4.0, 0.3, 12
 def dual(problem: Problem, *, tol: float, max_passes: int | None, init_E: torch.Tensor | None) -> Solution:
     """Minimise the dual by L-BFGS, in at most 200 passes by default; returns the best potentials seen.
 
-    The column error is that of the returned potentials. Passes over the sample of the start count by their share.
+    The column error is that of the returned potentials. Passes over the sample of the start count by their share. On
+    a GPU with Triton the whole search runs there, in at most 20 passes by default (`device`).
     """
+    if device.serves(problem):
+        try:
+            return device.device_dual(problem, tol=tol, max_passes=max_passes, init_E=init_E)
+        except Exception as error:  # whatever it is that Triton lacks on this machine
+            device.without_triton(error)
     search = _Search(problem, MAX_PASSES if max_passes is None else max_passes)
     with np.errstate(all="ignore"):
         search.run(tol, None if init_E is None else init_E.double().cpu().numpy())
@@ -147,9 +154,11 @@ class _Search:
         spread = float((quantiles_E - means_E)[self.active_E].max())
         self.size = float(np.abs([means_E, quantiles_E]).max() + np.abs(quantiles_E).max())
         guesses = [self.centred(-means_E), self.centred(-quantiles_E)]
-        if self.spent + 2 / step + 1 > self.budget:
+        # Ranks hold different numbers of tokens but must agree on what is left: there it counts in full.
+        cost = 2 / step if problem.reduce is None else 2
+        if self.spent + cost + 1 > self.budget:
             return guesses[1], spread
-        self.spent += 2 / step
+        self.spent += cost
         distances = []
         for guess_E in guesses:
             sums_E = self.over_ranks(rows.column_sums(guess_E, problem.reg, False))[0][self.active_E]

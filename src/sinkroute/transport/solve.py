@@ -87,8 +87,8 @@ def solve(
         method: a name of `list_solvers()`, or "auto", which is "dual".
         tol: stop when no column sum is off its target by more than this fraction. "dual" reaches 1e-6 with float32
             scores; the float32 potentials of the other methods set a floor of about 1e-7 · |C| / ξ.
-        max_passes: cap on the passes over the scores; None for the method's own: 200 for "dual", 1000 for "sinkhorn",
-            100 for "naive".
+        max_passes: cap on the passes over the scores; None for the method's own: 200 for "dual" (20 on a GPU, where
+            no host looks on), 1000 for "sinkhorn", 100 for "naive".
         init: (E,) potentials to start from, such as `plan.potentials` of the step before; entries that are not finite
             start from 0.
         differentiable: True makes `plan.matrix()` and `plan.topk()` differentiable in the scores, by implicit

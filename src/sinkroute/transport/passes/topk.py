@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sinkroute.transport import native
+from sinkroute.transport.device import served_by_triton
 from sinkroute.transport.passes.chunked import chunks
 from sinkroute.transport.passes.compiled import served_by_kernels, threads_for
 from sinkroute.transport.problem import cost_matrix
@@ -26,6 +27,12 @@ def topk_rows(
     normalise: bool,
 ) -> tuple[Tensor, Tensor]:
     """Weights (T, K) and experts (T, K) of `Plan.topk`, which see; without gradient, without a T × E matrix."""
+    if served_by_triton(scores_TE):
+        # Triton comes with torch for GPUs only.
+        from sinkroute.transport.passes.fused import MAX_K, fused_topk
+
+        if k <= MAX_K:
+            return fused_topk(scores_TE, cost, token_mask, token_mass, potentials_E, reg, k, normalise)
     tokens, experts = scores_TE.shape
     dtype = torch.promote_types(scores_TE.dtype, torch.float32)
     weights_TK = torch.empty(tokens, k, dtype=dtype, device=scores_TE.device)
