@@ -154,6 +154,8 @@ def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.column_sums.restype = None
     kernels.column_ranks.argtypes = [scores, address, address, address, address]
     kernels.column_ranks.restype = None
+    kernels.costs.argtypes = [scores, address]
+    kernels.costs.restype = None
     kernels.topk.argtypes = [scores, address, number, integer, integer, address, address, integer]
     kernels.topk.restype = None
     return kernels

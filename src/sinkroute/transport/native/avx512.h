@@ -36,6 +36,14 @@ static inline float next_largest(const float *y, int64_t padded, float before, i
     __m512 largest = _mm512_set1_ps(-INFINITY), before_16 = _mm512_set1_ps(before);
     __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __m512i found = _mm512_set1_epi32(INT32_MAX), before_at_16 = _mm512_set1_epi32((int32_t)before_at);
+    if (padded == 16) { /* at most 16 experts: the place is that of a bit */
+        __m512 x = _mm512_load_ps(y);
+        __mmask16 tied = _mm512_cmp_ps_mask(x, before_16, _CMP_EQ_OQ) & _mm512_cmpgt_epi32_mask(index, before_at_16);
+        __mmask16 after = _mm512_cmp_ps_mask(x, before_16, _CMP_LT_OQ) | tied;
+        float top = _mm512_mask_reduce_max_ps(after, x);
+        *at = __builtin_ctz(_mm512_mask_cmp_ps_mask(after, x, _mm512_set1_ps(top), _CMP_EQ_OQ) | 0x8000);
+        return top;
+    }
     for (int64_t j = 0; j < padded; j += 16) {
         __m512 x = _mm512_load_ps(y + j);
         __mmask16 tied = _mm512_cmp_ps_mask(x, before_16, _CMP_EQ_OQ) & _mm512_cmpgt_epi32_mask(index, before_at_16);

@@ -15,6 +15,8 @@ __all__ = ["CompiledPass", "served_by_kernels"]
 
 # Waking a second thread costs some ten microseconds: about the time of this many scores.
 SCORES_PER_THREAD = 100_000
+# A softmax cost of up to 4 MB is kept; a larger one is made anew at each pass, for memory that does not grow.
+NUMBERS_TO_KEEP = 1 << 20
 
 
 def served_by_kernels(scores_TE: Tensor) -> bool:
@@ -38,13 +40,15 @@ class CompiledPass:
     def __init__(self, problem: Problem) -> None:
         kernels = native.library()
         assert kernels is not None
-        scores_TE = problem.scores_TE
-        # Held here because the kernels see addresses only.
-        self._tensors = scores_TE, problem.token_mask, problem.token_mass
+        scores_TE, mask_T, mass_T = problem.scores_TE, problem.token_mask, problem.token_mass
         self._kernels, self._tokens, self._experts = kernels, *scores_TE.shape
-        self._scores = ctypes.byref(
-            native.Scores.of(scores_TE, problem.cost == "softmax", problem.token_mask, problem.token_mass)
-        )
+        scores = native.Scores.of(scores_TE, problem.cost == "softmax", mask_T, mass_T)
+        if problem.cost == "softmax" and scores_TE.numel() <= NUMBERS_TO_KEEP:
+            cost_TE = torch.empty(scores_TE.shape)
+            kernels.costs(ctypes.byref(scores), cost_TE.data_ptr())
+            scores_TE, scores = cost_TE, native.Scores.of(cost_TE, False, mask_T, mass_T)
+        # Held here because the kernels see addresses only.
+        self._tensors, self._scores = (scores_TE, mask_T, mass_T), ctypes.byref(scores)
         self._threads = threads_for(scores_TE)
         self._workspace = np.empty(kernels.column_sums_workspace(self._tokens, self._experts))
 
