@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -369,3 +370,9 @@ FORBIDDEN_TE = SCORES_TE.clone().index_put_((torch.tensor(2), torch.tensor(1)), 
 def test_wrong_arguments_are_refused(scores, arguments, error, words):
     with pytest.raises(error, match=words):
         balanced_topk(scores, **{"k": 1} | arguments)
+
+
+def test_what_comes_back_can_be_copied():
+    found = balanced_topk(torch.randn(50, 4, generator=torch.Generator().manual_seed(0)), 2)
+    again = pickle.loads(pickle.dumps(found))
+    assert torch.equal(again.experts, found.experts) and again.passes == found.passes and len(again) == 2

@@ -45,6 +45,12 @@ def run_rank(rank, world, store, output):
             scores_TE, local_options = shard(rank, split, options)
             plan = solve(scores_TE, 0.5, method=method, tol=TOL, process_group=dist.group.WORLD, **local_options)
             results[case, method] = (plan.potentials, plan.column_error, plan.passes, plan.matrix())
+    bad_TE = torch.full((3, 5), float("nan") if rank else 0.0)
+    for method in list_solvers():
+        try:
+            solve(bad_TE, 0.5, method=method, process_group=dist.group.WORLD)
+        except ValueError as error:
+            results["bad", method] = str(error)
     torch.save(results, output)
     dist.destroy_process_group()
 
@@ -80,6 +86,11 @@ def test_sharded_tokens_give_the_plan_of_one_process(results, case, method):
     torch.testing.assert_close(potentials_E, alone.potentials, rtol=1e-4, atol=1e-5)
     assert error <= TOL and alone.column_error <= TOL
     torch.testing.assert_close(torch.cat([rows, other_rows]), alone.matrix(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", list_solvers())
+def test_bad_scores_on_one_rank_are_an_error_on_all(results, method):
+    assert "another rank" in results[0]["bad", method] and "scores_TE[0, 0] is nan" in results[1]["bad", method]
 
 
 if __name__ == "__main__":

@@ -139,6 +139,30 @@ def test_scores_beyond_what_float64_can_place_are_not_said_to_be_balanced():
     assert not plan.converged and plan.potentials.isfinite().all() and plan.matrix().isfinite().all()
 
 
+@pytest.mark.parametrize("offset", [1e4, 1e6, 1e8])
+def test_the_error_is_honest_where_some_tokens_have_scores_of_another_size(offset):
+    scores_TE = random_scores(20_000, 8, bias=1.0)
+    scores_TE[torch.arange(20_000) % 97 == 5] += offset
+    plan = solve(scores_TE, 1.0, tol=1e-4)
+    assert plan.converged and plan.column_error.item() == pytest.approx(error_float64(plan), rel=0.1, abs=1e-6)
+
+
+@pytest.mark.parametrize(("size", "reg"), [(5e37, 1.0), (1.0, 1e-20)])
+def test_finite_scores_never_give_nan(size, reg):
+    plan = solve(size * random_scores(64, 8), reg)
+    assert plan.potentials.isfinite().all() and not plan.column_error.isnan() and not plan.converged
+
+
+def test_a_share_too_small_for_the_exponentials_is_not_said_to_be_met():
+    assert not solve(random_scores(500, 4), expert_mass=[1e-18, 1, 1, 1]).converged
+
+
+def test_a_compiled_function_may_call_it():
+    scores_TE = random_scores(64, 8)
+    compiled = torch.compile(lambda x: solve(2 * x, 0.1).potentials * 2, backend="eager")
+    assert torch.equal(compiled(scores_TE), solve(2 * scores_TE, 0.1).potentials * 2)
+
+
 @pytest.mark.parametrize("cost", ["linear", "softmax"])
 @pytest.mark.parametrize("kernels", ["1", "0"])
 def test_memory_does_not_grow_with_the_tokens(cost, kernels):

@@ -13,7 +13,7 @@ from sinkroute.transport import native
 @pytest.fixture(autouse=True)
 def _forget():
     """Each test looks for a compiler anew, and leaves nothing behind for the others."""
-    caches = native._loaded, native._cache
+    caches = native._loaded, native._cache, native._temporary
     for cache in caches:
         cache.cache_clear()
     yield
@@ -51,6 +51,17 @@ def test_they_are_compiled_once_into_the_users_own_folder(monkeypatch, tmp_path)
     before = path.stat().st_mtime_ns
     native._loaded.cache_clear()
     assert native.library() is not None and path.stat().st_mtime_ns == before
+
+
+@pytest.mark.skipif(native.library() is None, reason="no compiler here")
+@pytest.mark.parametrize("length", [0, 100, 5000, 20_000])
+def test_half_a_library_is_not_loaded_but_compiled_anew(monkeypatch, tmp_path, length):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command, folder = ["cc", *native.FLAGS], native._cache()
+    path = native._compiled(command, folder)
+    content = path.read_bytes()
+    path.write_bytes(content[:length])
+    assert native._compiled(command, folder) == path and path.read_bytes()[-32:] == content[-32:]
 
 
 @pytest.mark.skipif(native.library() is None, reason="no compiler here")

@@ -49,8 +49,8 @@ def test_column_sums_are_those_of_float64(backend, cost, dtype, tokens, experts)
     problem = problem_of(random_scores(tokens, experts, dtype, scale=2.0), cost)
     potentials_E = np.random.default_rng(1).normal(size=experts)
     p_TE, _ = reference(problem, potentials_E, 0.3)
-    for wide in (False, True):
-        sums_2E = backend(problem).column_sums(potentials_E, 0.3, wide)
+    for precision in (1.0, 0.0):
+        sums_2E = backend(problem).column_sums(potentials_E, 0.3, precision)
         np.testing.assert_allclose(sums_2E, [p_TE.sum(0), (p_TE**2).sum(0)], rtol=1e-5, atol=1e-6)
     # What rounding is left is that of the cost, where that is a softmax, and of the exponential.
     np.testing.assert_allclose(sums_2E[0], p_TE.sum(0), rtol=3e-6 if cost == "softmax" else 5e-7, atol=1e-9)
@@ -58,13 +58,13 @@ def test_column_sums_are_those_of_float64(backend, cost, dtype, tokens, experts)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shift", [0.0, 1e3, -1e6])
-def test_wide_sums_lose_no_digits_to_the_size_of_scores_and_potentials(backend, shift):
+def test_exact_sums_lose_no_digits_to_the_size_of_scores_and_potentials(backend, shift):
     scores_TE = random_scores(400, 8, scale=10.0)
     potentials_E = np.random.default_rng(2).normal(size=8) * 20 + shift
     problem = problem_of(scores_TE, reg=1e-3)
     p_TE, _ = reference(problem, potentials_E, 1e-3)
     np.testing.assert_allclose(
-        backend(problem).column_sums(potentials_E, 1e-3, True)[0], p_TE.sum(0), rtol=1e-6, atol=1e-9
+        backend(problem).column_sums(potentials_E, 1e-3, 0.0)[0], p_TE.sum(0), rtol=1e-6, atol=1e-9
     )
 
 
@@ -73,8 +73,8 @@ def test_potentials_far_above_the_scores_do_not_overflow(backend):
     # In float32 1e9 + C is off by dozens of C: the maximum is wrong by more than an exponential can bear.
     scores_TE = random_scores(50, 6, scale=5.0)
     potentials_E = np.array([1e9, 1e9 + 3, 1e9 - 2, 1e9, 1e9 + 1, 1e9])
-    for wide in (False, True) if backend is CompiledPass else (True,):
-        sums_2E = backend(problem_of(scores_TE)).column_sums(potentials_E, 0.01, wide)
+    for precision in (1e9, 0.0):
+        sums_2E = backend(problem_of(scores_TE)).column_sums(potentials_E, 0.01, precision)
         assert sums_2E[0].sum() == pytest.approx(50, rel=1e-6)
     p_TE, _ = reference(problem_of(scores_TE), potentials_E, 0.01)
     np.testing.assert_allclose(sums_2E[0], p_TE.sum(0), rtol=1e-3, atol=1e-4)
@@ -93,7 +93,7 @@ def test_masks_masses_forbidden_experts_and_strides(backend, cost):
     for mass in (None, mass_T):
         problem = problem_of(scores_TE, cost, mask_T, mass)
         p_TE, mass_T1 = reference(problem, potentials_E, 0.2)
-        sums_2E = backend(problem).column_sums(potentials_E, 0.2, True)
+        sums_2E = backend(problem).column_sums(potentials_E, 0.2, 0.0)
         np.testing.assert_allclose(sums_2E, [(mass_T1 * p_TE).sum(0), (mass_T1 * p_TE**2).sum(0)], rtol=3e-6, atol=1e-9)
 
 
@@ -103,8 +103,8 @@ def test_masks_masses_forbidden_experts_and_strides(backend, cost):
 def test_scores_that_no_plan_can_be_made_of_give_nan(backend, cost, bad):
     scores_TE = random_scores(20, 3)
     scores_TE[11] = torch.tensor(bad)
-    for wide in (False, True):
-        assert np.isnan(backend(problem_of(scores_TE, cost)).column_sums(np.zeros(3), 0.5, wide)[0]).any()
+    for precision in (1.0, 0.0):
+        assert np.isnan(backend(problem_of(scores_TE, cost)).column_sums(np.zeros(3), 0.5, precision)[0]).any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -123,6 +123,16 @@ def test_column_means_and_quantiles(backend, cost):
     np.testing.assert_allclose(means_E, np.nanmean(np.where(np.isfinite(columns_TE), columns_TE, np.nan), 0), rtol=1e-4)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_far_from_the_others_are_as_precise_as_was_asked(backend):
+    scores_TE = random_scores(3000, 8)
+    scores_TE[::7] += 1e7  # float32 would lose the potentials beside such scores
+    potentials_E = np.linspace(-1, 1, 8)
+    p_TE, _ = reference(problem_of(scores_TE), potentials_E, 0.5)
+    sums_2E = backend(problem_of(scores_TE)).column_sums(potentials_E, 0.5, 1e-5)
+    np.testing.assert_allclose(sums_2E[0], p_TE.sum(0), rtol=2e-5)
+
+
 @needs_compiler
 def test_threads_do_not_change_a_bit(monkeypatch):
     problem = problem_of(random_scores(20_000, 24))
@@ -130,7 +140,7 @@ def test_threads_do_not_change_a_bit(monkeypatch):
     sums = []
     for threads in (1, 2, 3):
         monkeypatch.setattr("sinkroute.transport.passes.compiled.threads_for", lambda scores, n=threads: n)
-        sums.append(CompiledPass(problem).column_sums(np.linspace(0, 1, 24), 0.1, False))
+        sums.append(CompiledPass(problem).column_sums(np.linspace(0, 1, 24), 0.1, 1.0))
     assert all(np.array_equal(x, sums[0]) for x in sums)
 
 

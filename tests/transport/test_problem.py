@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from sinkroute.transport import list_solvers, solve
+from sinkroute.transport import balanced_topk, list_solvers, solve
 
 SCORES_TE = torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 1.0], [3.0, 2.0]])
 
@@ -25,6 +26,7 @@ SCORES_TE = torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 1.0], [3.0, 2.0]])
             r"scores_TE\[1, 1\] is nan.*token_mask.*learning rate",
         ),
         (torch.tensor([[1.0, math.inf], [math.nan, 0.0]]), ValueError, r"scores_TE\[0, 1\] is inf"),
+        (torch.ones(4, 2).to(torch.float8_e4m3fn), TypeError, r"16, 32 or 64 bits, got torch.float8_e4m3fn; call"),
         (torch.tensor([[1.0, 0.0], [-math.inf, -math.inf]]), ValueError, "all scores of token 1 are −inf.*token_mask"),
     ],
 )
@@ -53,6 +55,12 @@ def test_wrong_scores_are_refused(scores, error, words, method):
         ({"token_mass": [1.0] * 4}, TypeError, "token_mass must be a tensor.*list"),
         ({"token_mass": torch.tensor([1.0, 1.0, -1.0, 1.0])}, ValueError, r"token_mass\[2\] is -1.0; masses must be"),
         ({"token_mass": torch.tensor([1.0, math.nan, 1.0, 1.0])}, ValueError, r"token_mass\[1\] is nan"),
+        (
+            {"token_mass": torch.full((4,), 1e-50, dtype=torch.float64)},
+            ValueError,
+            "1e-50, too small .* scale token_mass",
+        ),
+        ({"reg": torch.tensor(0.1)}, TypeError, r"reg must be a number, got Tensor; of a tensor give .item\(\)"),
         ({"process_group": object(), "reduce": lambda x: x}, ValueError, "process_group and reduce say the same"),
         ({"expert_mass": torch.ones(3)}, ValueError, r"expert_mass has shape \(3,\).* 2 experts"),
         ({"expert_mass": [1.0, -1.0]}, ValueError, "expert_mass must be finite"),
@@ -125,6 +133,46 @@ def test_an_expert_without_mass_gets_nothing():
     assert plan.potentials[[0, 2, 3]].mean().abs() < 1e-6
     weights_TK, _ = plan.topk(4)
     assert (weights_TK[:, 3] == 0).all() and weights_TK.isfinite().all()
+
+
+def test_a_token_whose_experts_all_lack_mass_is_named():
+    scores_TE = torch.tensor([[0.0, 0.0, 1.0], [0.0, -math.inf, -math.inf], [0.0, 1.0, 0.0]])
+    for method in list_solvers():
+        with pytest.raises(ValueError, match=r"token 1 .*expert_mass of 0.*token_mask"):
+            solve(scores_TE, expert_mass=[0.0, 1.0, 1.0], method=method)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_expert_mass_of_any_dtype_gives_the_same_targets(dtype):
+    scores_TE = torch.randn(1100, 3, generator=torch.Generator().manual_seed(3))
+    plan = solve(scores_TE, 0.5, expert_mass=torch.tensor([1, 3, 7]).to(dtype), tol=1e-6)
+    torch.testing.assert_close(
+        plan.matrix().double().sum(0), torch.tensor([100.0, 300.0, 700.0]).double(), rtol=2e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_the_process_does_not_matter(dtype):
+    scores_TE = torch.randn(3000, 20, generator=torch.Generator().manual_seed(4))
+    expected = [solve(scores_TE, 0.1, "softmax").potentials, balanced_topk(scores_TE, 2)[0]]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = [solve(scores_TE, 0.1, "softmax").potentials, balanced_topk(scores_TE, 2)[0]]
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_numpy_numbers_are_numbers():
+    assert solve(SCORES_TE, np.float64(0.5), tol=np.float64(1e-4)).converged
+
+
+def test_a_mask_that_hides_the_whole_sample_is_harmless():
+    mask_T = torch.arange(2000) % 3 != 0  # the sample is every third token
+    scores_TE = torch.randn(2000, 4, generator=torch.Generator().manual_seed(5))
+    for reduce in (None, lambda x: x):
+        assert solve(scores_TE, token_mask=mask_T, reduce=reduce).converged
 
 
 def test_topk_refuses_more_experts_than_there_are():

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sinkroute._errors import NonFiniteScores
+from sinkroute._uncompiled import uncompiled
 from sinkroute.routing.draws import normal_like, uniform
 from sinkroute.routing.routes import Routes
-from sinkroute.routing.uncompiled import uncompiled
 
 __all__ = ["Choice", "Router"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sinkroute._errors import require_numbers
+from sinkroute._uncompiled import uncompiled
 from sinkroute.routing.router import Choice, Router
-from sinkroute.routing.uncompiled import uncompiled
 from sinkroute.transport import solve
 
 __all__ = ["SinkhornRouter"]

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from sinkroute._errors import require_numbers
+from sinkroute._uncompiled import uncompiled
 from sinkroute.transport.chains import repair
 from sinkroute.transport.choice import Choice, choose
 from sinkroute.transport.passes.chunked import chunks
@@ -70,6 +71,9 @@ class BalancedTopk(tuple[Tensor, Tensor]):
         self.passes, self.moves = passes, moves
         return self
 
+    def __getnewargs__(self) -> tuple[Tensor, Tensor, int, int]:
+        return self.experts, self.bias, self.passes, self.moves
+
     @property
     def experts(self) -> Tensor:
         """(T, K) int64."""
@@ -81,6 +85,7 @@ class BalancedTopk(tuple[Tensor, Tensor]):
         return self[1]
 
 
+@uncompiled
 def balanced_topk(
     scores_TE: Tensor,
     k: int,
@@ -295,7 +300,7 @@ class _Anderson:
             scale_known = bool((choice.nearness_E > 0).any())
             if least <= enough or since > PATIENCE or passes == most_passes or not scale_known:
                 return best, least, passes
-            residual_E = torch.where(positive_E, ((target_E + 0.5) / (choice.loads_E + 0.5)).log(), 0)
+            residual_E = torch.where(positive_E, ((target_E + 0.5) / (choice.loads_E.to(target_E) + 0.5)).log(), 0)
             if before is not None and not residual_E.equal(before[1]):
                 change_E = (bias_E - before[0]).nan_to_num()
                 self.changes = [*self.changes[-MEMORY + 1 :], (change_E, residual_E - before[1])]

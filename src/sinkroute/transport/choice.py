@@ -61,7 +61,7 @@ def choose(problem: Problem, k: int, bias_E: Tensor) -> Choice:
         kernels = native.library()
         assert kernels is not None
         described = native.Scores.of(scores_TE, problem.cost == "softmax", problem.token_mask)
-        nearness_E = torch.empty(experts)
+        nearness_E = torch.empty(experts, dtype=torch.float32, device="cpu")
         out = (ctypes.c_void_p(x.data_ptr()) for x in (experts_TK, margin_TK, loads_E, nearness_E))
         kernels.choose(
             ctypes.byref(described),

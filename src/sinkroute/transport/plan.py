@@ -107,6 +107,8 @@ class Plan:
             ([0, 0, 1, 1], [1.0, 1.0, 1.0, 1.0])
         """
         experts = self.scores.shape[1]
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"k must be an int, got {type(k).__name__}")
         if not 1 <= k <= experts:
             raise ValueError(f"k must be 1 to {experts}, the number of experts, got {k}")
         weights_TK, experts_TK = topk_rows(

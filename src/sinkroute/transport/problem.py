@@ -136,7 +136,7 @@ def make_problem(
     """
     if cost not in COSTS:
         raise unknown_name("cost", cost, COSTS)
-    scores_TE = scores_TE.detach()
+    scores_TE = scores_TE.detach().resolve_neg()  # the kernels see memory only
     dtype = torch.promote_types(scores_TE.dtype, torch.float32)
     _check_reg(reg, dtype)
     mask = _checked_mask(token_mask, scores_TE)
@@ -190,7 +190,7 @@ def starting_potentials(problem: Problem, init: Tensor | None) -> Tensor | None:
 def check_number(name: str, value: object) -> None:
     """Raise unless `value` is a finite number above 0: TypeError for another type, ValueError for another value."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}; of a tensor give .item()")
     if not 0 < float(value) < math.inf:
         raise ValueError(f"{name} must be a finite number above 0, got {value}")
 
@@ -199,8 +199,10 @@ def check_scores_form(scores_TE: Tensor) -> None:
     """Raise unless the scores are a floating-point tensor (T, E) with E ≥ 1."""
     if not isinstance(scores_TE, Tensor):
         raise TypeError(f"scores_TE must be a torch.Tensor, got {type(scores_TE).__name__}")
-    if not scores_TE.is_floating_point():
-        raise TypeError(f"scores_TE must have a floating-point dtype, got {scores_TE.dtype}; call scores_TE.float()")
+    if scores_TE.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(
+            f"scores_TE must be floating-point of 16, 32 or 64 bits, got {scores_TE.dtype}; call scores_TE.float()"
+        )
     if scores_TE.ndim != 2:
         raise ValueError(
             f"scores_TE must have 2 dimensions (tokens, experts), got shape {tuple(scores_TE.shape)}; "
@@ -220,9 +222,23 @@ def _check_reg(reg: float, dtype: torch.dtype) -> None:
 def refuse_bad_scores(problem: Problem) -> None:
     """Raise `NonFiniteScores`, naming the first score that no plan can be made of, if there is one.
 
-    NaN and +inf are refused, and rows that are −inf throughout. −inf alone is a forbidden expert. Not called for
-    accelerators: there bad scores give a plan that has not converged.
+    NaN and +inf are refused, and rows that are −inf wherever an expert has mass. −inf alone is a forbidden expert. With
+    `problem.reduce` a collective: all ranks raise if one does. Not called for accelerators: there bad scores give a
+    plan that has not converged.
     """
+    error = _bad_scores(problem)
+    if problem.reduce is not None:
+        # All ranks or none: whoever goes on would wait for the others.
+        bad = torch.tensor(float(error is not None), dtype=problem.target_E.dtype, device=problem.target_E.device)
+        if bool(problem.reduce(bad)) and error is None:
+            error = NonFiniteScores(
+                "scores on another rank are NaN, +inf or −inf throughout; its error names the first"
+            )
+    if error is not None:
+        raise error
+
+
+def _bad_scores(problem: Problem) -> NonFiniteScores | None:
     scores_TE = problem.scores_TE
     real_T1 = torch.ones_like(scores_TE[:, :1], dtype=torch.bool)
     if problem.token_mask is not None:
@@ -230,17 +246,19 @@ def refuse_bad_scores(problem: Problem) -> None:
     bad = ((scores_TE.isnan() | (scores_TE == math.inf)) & real_T1).nonzero()
     if len(bad):
         token, expert = bad[0].tolist()
-        raise NonFiniteScores(
+        return NonFiniteScores(
             f"scores_TE[{token}, {expert}] is {scores_TE[token, expert].item()}; scores of real tokens must be finite, "
             "or −inf for an expert that the token must not have: mask padding with token_mask, or look for divergence "
             "upstream (lower the learning rate, clip gradients)"
         )
-    forbidden = ((scores_TE.amax(dim=1, keepdim=True) == -math.inf) & real_T1).nonzero()
+    allowed_TE = (scores_TE > -math.inf) & problem.positive_E
+    forbidden = (~allowed_TE.any(dim=1, keepdim=True) & real_T1).nonzero()
     if len(forbidden):
-        raise NonFiniteScores(
-            f"all scores of token {forbidden[0, 0].item()} are −inf, so that no expert is left for it; leave at least "
-            "one finite, or mask the token with token_mask"
+        return NonFiniteScores(
+            f"all scores of token {forbidden[0, 0].item()} are −inf, or its other experts have an expert_mass of 0, so "
+            "that no expert is left for it; leave at least one, or mask the token with token_mask"
         )
+    return None
 
 
 def _checked_mask(token_mask: Tensor | None, scores_TE: Tensor) -> Tensor | None:
@@ -268,13 +286,19 @@ def _checked_token_mass(
         raise ValueError(
             f"token_mass has shape {tuple(token_mass.shape)} but there are {scores_TE.shape[0]} tokens; it must be (T,)"
         )
+    if token_mass.dtype == torch.bool:
+        token_mass = token_mass.to(dtype)
+    if token_mass.device.type == "cpu" and token_mass.numel():
+        low, high = (float(x) for x in token_mass.detach().aminmax())
+        if not 0 <= low <= high <= 1e30:
+            at = int((~((token_mass >= 0) & (token_mass <= 1e30))).nonzero()[0])
+            raise ValueError(
+                f"token_mass[{at}] is {token_mass[at].item()}; masses must be finite, not negative and at most 1e30"
+            )
+        if 0 < high < 1e-30:
+            raise ValueError(f"the largest token_mass is {high}, too small for float32; scale token_mass up")
     mass_T = token_mass.detach().to(scores_TE.device, dtype)
-    if mask is not None:
-        mass_T = torch.where(mask, mass_T, 0)
-    if mass_T.device.type == "cpu" and not ((mass_T >= 0) & mass_T.isfinite()).all():
-        at = int((~((mass_T >= 0) & mass_T.isfinite())).nonzero()[0])
-        raise ValueError(f"token_mass[{at}] is {mass_T[at].item()}; masses must be finite and not negative")
-    return mass_T
+    return mass_T if mask is None else torch.where(mask, mass_T, 0)
 
 
 def _checked_mass(expert_mass: Tensor | Sequence[float] | None, scores_TE: Tensor) -> Tensor:
@@ -283,8 +307,11 @@ def _checked_mass(expert_mass: Tensor | Sequence[float] | None, scores_TE: Tenso
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if expert_mass is None:
         return torch.full((experts,), 1 / experts, dtype=dtype, device=device)
-    mass_E = expert_mass if isinstance(expert_mass, Tensor) else torch.tensor(expert_mass, dtype=torch.float64)
-    mass_E = mass_E.detach()
+    mass_E = expert_mass
+    if not isinstance(mass_E, Tensor):
+        mass_E = torch.tensor(expert_mass, dtype=torch.float64, device="cpu")
+    # Before any arithmetic: a quotient in bfloat16 would be another target.
+    mass_E = mass_E.detach().to(torch.float32 if mass_E.device.type == "mps" else torch.float64)
     if mass_E.shape != (experts,):
         raise ValueError(
             f"expert_mass has shape {tuple(mass_E.shape)} but there are {experts} experts; it must be (E,), one "
@@ -303,9 +330,10 @@ def _total_mass(
 ) -> Tensor | float:
     """Σ m_i over all ranks: a float where it is known without waiting for an accelerator."""
     if mass_T is not None:
-        total = mass_T.sum(dtype=dtype)
+        # In parts: a sum that widens makes a wide copy of all.
+        total = torch.stack([part.sum(dtype=dtype) for part in mass_T.split(1 << 17)]).sum()
     elif mask is not None:
-        total = mask.sum().to(dtype)
+        total = mask.count_nonzero().to(dtype)
     elif reduce is None:
         return float(scores_TE.shape[0])
     else:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sinkroute._errors import unknown_name
+from sinkroute._uncompiled import uncompiled
 from sinkroute.transport.dual import dual
 from sinkroute.transport.implicit import potentials_of_scores
 from sinkroute.transport.naive import naive
@@ -52,6 +53,7 @@ def list_solvers() -> list[str]:
     return sorted(SOLVERS)
 
 
+@uncompiled
 def solve(
     scores_TE: Tensor,
     reg: float = 0.1,
@@ -76,7 +78,7 @@ def solve(
     of passes is no error: look at `plan.converged` and `plan.column_error`.
 
     Args:
-        scores_TE: (T, E) scores of any floating-point dtype. float64 is worked on in float64, all else in float32
+        scores_TE: (T, E) in float16, bfloat16, float32 or float64. float64 is worked on in float64, all else in float32
             with float64 potentials and sums. T may be 0, and smaller than E. −inf forbids an expert to a token.
         reg: ξ > 0, the weight of the entropy, in units of the cost. Small is sharp and takes more passes.
         cost: "linear" for C = scores, "softmax" for C = softmax of each row of the scores.
@@ -131,6 +133,7 @@ def solve(
             raise ValueError("process_group and reduce say the same thing in two ways; give one of them")
         reduce = sum_over_ranks(process_group)
     _check_budget(tol, max_passes)
+    tol = float(tol)
     name = AUTO if method == "auto" else method
     # Mixed precision is for the model: a product in bfloat16 would spoil the column sums.
     with torch.autocast(scores_TE.device.type, enabled=False):

@@ -8,11 +8,13 @@ command and the processor, so that a home directory may be shared between machin
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -25,8 +27,8 @@ __all__ = ["DTYPES", "Scores", "library", "pointer", "status"]
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared")
-# Threads come from the OpenMP runtime that torch has loaded already: it is not linked, its symbols are found at load
-# time. Two runtimes in one process would each keep spinning workers. Where that fails, one thread has to do.
+# Threads come from the OpenMP runtime that torch has loaded already, libgomp.so.1, where torch is built with that one.
+# Where OpenMP is not to be had, one thread has to do.
 THREADS = (("-mprefer-vector-width=512", "-fopenmp"), ("-fopenmp",), ("-fopenmp-simd",), ())
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -97,31 +99,51 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         return None, "no C compiler: install gcc or clang, or set CC, for faster solving on a CPU"
     reason = ""
     for threads in THREADS:
-        try:
-            path = _compiled([*compiler.split(), *FLAGS, *threads])
-            return _declared(ctypes.CDLL(str(path))), str(path)
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = str(getattr(error, "stderr", None) or error).strip()[-500:]
-    return None, f"the C kernels could not be compiled or loaded: {reason}"
+        command = [*shlex.split(compiler), *FLAGS, *threads]
+        # A second folder, in case that the first does not allow code to be loaded from it.
+        for folder in (_cache, _temporary):
+            try:
+                path = _compiled(command, folder())
+                return _declared(ctypes.CDLL(str(path))), str(path)
+            except subprocess.SubprocessError as error:
+                reason = str(getattr(error, "stderr", None) or error)
+                break
+            except OSError as error:
+                reason = str(error)
+    return None, f"the C kernels could not be compiled or loaded: {reason.strip()[-500:]}"
 
 
-def _compiled(command: list[str]) -> Path:
+def _compiled(command: list[str], folder: Path) -> Path:
     sources = sorted(SOURCES.glob("*.c"))
     digest = hashlib.sha256("\0".join([*command, _processor()]).encode())
     for source in (*sources, *sorted(SOURCES.glob("*.h"))):
         digest.update(source.read_bytes())
-    path = _cache() / f"kernels-{digest.hexdigest()[:24]}.so"
-    if not path.exists():
+    path = folder / f"kernels-{digest.hexdigest()[:24]}.so"
+    if not _whole(path):
         # Written beside and moved, so that processes which start together never load half a file.
-        handle, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".so")
+        handle, unfinished = tempfile.mkstemp(dir=folder, suffix=".so")
         os.close(handle)
         try:
             arguments = [*command, "-o", unfinished, *map(str, sources)]
-            subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=120)
+            subprocess.run(arguments, check=True, capture_output=True, text=True, errors="replace", timeout=120)
+            with open(unfinished, "r+b") as file:
+                content = file.read()
+                file.write(hashlib.sha256(content).digest())
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(unfinished, path)
         finally:
             Path(unfinished).unlink(missing_ok=True)
     return path
+
+
+def _whole(path: Path) -> bool:
+    """Whether the file is there and ends with the digest of the rest: to load half a library is to crash."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _processor() -> str:
@@ -143,14 +165,22 @@ def _cache() -> Path:
             return folder
     except (OSError, RuntimeError):
         pass
-    return Path(tempfile.mkdtemp(prefix="sinkroute-"))
+    return _temporary()
+
+
+@functools.cache
+def _temporary() -> Path:
+    """A folder of this process alone."""
+    folder = Path(tempfile.mkdtemp(prefix="sinkroute-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     integer, number, address, scores = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.POINTER(Scores)
     kernels.column_sums_workspace.argtypes = [integer, integer]
     kernels.column_sums_workspace.restype = integer
-    kernels.column_sums.argtypes = [scores, address, number, integer, address, address, integer]
+    kernels.column_sums.argtypes = [scores, address, number, number, address, address, integer]
     kernels.column_sums.restype = None
     kernels.column_ranks.argtypes = [scores, address, address, address, address]
     kernels.column_ranks.restype = None

@@ -8,7 +8,8 @@
 /* ranks: (experts,), each at least 1. lists: room for the sum of the ranks. Costs that are missing count as -inf. */
 void column_ranks(const Scores *s, const int64_t *ranks, double *means, double *quantiles, float *lists) {
     int64_t experts = s->experts, padded = PAD(experts);
-    float buffer[padded] ALIGNED, least[padded] ALIGNED, sums[padded] ALIGNED, counts[padded] ALIGNED;
+    float buffer[padded] ALIGNED, least[padded] ALIGNED, counts[padded] ALIGNED;
+    double sums[padded] ALIGNED; /* float32 could overflow */
     float *list[experts], *end = lists;
     for (int64_t j = 0; j < experts; ++j) {
         list[j] = end;
@@ -25,7 +26,7 @@ void column_ranks(const Scores *s, const int64_t *ranks, double *means, double *
             for (int64_t lane = 0; lane < LANES; ++lane) {
                 float x = c[first + lane];
                 int finite = x > -INFINITY && x < INFINITY;
-                sums[first + lane] += finite ? x : 0.0f;
+                sums[first + lane] += finite ? x : 0.0;
                 counts[first + lane] += finite ? 1.0f : 0.0f;
                 hits |= (x > least[first + lane]) << lane;
             }

@@ -3,7 +3,7 @@
  *     sums_j = sum_i m_i p_ij          squares_j = sum_i m_i p_ij^2
  *
  * and nothing else is written. The exponential is float32. The shift (C + g - max) / xi is float32 too, which is off by
- * about 6e-8 |C| / xi, or float64 (`wide`), where neither the size of the scores nor that of the potentials costs
+ * about 6e-8 |C + g| / xi, or float64, where neither the size of the scores nor that of the potentials costs
  * digits, at a quarter more time. Rows are summed in float32 over BLOCK rows, in
  * float64 over a chunk, then over the chunks in their order: the sums do not depend on the number of threads.
  */
@@ -28,8 +28,20 @@ typedef struct {
     double inv;          /* log2(e) / xi */
     const double *shift; /* g_j inv */
     const float *g, *narrow_shift;
-    int wide;
+    double narrow_below; /* rows whose maximum, in log2, is smaller than this are shifted in float32 */
 } Potentials;
+
+/* The same however large scores and potentials are: the maximum is taken of the very numbers that it is taken off. */
+static float careful_exponentials(const float *c, const Potentials *p, int64_t padded, float *e) {
+    double x[padded], top = -INFINITY;
+    float sum = 0;
+    for (int64_t j = 0; j < padded; ++j) {
+        x[j] = c[j] * p->inv + p->shift[j];
+        top = x[j] > top ? x[j] : top;
+    }
+    for (int64_t j = 0; j < padded; ++j) sum += e[j] = exp2_of((float)(x[j] - top));
+    return sum;
+}
 
 /* Into `sums` and `squares`, (padded,) each, from rows first to last. */
 static void sum_chunk(const Scores *s, int64_t first, int64_t last, const Potentials *p, double *sums,
@@ -44,16 +56,11 @@ static void sum_chunk(const Scores *s, int64_t first, int64_t last, const Potent
             if (s->mask && !s->mask[row * s->mask_stride]) continue;
             const float *c = read_cost(s, row, buffer);
             double top = shifted_max(c, p->g, padded) * p->inv;
-            float sum = p->wide ? exponentials(c, p->shift, p->inv, top, padded, e)
-                                : narrow_exponentials(c, p->narrow_shift, (float)p->inv, (float)top, padded, e);
-            if (!(sum > 0.25f && sum < 1e30f)) { /* not about 1 or more: float32 was too coarse for the maximum */
-                top = -INFINITY;
-                for (int64_t j = 0; j < padded; ++j) {
-                    double x = c[j] * p->inv + p->shift[j];
-                    top = x > top ? x : top;
-                }
-                sum = exponentials(c, p->shift, p->inv, top, padded, e);
-            }
+            float sum = fabs(top) < p->narrow_below
+                            ? narrow_exponentials(c, p->narrow_shift, (float)p->inv, (float)top, padded, e)
+                            : exponentials(c, p->shift, p->inv, top, padded, e);
+            /* Not about 1 or more: float32 was too coarse for the maximum. */
+            if (!(sum > 0.25f && sum < 1e30f)) sum = careful_exponentials(c, p, padded, e);
             float mass = s->mass ? s->mass[row * s->mass_stride] : 1.0f;
             accumulate(e, 1 / sum, mass, padded, block, block_squares);
         }
@@ -65,19 +72,21 @@ static void sum_chunk(const Scores *s, int64_t first, int64_t last, const Potent
     }
 }
 
-/* potentials: (experts,), -inf for an expert without mass. out: (2, experts), the sums and the squares; NaN where a
+/* potentials: (experts,), -inf for an expert without mass. precision: what an entry near its row's maximum may be off
+ * by, relatively, for the sake of speed. out: (2, experts), the sums and the squares; NaN where a
  * score is NaN or +inf, or a whole row is -inf. */
-void column_sums(const Scores *s, const double *potentials, double reg, int64_t wide, double *out, double *workspace,
-                 int64_t threads) {
+void column_sums(const Scores *s, const double *potentials, double reg, double precision, double *out,
+                 double *workspace, int64_t threads) {
     int64_t experts = s->experts, padded = PAD(experts), length = chunk_length(s->tokens);
     int64_t chunks = (s->tokens + length - 1) / length;
     double shift[padded] ALIGNED;
     float g[padded] ALIGNED, narrow_shift[padded] ALIGNED;
-    Potentials p = {LOG2E / reg, shift, g, narrow_shift, wide != 0};
+    Potentials p = {LOG2E / reg, shift, g, narrow_shift, precision * (LOG2E / 6e-8)};
     for (int64_t j = 0; j < padded; ++j) {
         g[j] = j < experts ? (float)potentials[j] : 0;
         shift[j] = j < experts ? potentials[j] * p.inv : 0;
         narrow_shift[j] = (float)shift[j];
+        if (isfinite(shift[j]) && fabs(shift[j]) >= p.narrow_below) p.narrow_below = 0;
     }
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1 && chunks > 1)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {

@@ -35,7 +35,7 @@ void topk(const Scores *s, const double *potentials, double reg, int64_t k, int6
             for (int64_t n = 0; n < k; ++n) {
                 best = next_largest(y, padded, best, at, &at);
                 if (n == 0) first = normalise ? best : 0;
-                chosen[n] = at;
+                chosen[n] = at < experts ? at : n; /* a row of NaN has no largest */
                 float z = (float)((best - first) * inv);
                 weights[n] = z > -62.0f ? exp2_of(z) : exp2f(z);
                 sum += weights[n];

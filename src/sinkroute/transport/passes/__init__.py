@@ -21,11 +21,12 @@ __all__ = ["Pass", "make_pass"]
 class Pass(Protocol):
     """Passes over the rows of one problem that this process holds."""
 
-    def column_sums(self, potentials_E: np.ndarray, reg: float, wide: bool) -> np.ndarray:
+    def column_sums(self, potentials_E: np.ndarray, reg: float, precision: float) -> np.ndarray:
         """(2, E) float64: Σ_i m_i p_ij and Σ_i m_i p_ij², with p_ij = softmax_j((C_ij + g_j) / reg).
 
-        potentials_E: (E,) float64, contiguous. `wide`: shift the scores in float64; if False the shift may be float32,
-        which is off by about 6e-8 |C + g| / reg, and faster. Exponentials are of the working dtype.
+        potentials_E: (E,) float64. `precision`: what an entry near its row's maximum may be off by, relatively: the
+        shift is float32, off by about 6e-8 |C + g| / reg, where that is less, else float64, which takes longer.
+        Exponentials are of the working dtype.
         NaN where a score is NaN or +inf, or a whole row −inf.
         """
 

@@ -47,17 +47,22 @@ class ChunkedPass:
             scores_RE = torch.where(problem.token_mask[rows, None], scores_RE, 0)
         return scores_RE if problem.cost == "linear" else COSTS[problem.cost](scores_RE.to(problem.dtype))
 
-    def column_sums(self, potentials_E: np.ndarray, reg: float, wide: bool) -> np.ndarray:
+    def column_sums(self, potentials_E: np.ndarray, reg: float, precision: float) -> np.ndarray:
         """See `Pass`."""
         problem = self._problem
         tokens, experts = problem.scores_TE.shape
         g_E = torch.from_numpy(potentials_E).to(problem.scores_TE.device, self._wide)
+        largest = np.abs(potentials_E[np.isfinite(potentials_E)]).max(initial=0)
+        wide = not 6e-8 * largest / reg <= precision
         sums_2E = torch.zeros(2, experts, dtype=self._wide, device=g_E.device)
         for rows in chunks(tokens, experts):
             length = rows.stop - rows.start
             p_RE = self._narrow_RE[:length]
             shifted_RE = self._wide_RE[:length] if wide else p_RE
-            torch.add(self._cost(rows), g_E.to(shifted_RE.dtype), out=shifted_RE)
+            cost_RE = self._cost(rows)
+            # The row's own maximum first: however large the scores are, the sum with g then loses no digits of it.
+            torch.sub(cost_RE, cost_RE.amax(dim=1, keepdim=True).to(shifted_RE.dtype), out=shifted_RE)
+            shifted_RE.add_(g_E.to(shifted_RE.dtype))
             shifted_RE.sub_(shifted_RE.amax(dim=1, keepdim=True)).mul_(1 / reg)
             # Exponentials below this are nothing beside 1, but their squares would be denormals, which are slow.
             p_RE.copy_(shifted_RE).clamp_(min=FLOOR).exp_()
@@ -81,7 +86,7 @@ class ChunkedPass:
         if not len(cost_SE):
             return np.zeros(cost_SE.shape[1]), np.zeros(cost_SE.shape[1])
         finite_SE = cost_SE.isfinite()
-        means_E = torch.where(finite_SE, cost_SE, 0).sum(dim=0) / finite_SE.sum(dim=0).clamp(min=1)
+        means_E = torch.where(finite_SE, cost_SE, 0).sum(dim=0, dtype=self._wide) / finite_SE.sum(dim=0).clamp(min=1)
         top_RE = cost_SE.topk(min(int(ranks_E.max()), len(cost_SE)), dim=0).values
         at_E = torch.from_numpy(ranks_E).to(top_RE.device).clamp(max=len(top_RE)) - 1
         quantiles_E = top_RE.gather(0, at_E[None])[0]

@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from sinkroute._uncompiled import uncompiled
 from sinkroute.transport import native
 from sinkroute.transport.device import served_by_triton
 from sinkroute.transport.passes.chunked import chunks
@@ -16,6 +17,7 @@ from sinkroute.transport.problem import cost_matrix
 __all__ = ["topk_rows"]
 
 
+@uncompiled
 def topk_rows(
     scores_TE: Tensor,
     cost: str,

@@ -1,4 +1,4 @@
-"""Methods that `torch.compile` leaves alone."""
+"""Functions that `torch.compile` leaves alone: it would trace NumPy and addresses of memory as if they were torch's."""
 
 from __future__ import annotations
 
