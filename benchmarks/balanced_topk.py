@@ -117,7 +117,7 @@ def main() -> None:
     options = tyro.cli(Benchmark, description=__doc__)
     torch.set_num_threads(1)
     rows = measure(options)
-    show(rows, Console())
+    show(rows, Console(width=max(Console().width, 100)))
     if options.out:
         write_json({"machine": machine(), "options": vars(options), "rows": rows}, Path(options.out))
 
