@@ -67,8 +67,8 @@ def check(plan, mass_T=None, share_E=None):
     used = share > 0
     true = np.abs((mass[:, None] * p_TE).sum(0)[used] / (mass.sum() * share[used]) - 1).max()
     told = plan.column_error.item()
-    # Within a tenth, or a hundredth of the tolerance. Float32 makes a softmax cost that is off by 6e-8 / reg besides.
-    slack = 1e-5 + (3e-7 / plan.reg if plan.cost_name == "softmax" and plan.scores.dtype != torch.float64 else 0)
+    # Within a tenth, or a fiftieth of the tolerance. Float32 makes a softmax cost that is off by 6e-8 / reg besides.
+    slack = 2e-5 + (3e-7 / plan.reg if plan.cost_name == "softmax" and plan.scores.dtype != torch.float64 else 0)
     assert abs(told - true) <= 0.1 * true + slack, (told, true)
     assert bool(plan.converged) == (told <= 1e-3)
 

@@ -91,7 +91,7 @@ class _Search:
         self.best_A, self.best_error = np.zeros_like(self.target_A), math.inf
 
     def run(self, tol: float, init_E: np.ndarray | None) -> None:
-        reg, self.precision = self.problem.reg, 0.01 * tol
+        reg, self.precision = self.problem.reg, 0.02 * tol
         if init_E is not None:
             self.descend(level(self.of_active(init_E)), reg, tol, patience=PATIENCE, give_up_at=FAR_ABOVE)
             if self.best_error <= tol or self.spent >= self.budget:
@@ -173,7 +173,7 @@ class _Search:
         self.spent += cost
         distances = []
         for guess_A in guesses:
-            sums_2E = self.over_ranks(rows.column_sums(self.of_all_experts(guess_A), problem.reg, 0.01))
+            sums_2E = self.over_ranks(rows.column_sums(self.of_all_experts(guess_A), problem.reg, 0.02))
             ratios_A = self.of_active(sums_2E)[0] / self.target_A
             ratios_A *= len(ratios_A) / add(ratios_A * self.weight_A)
             distances.append(float(largest(np.log(np.maximum(ratios_A, 1e-30)))))

@@ -3,7 +3,7 @@
  *     sums_j = sum_i m_i p_ij          squares_j = sum_i m_i p_ij^2
  *
  * and nothing else is written. The exponential is float32. The shift (C + g - max) / xi is float32 too, which is off by
- * about 6e-8 |C + g| / xi, or float64, where neither the size of the scores nor that of the potentials costs
+ * about 1.2e-7 |C + g| / xi, or float64, where neither the size of the scores nor that of the potentials costs
  * digits, at a quarter more time. Rows are summed in float32 over BLOCK rows, in
  * float64 over a chunk, then over the chunks in their order: the sums do not depend on the number of threads.
  */
@@ -81,7 +81,7 @@ void column_sums(const Scores *s, const double *potentials, double reg, double p
     int64_t chunks = (s->tokens + length - 1) / length;
     double shift[padded] ALIGNED;
     float g[padded] ALIGNED, narrow_shift[padded] ALIGNED;
-    Potentials p = {LOG2E / reg, shift, g, narrow_shift, precision * (LOG2E / 6e-8)};
+    Potentials p = {LOG2E / reg, shift, g, narrow_shift, precision * (LOG2E / 1.2e-7)};
     for (int64_t j = 0; j < padded; ++j) {
         g[j] = j < experts ? (float)potentials[j] : 0;
         shift[j] = j < experts ? potentials[j] * p.inv : 0;

@@ -25,7 +25,7 @@ class Pass(Protocol):
         """(2, E) float64: Σ_i m_i p_ij and Σ_i m_i p_ij², with p_ij = softmax_j((C_ij + g_j) / reg).
 
         potentials_E: (E,) float64. `precision`: what an entry near its row's maximum may be off by, relatively: the
-        shift is float32, off by about 6e-8 |C + g| / reg, where that is less, else float64, which takes longer.
+        shift is float32, off by about 1.2e-7 |C + g| / reg, where that is less, else float64, which takes longer.
         Exponentials are of the working dtype.
         NaN where a score is NaN or +inf, or a whole row −inf.
         """

@@ -53,7 +53,7 @@ class ChunkedPass:
         tokens, experts = problem.scores_TE.shape
         g_E = torch.from_numpy(potentials_E).to(problem.scores_TE.device, self._wide)
         largest = np.abs(potentials_E[np.isfinite(potentials_E)]).max(initial=0)
-        wide = not 6e-8 * largest / reg <= precision
+        wide = not 1.2e-7 * largest / reg <= precision
         sums_2E = torch.zeros(2, experts, dtype=self._wide, device=g_E.device)
         for rows in chunks(tokens, experts):
             length = rows.stop - rows.start
