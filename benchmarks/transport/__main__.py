@@ -107,9 +107,13 @@ def run(benchmark: Benchmark) -> None:
                 if problem.name not in problems:
                     bench.tell = partial(bar.tell, problem.name)
                     record = {"name": problem.name, "size": problem.size, **asdict(problem), **bench.measure(problem)}
-                    # JSON knows no NaN, the error of a peer that gave one.
-                    problems[problem.name] = json.loads(json.dumps(record), parse_constant=lambda constant: None)
-                    write_json(content, path)
+                    # JSON knows no NaN, the error of a peer that gave one. More than four digits are noise.
+                    problems[problem.name] = json.loads(
+                        json.dumps(record),
+                        parse_constant=lambda constant: None,
+                        parse_float=lambda x: float(f"{float(x):.4g}"),
+                    )
+                    write_json(content, path, indent=None)
                 bar.advance(problem.name)
             if benchmark.memory and "memory" not in content:
                 content["memory"] = measure_memory(benchmark.methods, benchmark.seed, partial(bar.tell, "memory"))
@@ -120,7 +124,7 @@ def run(benchmark: Benchmark) -> None:
                 show(content["summary"][method], list(problems.values()), method, console)
             if "memory" in content:
                 show_memory(content["memory"], console)
-            write_json(content, path)
+            write_json(content, path, indent=None)
             console.print(f"{described(content)}\nfigures: {path}", highlight=False)
 
 

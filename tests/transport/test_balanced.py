@@ -36,8 +36,8 @@ problems = st.fixed_dictionaries(
 def backend(request, monkeypatch):
     """Both ways of doing the work."""
     if request.param == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif native.library() is None:
+        monkeypatch.setattr(native, "load", lambda: None)
+    elif native.load() is None:
         pytest.skip(native.status())
     return request.param
 
@@ -96,9 +96,9 @@ def best_score(cost_TE, k, least_E, most_E):
 def test_every_choice_is_balanced_and_the_best_for_its_loads(problem):
     scores_TE, k, _ = draw(problem)
     cost_TE = cost_of(scores_TE, problem["cost"])
-    for library in (native.library, lambda: None):
+    for library in (native.load, lambda: None):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "library", library)
+            patch.setattr(native, "load", library)
             experts_TK, bias_E = balanced_topk(scores_TE, k, problem["tol"], cost=problem["cost"])
         loads_E = check_choice(experts_TK, scores_TE, k, problem["tol"])
         score = cost_TE.gather(1, experts_TK).sum().item()
@@ -214,9 +214,9 @@ def test_masked_tokens_count_for_nothing(problem):
     clean_T = mask_T | (torch.rand(len(scores_TE), generator=generator) < 0.5)
     dirty_TE = torch.where(clean_T[:, None], scores_TE, math.nan)
     cost_TE = cost_of(scores_TE[mask_T], problem["cost"])
-    for library in (native.library, lambda: None):
+    for library in (native.load, lambda: None):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "library", library)
+            patch.setattr(native, "load", library)
             experts_TK, bias_E = balanced_topk(dirty_TE, k, problem["tol"], cost=problem["cost"], token_mask=mask_T)
         loads_E = check_choice(experts_TK, dirty_TE, k, problem["tol"], mask_T)
         assert bias_E.isfinite().all()
@@ -268,9 +268,9 @@ def test_forbidden_experts_are_never_chosen(problem):
     allowed_TE = (torch.arange(experts) - torch.arange(tokens)[:, None] * k) % experts < k
     allowed_TE |= torch.rand(tokens, experts, generator=generator) < 0.4
     scores_TE = scores_TE.masked_fill(~allowed_TE, -math.inf)
-    for library in (native.library, lambda: None):
+    for library in (native.load, lambda: None):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "library", library)
+            patch.setattr(native, "load", library)
             experts_TK, bias_E = balanced_topk(scores_TE, k, problem["tol"], cost=problem["cost"])
         check_choice(experts_TK, scores_TE, k, problem["tol"])
         assert allowed_TE.gather(1, experts_TK).all() and bias_E.isfinite().all()

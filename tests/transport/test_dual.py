@@ -166,7 +166,7 @@ def test_a_compiled_function_may_call_it():
 @pytest.mark.parametrize("cost", ["linear", "softmax"])
 @pytest.mark.parametrize("kernels", ["1", "0"])
 def test_memory_does_not_grow_with_the_tokens(cost, kernels):
-    if kernels == "1" and native.library() is None:
+    if kernels == "1" and native.load() is None:
         pytest.skip(native.status())
     code = f"""
 import resource, torch

@@ -13,7 +13,7 @@ from sinkroute.transport.passes.chunked import ChunkedPass
 from sinkroute.transport.passes.compiled import CompiledPass
 from sinkroute.transport.problem import make_problem
 
-needs_compiler = pytest.mark.skipif(native.library() is None, reason=native.status())
+needs_compiler = pytest.mark.skipif(native.load() is None, reason=native.status())
 BACKENDS = [ChunkedPass, pytest.param(CompiledPass, marks=needs_compiler)]
 
 
@@ -176,7 +176,7 @@ def test_compiled_topk_breaks_ties_by_the_lower_expert_and_takes_forbidden_ones_
 def test_without_a_compiler_torch_does_the_work(monkeypatch):
     scores_TE = random_scores(500, 12)
     expected = solve(scores_TE, tol=1e-6)
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "load", lambda: None)
     assert isinstance(make_pass(problem_of(scores_TE)), ChunkedPass)
     plan = solve(scores_TE, tol=1e-6)
     torch.testing.assert_close(plan.matrix(), expected.matrix(), rtol=1e-4, atol=1e-5)

@@ -10,8 +10,8 @@ from typing import Any
 __all__ = ["write_json"]
 
 
-def write_json(content: Any, path: Path) -> None:
-    """Write wholly or not at all."""
+def write_json(content: Any, path: Path, indent: int | None = 1) -> None:
+    """Write wholly or not at all; `indent=None` for one line, which is smaller."""
     draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    draft.write_text(json.dumps(content, indent=indent), encoding="utf-8")
     os.replace(draft, path)

@@ -41,7 +41,7 @@ def repair(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor) -
     """
     if not served_by_kernels(problem.scores_TE):
         return _Repair(problem, choice).run(lower_E.numpy(), upper_E.numpy())
-    kernels = native.library()
+    kernels = native.load()
     assert kernels is not None
     described = native.Scores.of(problem.scores_TE, problem.cost == "softmax", problem.token_mask)
     tensors = lower_E, upper_E, choice.experts_TK, choice.margin_TK, choice.loads_E, choice.bias_E

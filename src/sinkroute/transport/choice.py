@@ -58,7 +58,7 @@ def choose(problem: Problem, k: int, bias_E: Tensor) -> Choice:
     loads_E = torch.zeros(experts, dtype=torch.int64, device=scores_TE.device)
     logs_E, seen_E = torch.zeros(2, experts, dtype=dtype, device=scores_TE.device)
     if served_by_kernels(scores_TE):
-        kernels = native.library()
+        kernels = native.load()
         assert kernels is not None
         described = native.Scores.of(scores_TE, problem.cost == "softmax", problem.token_mask)
         nearness_E = torch.empty(experts, dtype=torch.float32, device="cpu")

@@ -1,7 +1,7 @@
 """The CPU kernels: C compiled once by the system's compiler, kept in a cache folder, called through ctypes.
 
 They do what the torch passes do, several times faster, and are never needed: without a compiler, or with
-`SINKROUTE_NATIVE=0` in the environment, `library()` is None and torch does the work. The folder is
+`SINKROUTE_NATIVE=0` in the environment, `load()` is None and torch does the work. The folder is
 `$XDG_CACHE_HOME/sinkroute` (else `~/.cache/sinkroute`); the file's name holds a digest of the sources, the compiler's
 command and the processor, so that a home directory may be shared between machines.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "Scores", "library", "pointer", "status"]
+__all__ = ["DTYPES", "Scores", "load", "pointer", "status"]
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared")
@@ -76,7 +76,7 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def library() -> ctypes.CDLL | None:
+def load() -> ctypes.CDLL | None:
     """The compiled kernels, or None where there are none; compiled at the first call, in about a second."""
     return _loaded()[0]
 

@@ -27,7 +27,7 @@ def served_by_kernels(scores_TE: Tensor) -> bool:
         and scores_TE.dtype in native.DTYPES
         and scores_TE.shape[1] <= MAX_EXPERTS
         and (scores_TE.stride(1) == 1 or scores_TE.shape[1] == 1)
-        and native.library() is not None
+        and native.load() is not None
     )
 
 
@@ -40,7 +40,7 @@ class CompiledPass:
     """See `Pass`. The sums do not depend on the number of threads."""
 
     def __init__(self, problem: Problem) -> None:
-        kernels = native.library()
+        kernels = native.load()
         assert kernels is not None
         scores_TE, mask_T, mass_T = problem.scores_TE, problem.token_mask, problem.token_mass
         self._kernels, self._tokens, self._experts = kernels, *scores_TE.shape

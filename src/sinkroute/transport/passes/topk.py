@@ -40,7 +40,7 @@ def topk_rows(
     weights_TK = torch.empty(tokens, k, dtype=dtype, device=scores_TE.device)
     experts_TK = torch.empty(tokens, k, dtype=torch.int64, device=scores_TE.device)
     if served_by_kernels(scores_TE):
-        kernels = native.library()
+        kernels = native.load()
         assert kernels is not None
         described = native.Scores.of(scores_TE, cost == "softmax", token_mask, token_mass)
         wide_E = potentials_E.double().contiguous()
