@@ -44,6 +44,7 @@ def test_the_public_names_are_these():
         "Routes",
         "balanced_topk",
         "create_router",
+        "end_step",
         "list_routers",
         "set_step",
         "solve",
@@ -95,7 +96,8 @@ def test_import_takes_no_longer_than_a_third_of_a_second_beyond_torch():
 @pytest.mark.parametrize("name", of_floors(*FLOORS))
 def test_the_library_needs_torch_numpy_and_the_standard_library_only(name):
     # Below, NumPy (an operation on E numbers costs it a third of what it costs torch), and Triton for a GPU alone.
-    allowed = {"torch", "sinkroute", *sys.stdlib_module_names} | (
+    # typing_extensions comes with torch.
+    allowed = {"torch", "typing_extensions", "sinkroute", *sys.stdlib_module_names} | (
         {"numpy", "triton"} if name.startswith("transport/") else set()
     )
     assert {module.split(".")[0] for module in imports(SOURCES[name])} <= allowed

@@ -5,6 +5,7 @@ balanced_topk   scores -> k experts per token, with balanced loads
 create_router   scores -> routes, by SSR or by a method it is compared with
 MoE             tokens -> tokens, a layer with any of these routers
 set_step        tells all routers of a model which training step it is
+end_step        brings what routers remember up to date with the step that is over
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sinkroute.moe import MoE
-    from sinkroute.routing import Router, Routes, create_router, list_routers, set_step
+    from sinkroute.routing import Router, Routes, create_router, end_step, list_routers, set_step
     from sinkroute.transport import Plan, balanced_topk, solve
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "Routes",
     "balanced_topk",
     "create_router",
+    "end_step",
     "list_routers",
     "set_step",
     "solve",
@@ -39,6 +41,7 @@ _HOMES = {
     "Routes": "routing",
     "balanced_topk": "transport",
     "create_router": "routing",
+    "end_step": "routing",
     "list_routers": "routing",
     "set_step": "routing",
     "solve": "transport",

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sinkroute.routing.draws import normal_like, uniform
+from sinkroute.routing.draws import hash63, uniform
+from sinkroute.routing.draws import normal_like as normal_of_seed
+
+
+def normal_like(reference, *key):
+    return normal_of_seed(reference, torch.tensor(hash63(*key)))
+
 
 KEYS = st.lists(st.integers(0, 2**40) | st.text(max_size=5), min_size=1, max_size=4)
 

@@ -8,7 +8,9 @@ from sinkroute.routing.registry import ROUTERS, router_options
 
 
 def test_the_names_of_the_routers_are_these():
-    assert sinkroute.list_routers() == ["softmax", "load-balance", "z-loss", "sinkhorn", "ssr-l", "ssr-s"]
+    asked = "softmax noisy v-moe-noise load-balance gshard global-load-balance z-loss sinkhorn base loss-free quantile"
+    asked += " xmoe stable-moe smoe-dropout expert-choice hash ssr-l ssr-s ssr-b ssr-ec ssr-bias ssr-fold"
+    assert sorted(sinkroute.list_routers()) == sorted(asked.split())
 
 
 @pytest.mark.parametrize("name", sinkroute.list_routers())

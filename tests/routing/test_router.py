@@ -224,16 +224,16 @@ def test_ranks_share_the_draw_of_the_branch_but_not_the_noise(pretend_rank):
     for rank in (0, 1, 0):
         pretend_rank(rank)
         uniforms.append([router.draw_uniform("branch", per_layer=per_layer) for per_layer in (False, True)])
-        noises.append(router.draw_normal("noise", reference))
+        noises.append(router.draw_normal(reference))
     assert uniforms[0] == uniforms[1]
     assert not torch.equal(noises[0], noises[1]) and torch.equal(noises[0], noises[2])
 
 
 def test_a_process_alone_draws_as_rank_0_does(pretend_rank):
     router, reference = make("ssr-s", {}), torch.empty(3, 6)
-    alone = router.draw_normal("noise", reference)
+    alone = router.draw_normal(reference)
     pretend_rank(0)
-    assert torch.equal(router.draw_normal("noise", reference), alone)
+    assert torch.equal(router.draw_normal(reference), alone)
 
 
 def test_the_description_tells_the_sizes():

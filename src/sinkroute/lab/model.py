@@ -75,7 +75,7 @@ class Decoder(nn.Module):
         """(B, L) int64 → (B, L, V) scores. `token_mask_BL`: True for real symbols; padding ends a row."""
         x_BLD = self.embed(symbols_BL)
         for block in self.blocks:
-            x_BLD = block(x_BLD, token_mask_BL)
+            x_BLD = block(x_BLD, token_mask_BL, symbols_BL)
         return self.head(self.norm(x_BLD))
 
     @property
@@ -116,9 +116,9 @@ class _Block(nn.Module):
             shared_hidden=config.shared_hidden,
         )
 
-    def forward(self, x_BLD: Tensor, token_mask_BL: Tensor | None) -> Tensor:
+    def forward(self, x_BLD: Tensor, token_mask_BL: Tensor | None, symbols_BL: Tensor) -> Tensor:
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
-        return x_BLD + self.moe(self.moe_norm(x_BLD), token_mask_BL)
+        return x_BLD + self.moe(self.moe_norm(x_BLD), token_mask_BL, token_ids=symbols_BL)
 
 
 class _Attention(nn.Module):

@@ -33,7 +33,7 @@ from sinkroute.lab.files import write_json
 from sinkroute.lab.interrupt import Interrupted, StopRequest
 from sinkroute.lab.log import RunLog
 from sinkroute.lab.model import Decoder
-from sinkroute.routing import set_step
+from sinkroute.routing import end_step, set_step
 from sinkroute.routing.metrics import max_violation
 
 __all__ = ["Diverged", "Progress", "check_corpus", "learning_rate", "make_model", "prepare_folder", "train"]
@@ -250,7 +250,7 @@ def train(
             for group in prepared.param_groups:
                 group["lr"] = learning_rate(state.step, settings)
             for part in range(settings.accumulation):
-                set_step(model, state.step, part)
+                set_step(model, state.step, part, total_steps=settings.steps)
                 batch = next(batches)
                 with accelerator.accumulate(wrapped):
                     loss = _loss(wrapped(batch["inputs"]), batch["targets"])
@@ -263,6 +263,7 @@ def train(
                         tally.grad_norm = norm
                     prepared.step()
                     prepared.zero_grad()
+            end_step(model)  # now, not when the next begins: what is evaluated or saved below has learnt from this step
             state.step += 1
             tally.end_step(accelerator)
             asked = _agreed(stop, accelerator)

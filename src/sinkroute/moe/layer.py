@@ -71,16 +71,19 @@ class MoE(nn.Module):
         self.shared = None if shared_hidden is None else Experts(d_model, shared_hidden, 1, activation)
         self.routes: Routes | None = None
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, *, token_ids: Tensor | None = None) -> Tensor:
         """(..., D) → (..., D).
 
         Args:
             x: tokens, any leading shape, which may hold no token at all.
             token_mask: the leading shape, bool, True for real tokens. Padding is counted nowhere and comes out as 0.
+            token_ids: the leading shape, int64: what the tokens are, for gates that look at that ("hash",
+                "stable-moe"); others ignore it.
 
         Raises:
             TypeError: a mask that is not bool.
-            ValueError: a last dimension other than D, or a mask whose shape is not the leading shape of `x`.
+            ValueError: a last dimension other than D, a mask or ids whose shape is not the leading shape of `x`, or no
+                ids for a gate that needs them.
         """
         if x.ndim == 0 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must have a last dimension of d_model={self.d_model}, got shape {tuple(x.shape)}")
@@ -98,7 +101,7 @@ class MoE(nn.Module):
         if mask_T is not None:
             # Whatever padding holds, NaN included, must not reach the experts' gradients.
             x_TD = x_TD.masked_fill(~mask_T[:, None], 0.0)
-        self.routes = routes = self.router(self._logits(x_TD), mask_T)
+        self.routes = routes = self.router(self._logits(x_TD, token_ids), mask_T)
         plan = plan_dispatch(routes.experts, self.router.num_experts)
         y_TD = combine(self.experts(dispatch(x_TD, plan), plan.ends_E), routes.weights, plan)
         if self.shared is not None:
@@ -106,10 +109,21 @@ class MoE(nn.Module):
             y_TD = y_TD + self.shared(x_TD, all_rows)
         return y_TD.view(*x.shape[:-1], self.d_model)
 
-    def _logits(self, x_TD: Tensor) -> Tensor:
+    def _logits(self, x_TD: Tensor, token_ids: Tensor | None) -> Tensor:
         """The gate's scores in float32 or better, whatever the model's dtype or autocast: near-ties decide routes."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
+            if getattr(self.gate, "needs_token_ids", False):
+                if token_ids is None:
+                    raise ValueError(
+                        f"{type(self.router).__name__} routes by what a token is: call the layer with token_ids=, "
+                        "int64 of the leading shape of x"
+                    )
+                if token_ids.numel() != len(x_TD):
+                    raise ValueError(
+                        f"token_ids must hold one id per token, {len(x_TD)}, got shape {tuple(token_ids.shape)}"
+                    )
+                return self.gate(x_TD.to(dtype), token_ids.reshape(-1))
             if not isinstance(self.gate, nn.Linear) or self.gate.weight.dtype == dtype:
                 return self.gate(x_TD.to(dtype))
             # A gate in low precision: its weights are lifted, which its own forward would not do.

@@ -13,7 +13,12 @@ import hashlib
 import torch
 from torch import Tensor
 
-__all__ = ["normal_like", "uniform"]
+__all__ = ["hash63", "normal_like", "uniform"]
+
+
+def hash63(*key: int | str) -> int:
+    """A hash of `key` in [0, 2^63), the same in every process: what seeds a generator and fits an int64."""
+    return _hash64(*key) >> 1
 
 
 def _hash64(*key: int | str) -> int:
@@ -29,11 +34,29 @@ def uniform(*key: int | str) -> float:
     return (_hash64(*key) >> 11) / 2**53  # 53 bits: exactly what a float64 holds
 
 
-def normal_like(reference: Tensor, *key: int | str) -> Tensor:
-    """Standard normal numbers with the shape, dtype and device of `reference`, a function of `key` alone.
+def normal_like(reference: Tensor, seed: Tensor) -> Tensor:
+    """Standard normal numbers with the shape, dtype and device of `reference`, a function of `seed` alone.
+
+    Args:
+        reference: any float tensor; its values do not matter.
+        seed: 0-d int64 on the CPU, 0 or more. A tensor, because a number would be part of a compiled graph, and every
+            step would be compiled anew.
 
     The numbers differ between device types (CPU and CUDA have different generators), never between calls.
     """
+    if torch.compiler.is_compiling():
+        return torch.ops.sinkroute.normal_like(reference, seed)
+    return _normal_like(reference, seed)
+
+
+def _normal_like(reference: Tensor, seed: Tensor) -> Tensor:
     generator = torch.Generator(device=reference.device)
-    generator.manual_seed(_hash64(*key) >> 1)  # manual_seed takes a signed 64-bit number
+    generator.manual_seed(int(seed))
     return torch.randn(reference.shape, dtype=reference.dtype, device=reference.device, generator=generator)
+
+
+# To the compiler one opaque operation: it cannot trace a generator.
+_library = torch.library.Library("sinkroute", "FRAGMENT")
+_library.define("normal_like(Tensor reference, Tensor seed) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("normal_like", _normal_like, "CompositeExplicitAutograd")
+torch.library.register_fake("sinkroute::normal_like", lambda reference, seed: torch.empty_like(reference), lib=_library)

@@ -6,30 +6,45 @@ import inspect
 from typing import Any
 
 from sinkroute._errors import unknown_name
-from sinkroute.routing.load_balance import LoadBalanceRouter
 from sinkroute.routing.router import Router
-from sinkroute.routing.sinkhorn import SinkhornRouter
-from sinkroute.routing.softmax import SoftmaxRouter
-from sinkroute.routing.ssr import SSRLinearRouter, SSRSoftmaxRouter
-from sinkroute.routing.z_loss import ZLossRouter
+from sinkroute.routing.routers.global_load_balance import GlobalLoadBalanceRouter
+from sinkroute.routing.routers.load_balance import LoadBalanceRouter
+from sinkroute.routing.routers.loss_free import LossFreeRouter
+from sinkroute.routing.routers.sinkhorn import SinkhornRouter
+from sinkroute.routing.routers.softmax import SoftmaxRouter
+from sinkroute.routing.routers.ssr import SSRLinearRouter, SSRSoftmaxRouter
+from sinkroute.routing.routers.ssr_b import SSRBalancedRouter
+from sinkroute.routing.routers.ssr_bias import SSRBiasRouter
+from sinkroute.routing.routers.ssr_ec import SSRExpertChoiceRouter
+from sinkroute.routing.routers.ssr_fold import SSRFoldRouter
+from sinkroute.routing.routers.z_loss import ZLossRouter
 
 __all__ = ["create_router", "list_routers"]
 
 ROUTERS: dict[str, type[Router]] = {
     "softmax": SoftmaxRouter,
+    # A loss, or a bias, against the imbalance.
     "load-balance": LoadBalanceRouter,
+    "global-load-balance": GlobalLoadBalanceRouter,
     "z-loss": ZLossRouter,
+    "loss-free": LossFreeRouter,
+    # Assignments.
     "sinkhorn": SinkhornRouter,
+    # Selective Sinkhorn routing, the paper's two and ours.
     "ssr-l": SSRLinearRouter,
     "ssr-s": SSRSoftmaxRouter,
+    "ssr-b": SSRBalancedRouter,
+    "ssr-ec": SSRExpertChoiceRouter,
+    "ssr-bias": SSRBiasRouter,
+    "ssr-fold": SSRFoldRouter,
 }
 
 
 def list_routers() -> list[str]:
     """The names that `create_router` knows.
 
-    >>> list_routers()
-    ['softmax', 'load-balance', 'z-loss', 'sinkhorn', 'ssr-l', 'ssr-s']
+    >>> list_routers()[:2]
+    ['softmax', 'load-balance']
     """
     return list(ROUTERS)
 
@@ -63,10 +78,17 @@ def create_router(name: str, *, num_experts: int, top_k: int, **options: Any) ->
 
 
 def router_options(router: type[Router]) -> list[str]:
-    """The keyword options of a router class.
+    """The keyword options of a router class, its own first.
 
-    >>> router_options(ROUTERS["z-loss"])
-    ['coefficient', 'norm_topk']
+    >>> router_options(ROUTERS["z-loss"])[:3]
+    ['coefficient', 'norm_topk', 'score']
     """
-    parameters = inspect.signature(router).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    names: dict[str, None] = {}
+    for cls in router.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
+        names |= dict.fromkeys(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            break  # nothing is handed on to the class above
+    return list(names)

@@ -1,59 +1,124 @@
 """The base of all routers: what they check, count and share.
 
-A router turns scores into `Routes`. In training each method has its own rule (`route`); when serving all of them are
-plain top-k of the model's own scores, so that a model trained with any of them runs in every engine.
+A router turns logits into `Routes`. In training each method has its own rule (`route`); when serving they are plain
+top-k of the model's own scores, so that a model trained with them runs in every engine. (Methods that need something
+beside the model's weights to serve say so.)
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sinkroute._errors import NonFiniteScores
-from sinkroute._uncompiled import uncompiled
-from sinkroute.routing.draws import normal_like, uniform
+from sinkroute._errors import NonFiniteScores, require_numbers, unknown_name
+from sinkroute.routing.draws import hash63, normal_like, uniform
+from sinkroute.routing.losses.inputs import LossInputs
+from sinkroute.routing.losses.registry import LOSSES, LossesLike, check_coefficient, read_losses
+from sinkroute.routing.ranks import Group, Ranks
 from sinkroute.routing.routes import Routes
+from sinkroute.routing.scores import GroupScore, Score, limit_to_groups, scores, weigh
+from sinkroute.routing.state import RouterState, recomputing
+from sinkroute.transport import Plan
 
-__all__ = ["Choice", "Router"]
+__all__ = ["Choice", "CommonOptions", "Router"]
 
-# After so many draws without set_step, accumulation and recomputation cannot explain it: somebody forgot.
-_DRAWS_BEFORE_WARNING = 64
+# After so many passes without set_step, accumulation and recomputation cannot explain it: somebody forgot.
+_PASSES_BEFORE_WARNING = 64
+
+
+class CommonOptions(TypedDict, total=False):
+    """The keyword options that every router takes; see `Router`."""
+
+    norm_topk: bool | None
+    score: Score
+    groups: int
+    top_groups: int | None
+    group_score: GroupScore
+    route_scale: float
+    losses: LossesLike
+    process_group: Group
+    seed: int
+    layer: int | None
 
 
 class Choice(NamedTuple):
-    """What a method decides; the base class adds the counts and hides masked tokens."""
+    """What a method decides; the base class adds the counts and hides masked tokens.
+
+    Attributes:
+        experts_TK: (T, K') int64; K' may differ from K in training.
+        weights_TK: (T, K').
+        branch: which rule chose.
+        chosen_TK: (T, K') bool, False for places that are filled up with weight 0 and count nowhere; None: all chosen.
+        aux_loss: 0-d, the method's own loss where it cannot be computed from logits and load; coefficient included.
+        plan_error, plan_passes: of the transport plan, if there is one.
+        bias_E: (E,) what would have balanced the choice, for methods that remember it.
+    """
 
     experts_TK: Tensor
     weights_TK: Tensor
     branch: str = "softmax"
+    chosen_TK: Tensor | None = None
+    aux_loss: Tensor | None = None
     plan_error: Tensor | None = None
     plan_passes: int | Tensor | None = None
+    bias_E: Tensor | None = None
 
 
 class Router(nn.Module):
-    """Scores in, `Routes` out. Subclasses override `route` (and `auxiliary_loss`).
+    """Logits in, `Routes` out. Subclasses override `route`, and what else their method needs.
 
     Args:
         num_experts: E.
         top_k: K, experts per token, 1 to E.
         norm_topk: whether the weights are renormalised over the chosen K. None: yes for K > 1; no for K = 1, where the
             one weight would be the constant 1 and the gate would get no gradient.
+        score: what the model makes of logits: `"softmax"` over the experts, or `"sigmoid"`, each by itself.
+        groups: the experts stand in so many groups (DeepSeek-V2 and V3); divides E. 1: no groups.
+        top_groups: a token chooses experts of so many groups. None: of all.
+        group_score: a group is as good as its best expert (`"max"`) or its best two together (`"top2-sum"`).
+        route_scale: factor of all weights (`routed_scaling_factor`).
+        losses: auxiliary losses beside those of the method: names, or name → coefficient. See `LOSSES`.
+        process_group: the ranks whose tokens are balanced together: a `ProcessGroup` or `"world"`. None: for a plan,
+            which is solved in every forward pass, this rank alone; for what is counted over a batch (biases, moving
+            averages, the global loss), all ranks.
         seed: of all random draws.
         layer: part of the key of the random draws; None: `sinkroute.set_step` numbers the routers of a model in order.
 
+    Attributes:
+        state: what the method remembers from step to step (in the `state_dict`), or None.
+
     Raises:
-        ValueError: sizes that do not fit.
+        TypeError, ValueError: sizes that do not fit, an unknown name, a number out of range.
     """
 
+    # The gate may give so many numbers per token and expert; the first E are the logits.
+    logit_parts = 1
+    state: RouterState | None
+    # Whether the method depends on the step: then it warns where set_step is never called.
+    needs_step = False
+
     def __init__(
-        self, num_experts: int, top_k: int, *, norm_topk: bool | None = None, seed: int = 0, layer: int | None = None
+        self,
+        num_experts: int,
+        top_k: int,
+        *,
+        norm_topk: bool | None = None,
+        score: Score = "softmax",
+        groups: int = 1,
+        top_groups: int | None = None,
+        group_score: GroupScore = "top2-sum",
+        route_scale: float = 1.0,
+        losses: LossesLike = (),
+        process_group: Group = None,
+        seed: int = 0,
+        layer: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("num_experts", num_experts), ("top_k", top_k), ("seed", seed)):
+        for name, value in (("num_experts", num_experts), ("top_k", top_k), ("seed", seed), ("groups", groups)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r}")
         if num_experts < 1:
@@ -63,14 +128,41 @@ class Router(nn.Module):
                 f"top_k must be between 1 and num_experts={num_experts}, got {top_k}; "
                 "a token cannot visit an expert twice"
             )
+        for name, choice, choices in (("score", score, Score), ("group_score", group_score, GroupScore)):
+            if choice not in get_args(choices):
+                raise unknown_name(name, choice, get_args(choices))
+        if groups < 1 or num_experts % groups:
+            raise ValueError(f"groups must divide num_experts={num_experts}, got {groups}")
+        top_groups = groups if top_groups is None else top_groups
+        if not 1 <= top_groups <= groups or top_groups * (num_experts // groups) < top_k:
+            raise ValueError(
+                f"top_groups must be between 1 and groups={groups} and hold top_k={top_k} experts "
+                f"({num_experts // groups} in a group), got {top_groups}"
+            )
+        require_numbers(route_scale=route_scale)
         self.num_experts, self.top_k = num_experts, top_k
         self.norm_topk = top_k > 1 if norm_topk is None else norm_topk
+        self.score, self.groups, self.top_groups, self.group_score = score, groups, top_groups, group_score
+        self.route_scale = float(route_scale)
+        self.losses = read_losses(losses)
+        self.process_group = Ranks(process_group)
+        self.batch_ranks = Ranks("world") if self.process_group == Ranks(None) else self.process_group
         self.seed, self.layer, self.layer_is_given = seed, layer, layer is not None
         self.step, self.micro_batch, self.step_was_set = 0, 0, False
-        self._keyless_draws = 0
+        self.total_steps: int | None = None
+        self.state = None
+        self._keyless_passes = 0
+        self._noise_seed = torch.zeros((), dtype=torch.int64)  # on the CPU always: no parameter, no buffer
+        self._step_load_E: Tensor | None = None
+        self._step_loads: dict[int, Tensor] = {}
+        self._loss_leaves: dict[int, Tensor] = {}
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}"
+
+    def add_loss(self, name: str, coefficient: float) -> None:
+        """For methods that are a loss: compute it too, with this coefficient."""
+        self.losses = {name: check_coefficient("coefficient", coefficient, LOSSES[name]), **self.losses}
 
     def make_gate(self, d_model: int) -> nn.Module:
         """The module that turns tokens (T, D) into the logits (T, E) that this router takes: a bias-free linear map."""
@@ -80,78 +172,186 @@ class Router(nn.Module):
         """Route T tokens.
 
         Args:
-            logits_TE: (T, E) scores of any float dtype; computed with in float32 (float64 stays float64). T may be 0.
-            token_mask: (T,) bool, True for real tokens. Padding is in no marginal, load or loss; its scores may be
+            logits_TE: (T, E) logits of any float dtype; computed with in float32 (float64 stays float64). T may be 0.
+            token_mask: (T,) bool, True for real tokens. Padding is in no marginal, load or loss; its logits may be
                 anything.
 
         Raises:
             TypeError: a dtype that is not float, a mask that is not bool.
-            ValueError: a wrong shape; non-finite scores of a real token (checked on CPU only: elsewhere it would stall
+            ValueError: a wrong shape; non-finite logits of a real token (checked on CPU only: elsewhere it would stall
                 the device).
         """
-        logits_TE = self._checked(logits_TE, token_mask)
-        choice = self.route(logits_TE, token_mask) if self.training else self.softmax_topk(logits_TE)
+        all_TX = self._checked(logits_TE, token_mask)
+        logits_TE = all_TX[:, : self.num_experts]
+        if self.training and self.needs_step:
+            self._note_keyless_pass()
+        choice = self.route(all_TX, token_mask) if self.training else self.serve(all_TX, token_mask)
         experts_TK, weights_TK = choice.experts_TK, choice.weights_TK
-        if token_mask is None:
-            counted_R = torch.ones_like(experts_TK).flatten()
-        else:
+        if self.route_scale != 1:
+            weights_TK = weights_TK * self.route_scale
+        counted_TK = choice.chosen_TK
+        if token_mask is not None:
             weights_TK = weights_TK * token_mask[:, None]
-            counted_R = token_mask[:, None].expand_as(experts_TK).flatten().long()
-        # Not bincount: it would wait for the device to learn its output's size.
-        load_E = logits_TE.new_zeros(self.num_experts, dtype=torch.int64).scatter_add_(
-            0, experts_TK.flatten(), counted_R
-        )
-        aux_loss = self.auxiliary_loss(logits_TE, load_E, token_mask) if self.training else None
+            counted_TK = token_mask[:, None] if counted_TK is None else counted_TK & token_mask[:, None]
+        load_E = self._count(experts_TK, counted_TK)
+        aux_loss = None
+        if self.training:
+            if self.state is not None:
+                self.state.note(load_E, self.step_sums(all_TX, choice, token_mask))
+            aux_loss = self._auxiliary_loss(logits_TE, choice, load_E, token_mask)
+            if aux_loss is not None:
+                aux_loss, weights_TK = self._keep_gradient(aux_loss, weights_TK)
         return Routes(experts_TK, weights_TK, load_E, choice.branch, aux_loss, choice.plan_error, choice.plan_passes)
 
+    # -- what a method overrides -------------------------------------------------------------------------------------
+
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
-        """The method's rule in training. `logits_TE` is float32 or float64, finite, and 0 where masked."""
-        return self.softmax_topk(logits_TE)
+        """The method's rule in training. `logits_TE` is float32 or float64, finite, and 0 where masked; it has more
+        than E columns if the gate of the method gives more."""
+        return self.score_topk(logits_TE[:, : self.num_experts])
 
-    def auxiliary_loss(self, logits_TE: Tensor, load_E: Tensor, token_mask: Tensor | None) -> Tensor | None:
-        """The method's loss, coefficient included, or None."""
-        return None
+    def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+        """The method's rule in `eval()`."""
+        return self.score_topk(logits_TE[:, : self.num_experts])
 
-    def softmax_topk(self, logits_TE: Tensor) -> Choice:
-        """Plain top-k of the scores, weighted by their softmax: how all methods serve."""
-        top_TK, experts_TK = torch.topk(logits_TE, self.top_k, dim=-1)
-        return Choice(experts_TK, self._weigh(logits_TE, top_TK))
+    def prepare_step(self) -> None:
+        """Decide what depends on the step alone; called by `set_step`, and once when a router is made."""
 
-    def softmax_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
-        """Softmax weights of choices that were made otherwise."""
-        return self._weigh(logits_TE, logits_TE.gather(-1, experts_TK))
+    def step_sums(self, logits_TE: Tensor, choice: Choice, token_mask: Tensor | None) -> dict[str, Tensor]:
+        """What this micro-batch adds to `state.sums`, beside its load."""
+        return {}
 
-    def _weigh(self, logits_TE: Tensor, chosen_TK: Tensor) -> Tensor:
-        # The softmax over the chosen is the full softmax renormalised over them, in one step and without 0/0.
-        if self.norm_topk:
-            return torch.softmax(chosen_TK, dim=-1)
-        return torch.exp(chosen_TK - torch.logsumexp(logits_TE, dim=-1, keepdim=True))
+    def finish_step(self, load_E: Tensor, sums: dict[str, Tensor]) -> None:
+        """Bring `state` up to date after a step, given the load (int64) and the sums of the whole batch."""
 
-    # -- random draws ------------------------------------------------------------------------------------------------
+    # -- what methods choose and weigh with --------------------------------------------------------------------------
 
-    # Not compiled: the step is part of the key, and every new step would be compiled anew.
-    @uncompiled
+    def score_topk(self, logits_TE: Tensor) -> Choice:
+        """Plain top-k of the scores, weighted by them: how methods serve."""
+        if self.groups > 1 and self.group_score == "top2-sum":
+            return self.choose_by(scores(logits_TE, self.score), logits_TE)
+        # Logits are in the order of their scores, and tell apart what a softmax or sigmoid rounds to the same number.
+        return self.choose_by(logits_TE, logits_TE)
+
+    def choose_by(self, selection_TE: Tensor, logits_TE: Tensor) -> Choice:
+        """The K largest of `selection_TE` within the groups, weighted by the scores of `logits_TE`."""
+        experts_TK = self.choose(selection_TE)
+        return Choice(experts_TK, self.weigh(logits_TE, experts_TK))
+
+    def choose(self, selection_TE: Tensor) -> Tensor:
+        """(T, K) int64: the K largest of each row, in its best groups."""
+        if self.top_groups < self.groups:
+            selection_TE = limit_to_groups(selection_TE, self.groups, self.top_groups, self.group_score)
+        return torch.topk(selection_TE, self.top_k, dim=-1).indices
+
+    def choose_in(self, plan: Plan) -> Tensor:
+        """(T, K) int64: the K largest entries of each row of a plan, in its best groups."""
+        if self.top_groups == self.groups:
+            return plan.topk(self.top_k)[1]
+        # A row of the plan is in the order of cost + potentials.
+        return self.choose((plan.cost + plan.potentials).to(plan.cost.dtype))
+
+    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """The scores of these experts, renormalised over them with `norm_topk`."""
+        return weigh(logits_TE, experts_TK, self.score, self.norm_topk)
+
+    def _count(self, experts_TK: Tensor, counted_TK: Tensor | None) -> Tensor:
+        # Not bincount: it would wait for the device to learn its output's size.
+        if counted_TK is None:
+            ones_R = torch.ones_like(experts_TK).flatten()
+        else:
+            ones_R = counted_TK.expand_as(experts_TK).flatten().long()
+        load_E = torch.zeros(self.num_experts, dtype=torch.int64, device=experts_TK.device)
+        return load_E.scatter_add_(0, experts_TK.flatten(), ones_R)
+
+    # -- losses ------------------------------------------------------------------------------------------------------
+
+    def _auxiliary_loss(
+        self, logits_TE: Tensor, choice: Choice, load_E: Tensor, token_mask: Tensor | None
+    ) -> Tensor | None:
+        total = choice.aux_loss
+        inputs = LossInputs(
+            logits_TE, choice.experts_TK, load_E, token_mask, self.score, lambda: self.batch_load(load_E)
+        )
+        for name, coefficient in self.losses.items():
+            loss = coefficient * LOSSES[name].function(inputs)
+            total = loss if total is None else total + loss
+        return total
+
+    def batch_load(self, load_E: Tensor) -> Tensor:
+        """(E,) int64: the load over all ranks and the micro-batches of this step up to this one. A collective call."""
+        known = self._step_loads.get(self.micro_batch) if recomputing() else None
+        if known is not None:
+            return known
+        load_E = self.batch_ranks.sum(load_E.clone())
+        if self.step_was_set:
+            load_E = load_E if self._step_load_E is None else load_E + self._step_load_E
+            self._step_load_E = self._step_loads[self.micro_batch] = load_E
+        return load_E
+
+    def _keep_gradient(self, aux_loss: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the loss's gradient alive under reentrant activation checkpointing.
+
+        There the forward pass runs without a graph, and what it leaves beside its output, as `Routes` does, gets no
+        gradient. So the loss is handed out as a leaf, which collects the gradient that it is given; when the pass is
+        repeated inside the backward pass, that gradient is passed on to the loss of the repetition.
+        """
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return aux_loss, weights_TK
+        if not torch.is_grad_enabled():
+            leaf = aux_loss.detach().requires_grad_()
+            self._loss_leaves[self.micro_batch] = leaf
+            return leaf, weights_TK
+        if recomputing() and self.micro_batch in self._loss_leaves:
+            scale = self._loss_leaves.pop(self.micro_batch).grad
+            if scale is not None:
+                weights_TK = _AddGradient.apply(weights_TK, aux_loss, scale)
+        return aux_loss, weights_TK
+
+    # -- steps and random draws --------------------------------------------------------------------------------------
+
+    def set_step(self, step: int, micro_batch: int = 0, total_steps: int | None = None) -> None:
+        """See `sinkroute.set_step`, which also ends the step before and numbers the layers."""
+        if (step, True) != (self.step, self.step_was_set):
+            self._step_load_E = None
+            self._step_loads.clear()
+            self._loss_leaves.clear()
+        self.step, self.micro_batch, self.step_was_set = step, micro_batch, True
+        self.total_steps = self.total_steps if total_steps is None else total_steps
+        if self.state is not None:
+            self.state.current = step
+        self._update_noise_seed()
+        self.prepare_step()
+
+    def end_step(self, totals: Tensor) -> None:
+        """The step is over: `totals` are `state.pending()`, summed over the ranks."""
+        assert self.state is not None
+        self.finish_step(*self.state.split(totals))
+        self.state.end()
+
     def draw_uniform(self, tag: str, *, per_layer: bool) -> float:
         """A number in [0, 1) keyed by the step; the same on every rank. `per_layer`: and by layer and micro-batch."""
-        self._note_keyless_draw()
         where = (self.layer or 0, self.micro_batch) if per_layer else ()
         return uniform(tag, self.seed, self.step, *where)
 
-    @uncompiled
-    def draw_normal(self, tag: str, reference: Tensor) -> Tensor:
+    def draw_normal(self, reference: Tensor) -> Tensor:
         """Standard normal noise keyed by layer, step and micro-batch, and by the rank, whose tokens are others."""
-        self._note_keyless_draw()
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        return normal_like(reference, tag, self.seed, self.layer or 0, self.step, self.micro_batch, rank)
+        if not torch.compiler.is_compiling():  # there it is of the last set_step
+            self._update_noise_seed()
+        return normal_like(reference.detach(), self._noise_seed)
 
-    def _note_keyless_draw(self) -> None:
-        if self.step_was_set:
+    def _update_noise_seed(self) -> None:
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        self._noise_seed.fill_(hash63("noise", self.seed, self.layer or 0, self.step, self.micro_batch, rank))
+
+    def _note_keyless_pass(self) -> None:
+        if self.step_was_set or torch.compiler.is_compiling():
             return
-        self._keyless_draws += 1
-        if self._keyless_draws == _DRAWS_BEFORE_WARNING:
+        self._keyless_passes += 1
+        if self._keyless_passes == _PASSES_BEFORE_WARNING:
             warnings.warn(
-                f"{type(self).__name__} has drawn {_DRAWS_BEFORE_WARNING} times for step 0: its draws repeat. "
-                "Call sinkroute.set_step(model, step) before every training step.",
+                f"{type(self).__name__} has been trained {_PASSES_BEFORE_WARNING} times for step 0: its random draws "
+                "repeat, its state does not move. Call sinkroute.set_step(model, step) before every training step.",
                 stacklevel=2,
             )
 
@@ -161,7 +361,8 @@ class Router(nn.Module):
         if not isinstance(logits_TE, Tensor) or not logits_TE.is_floating_point():
             kind = logits_TE.dtype if isinstance(logits_TE, Tensor) else type(logits_TE).__name__
             raise TypeError(f"logits_TE must be a float tensor, got {kind}; pass the gate's scores")
-        if logits_TE.ndim != 2 or logits_TE.shape[1] != self.num_experts:
+        widths = (self.num_experts, self.num_experts * self.logit_parts)
+        if logits_TE.ndim != 2 or logits_TE.shape[1] not in widths:
             raise ValueError(
                 f"logits_TE must have shape (tokens, num_experts={self.num_experts}), got {tuple(logits_TE.shape)}; "
                 "flatten batch and sequence into one dimension of tokens"
@@ -195,3 +396,17 @@ class Router(nn.Module):
                 "scores; training has probably diverged: lower the learning rate or clip gradients "
                 "(padding belongs in token_mask)"
             )
+
+
+class _AddGradient(torch.autograd.Function):
+    """The identity of its first argument; `loss` gets the gradient `scale`."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return grad, scale, None

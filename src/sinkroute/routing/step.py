@@ -1,30 +1,35 @@
-"""Telling the routers of a model which training step it is."""
+"""Telling the routers of a model which training step it is, and that one is over."""
 
 from __future__ import annotations
 
 import operator
 
+import torch
 from torch import nn
 
+from sinkroute.routing.ranks import Ranks
 from sinkroute.routing.router import Router
 
-__all__ = ["set_step"]
+__all__ = ["end_step", "set_step"]
 
 
-def set_step(module: nn.Module, step: int, micro_batch: int = 0) -> None:
+def set_step(module: nn.Module, step: int, micro_batch: int = 0, *, total_steps: int | None = None) -> None:
     """Tell all routers in `module` which step this is, so that their random draws are keyed to it.
 
     Call it once per training step, before the forward pass (with gradient accumulation: before each micro-batch, with
-    its index), always with the whole model: it also numbers the routers that were given no `layer` in the order in
-    which `module` holds them. Where no process holds the whole model (pipeline stages), give each router its `layer`.
+    its index), always with the whole model and on all ranks: it also ends the step before (`end_step`) and numbers the
+    routers that were given no `layer` in the order in which `module` holds them. Where no process holds the whole model
+    (pipeline stages), give each router its `layer`.
 
     Args:
         module: a model, a layer or a router.
         step: the optimiser step, 0 or more.
         micro_batch: the micro-batch within the step, 0 or more.
+        total_steps: the length of training, for schedules that span it; once is enough.
 
     Raises:
-        ValueError: `step` or `micro_batch` is not an integer of 0 or more.
+        ValueError: `step` or `micro_batch` is not an integer of 0 or more, or `total_steps` of 1 or more; a schedule
+            that spans the training is not told how long it is.
 
     >>> import sinkroute
     >>> router = sinkroute.create_router("ssr-s", num_experts=8, top_k=2)
@@ -33,14 +38,55 @@ def set_step(module: nn.Module, step: int, micro_batch: int = 0) -> None:
     (100, 0)
     """
     step, micro_batch = _count("step", step), _count("micro_batch", micro_batch)
-    routers = [part for part in module.modules() if isinstance(part, Router)]
+    if total_steps is not None and _count("total_steps", total_steps) == 0:
+        raise ValueError("total_steps must be an integer of 1 or more, got 0; leave it out if it is not known")
+    routers = _routers(module)
+    # A router is in the step that it was told last, before a resume too; a new one ends that.
+    _end_step([router for router in routers if router.state is not None and router.state.current != step])
     layers = [router.layer for router in routers]
     # Two alike: routers were copied or added after the first call. Their draws must differ, so all are numbered anew.
     again = len(set(layers)) < len(layers)
     for position, router in enumerate(routers):
         if router.layer is None or (again and not router.layer_is_given):
             router.layer = position
-        router.step, router.micro_batch, router.step_was_set = step, micro_batch, True
+        router.set_step(step, micro_batch, total_steps)
+
+
+def end_step(module: nn.Module) -> None:
+    """Bring what routers remember (biases, moving averages) up to date with the loads of the step that is over.
+
+    `set_step` does it when the next step begins. Call it yourself after the optimiser's step where something looks at
+    the model in between: before a checkpoint is written on several ranks (each holds its own counts until then; one
+    rank's are in its `state_dict` and survive) and before an evaluation. A second call for the same step does nothing.
+    On several ranks it is a collective call: all ranks, or none.
+
+    >>> import torch, sinkroute
+    >>> router = sinkroute.create_router("loss-free", num_experts=2, top_k=1)
+    >>> sinkroute.set_step(router, 0)
+    >>> _ = router(torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 1.0]]))  # all want expert 0
+    >>> sinkroute.end_step(router)
+    >>> router.state.bias_E.tolist()
+    [-0.0010000000474974513, 0.0010000000474974513]
+    """
+    _end_step(_routers(module))
+
+
+@torch.no_grad()
+def _end_step(routers: list[Router]) -> None:
+    by_ranks: dict[Ranks, list[Router]] = {}
+    for router in routers:
+        if router.state is not None and not router.state.has_ended:
+            by_ranks.setdefault(router.batch_ranks, []).append(router)
+    for ranks, members in by_ranks.items():
+        # One collective call for all layers.
+        pending = [member.state.pending() for member in members if member.state is not None]
+        totals = ranks.sum(torch.cat(pending)).split([len(part) for part in pending])
+        for member, total in zip(members, totals, strict=True):
+            member.end_step(total)
+
+
+def _routers(module: nn.Module) -> list[Router]:
+    return [part for part in module.modules() if isinstance(part, Router)]
 
 
 def _count(name: str, value: int) -> int:

@@ -122,11 +122,18 @@ class Plan:
             normalise,
         )
         if self.potentials.requires_grad or self.scores.requires_grad:
-            weights_TK = self._weights_with_gradient(experts_TK, normalise)
+            weights_TK = self.weigh(experts_TK, normalise)
         return weights_TK, experts_TK
 
-    def _weights_with_gradient(self, experts_TK: Tensor, normalise: bool) -> Tensor:
-        """The weights (T, K) of these experts once more, by operations that autograd knows."""
+    def weigh(self, experts_TK: Tensor, normalise: bool = True) -> Tensor:
+        """The entries of the plan at experts (T, K) that were chosen otherwise, as `topk` weighs its own.
+
+        >>> import torch
+        >>> from sinkroute.transport import solve
+        >>> plan = solve(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), reg=1.0)
+        >>> plan.weigh(torch.tensor([[0], [0]]), normalise=False).flatten() > 0.5
+        tensor([ True, False])
+        """
         if not normalise:
             return self.matrix().gather(1, experts_TK)
         # The linear cost is looked up where the scores are: K numbers of a row are kept for backward, not E.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import sinkroute
-from sinkroute.routing.load_balance import load_balance_loss
+from sinkroute.routing.losses.load_balance import load_balance_loss
 
 
 def random(*shape, seed=0, dtype=torch.float32):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sinkroute
-from sinkroute.routing.z_loss import z_loss
+from sinkroute.routing.losses.z_loss import z_loss
 
 
 def z_router(experts, top_k, **options):

@@ -167,7 +167,7 @@ def test_noise_moves_neither_gradient_nor_scale_of_the_scores():
     # The noisy scores are z + n: their weights have the gradient of softmax at z + n, and nothing else.
     clean = scores(dtype=torch.float64).requires_grad_()
     router = ssr(probability=0.0, noise=1.0)
-    shifted = (clean.detach() + router.noise_std * router.draw_normal("noise", clean)).requires_grad_()
+    shifted = (clean.detach() + router.noise_std * router.draw_normal(clean)).requires_grad_()
     routes, expected = router(clean), sinkroute.create_router("softmax", num_experts=6, top_k=2)(shifted)
     (routes.weights**2).sum().backward()
     (expected.weights**2).sum().backward()

@@ -1,6 +1,6 @@
 """S-BASE: every training step routed by the transport plan (Clark et al., arXiv 2202.01169, section 4.1).
 
-The plan chooses the experts; the weights are the softmax of the scores at those experts, so that the gate learns.
+The plan chooses the experts; the weights are the scores of the logits at those experts, so that the gate learns.
 Serving is plain top-k. S-BASE takes top-1; for K > 1 the K largest entries of a plan row are taken, as Megatron-Core
 does.
 """
@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from sinkroute._errors import require_numbers
 from sinkroute._uncompiled import uncompiled
-from sinkroute.routing.router import Choice, Router
+from sinkroute.routing.router import Choice, CommonOptions, Router
 from sinkroute.transport import solve
 
 __all__ = ["SinkhornRouter"]
 
 
 class SinkhornRouter(Router):
-    """Experts from the plan on every training step, weights from the softmax.
+    """Experts from the plan on every training step, weights from the scores.
 
     Args:
         reg: ξ of the transport problem. 1.0, no temperature, is what the public implementations use.
         tol: the relative column error at which the solver stops.
         max_passes: the solver's limit; None: its own.
+        common: see `Router`. With `process_group`, the plan is that of all its ranks' tokens.
     """
 
     def __init__(
@@ -35,9 +37,9 @@ class SinkhornRouter(Router):
         reg: float = 1.0,
         tol: float = 1e-4,
         max_passes: int | None = None,
-        norm_topk: bool | None = None,
+        **common: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(num_experts, top_k, norm_topk=norm_topk)
+        super().__init__(num_experts, top_k, **common)
         require_numbers(reg=reg)
         if not reg > 0:
             raise ValueError(f"reg must be above 0, got {reg}; 1.0 is the usual value")
@@ -47,7 +49,14 @@ class SinkhornRouter(Router):
 
     @uncompiled  # the solver's loop ends when the data say so
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
-        plan = solve(logits_TE.detach(), self.reg, token_mask=token_mask, tol=self.tol, max_passes=self.max_passes)
-        _, experts_TK = plan.topk(self.top_k)
-        weights_TK = self.softmax_weights(logits_TE, experts_TK)
-        return Choice(experts_TK, weights_TK, "sinkhorn", plan.column_error, plan.pass_count)
+        plan = solve(
+            logits_TE.detach(),
+            self.reg,
+            token_mask=token_mask,
+            tol=self.tol,
+            max_passes=self.max_passes,
+            process_group=self.process_group.group,
+        )
+        experts_TK = self.choose_in(plan)
+        weights_TK = self.weigh(logits_TE, experts_TK)
+        return Choice(experts_TK, weights_TK, "sinkhorn", plan_error=plan.column_error, plan_passes=plan.pass_count)

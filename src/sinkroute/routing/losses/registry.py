@@ -1,0 +1,82 @@
+"""Auxiliary losses by name. A new loss is one file and one line here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from sinkroute._errors import require_numbers, unknown_name
+from sinkroute.routing.losses.global_load_balance import global_load_balance_loss
+from sinkroute.routing.losses.inputs import LossInputs
+from sinkroute.routing.losses.load_balance import load_balance_loss
+from sinkroute.routing.losses.z_loss import z_loss
+
+__all__ = ["LOSSES", "Loss", "LossesLike", "read_losses"]
+
+
+class Loss(NamedTuple):
+    """A loss without its coefficient (0-d; 0 with a gradient of 0 where no token is real), and the published one."""
+
+    function: Callable[[LossInputs], Tensor]
+    coefficient: float
+
+
+LOSSES: dict[str, Loss] = {
+    "load-balance": Loss(lambda i: load_balance_loss(i.logits_TE, i.load_E, i.token_mask, i.score), 0.01),
+    "global-load-balance": Loss(global_load_balance_loss, 0.01),
+    "z-loss": Loss(lambda i: z_loss(i.logits_TE, i.token_mask), 1e-3),
+}
+
+# What the option takes: names; names with coefficients; or, where there is only text, "z-loss, load-balance: 0.02".
+LossesLike = str | Sequence[str] | Mapping[str, float]
+
+
+def read_losses(losses: LossesLike) -> dict[str, float]:
+    """The option as name → coefficient.
+
+    Raises:
+        ValueError: an unknown name, a coefficient that is negative or not finite.
+
+    >>> read_losses(["z-loss"]), read_losses("z-loss: 0.01, load-balance")
+    ({'z-loss': 0.001}, {'z-loss': 0.01, 'load-balance': 0.01})
+    """
+    if isinstance(losses, str):
+        parts = [part.partition(":") for part in losses.split(",") if part.strip()]
+        pairs = [(name.strip(), _number(name.strip(), text) if text else None) for name, _, text in parts]
+    elif isinstance(losses, Mapping):
+        pairs = list(losses.items())
+    else:
+        pairs = [(name, None) for name in losses]
+    found = {}
+    for name, coefficient in pairs:
+        if name not in LOSSES:
+            raise unknown_name("loss", name, LOSSES)
+        found[name] = check_coefficient(
+            f"coefficient of {name}", LOSSES[name].coefficient if coefficient is None else coefficient, LOSSES[name]
+        )
+    return found
+
+
+def check_coefficient(argument: str, coefficient: float, loss: Loss) -> float:
+    """`coefficient`, if it can be one.
+
+    Raises:
+        TypeError, ValueError: it is no number, negative, or not finite.
+    """
+    require_numbers(**{argument: coefficient})
+    if not (coefficient >= 0 and math.isfinite(coefficient)):
+        raise ValueError(
+            f"{argument} must be a finite number of 0 or more, got {coefficient}; "
+            f"{loss.coefficient:g} is the published value"
+        )
+    return coefficient
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"coefficient of {name} must be a number, got {text.strip()!r}") from None

@@ -1,0 +1,53 @@
+"""Sums over the ranks of a data-parallel group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Group", "Ranks"]
+
+if TYPE_CHECKING:
+    Group: TypeAlias = dist.ProcessGroup | Literal["world"] | "Ranks" | None
+else:
+    Group = Any  # torch may be built without ProcessGroup
+
+
+class Ranks:
+    """A process group that a module can hold: copies of the module share it, as they must.
+
+    Args:
+        group: a `ProcessGroup`, `"world"` for all ranks, or None for this rank alone. Without an initialised process
+            group all of them are this rank alone.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group: Any = group._group if isinstance(group, Ranks) else group
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """For collectives; None where this rank is alone."""
+        if self._group is None or not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = dist.group.WORLD if self._group == "world" else self._group
+        return group if dist.get_world_size(group) > 1 else None
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` summed over the ranks, in place."""
+        if (group := self.group) is not None:
+            dist.all_reduce(values, group=group)
+        return values
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self
+
+    def __repr__(self) -> str:
+        return repr(self._group)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ranks) and self._group == other._group
+
+    def __hash__(self) -> int:
+        return hash(self._group)

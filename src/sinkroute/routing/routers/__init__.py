@@ -1,0 +1,3 @@
+"""Routers, one method a file."""
+
+__all__: list[str] = []

@@ -1,0 +1,366 @@
+"""Selective Sinkhorn Routing (arXiv 2511.08972).
+
+With probability p a training step is routed by the entropy-regularised transport plan with balanced experts: the K
+largest entries of a token's row choose its experts and, renormalised, weigh them. Otherwise by softmax top-k, which is
+what teaches the gate. Gaussian noise on the scores keeps every expert reachable. Serving is plain softmax top-k: no
+plan, no noise, no loss.
+
+    SSR-L: the transport cost is the scores.     SSR-S: the cost is their row softmax.
+
+What the paper's public summaries leave open is an option here, marked "open", with a default and its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from sinkroute._errors import require_numbers, unknown_name
+from sinkroute._uncompiled import uncompiled
+from sinkroute.routing.adaptive import Adaptive
+from sinkroute.routing.metrics import max_violation
+from sinkroute.routing.router import Choice, CommonOptions, Router
+from sinkroute.routing.schedules import Constant, Schedule, check_bounds, make_schedule
+from sinkroute.routing.state import RouterState
+from sinkroute.transport import Plan, solve
+
+__all__ = ["INFERENCE_MODES", "SSRLinearRouter", "SSROptions", "SSRRouter", "SSRSoftmaxRouter"]
+
+Cost = Literal["linear", "softmax"]
+NoiseBranch = Literal["both", "softmax", "sinkhorn"]
+NoiseScale = Literal["per-expert", "absolute"]
+PlanGradient = Literal["none", "weights", "full"]
+PlanWeights = Literal["plan", "scores"]
+DrawScope = Literal["step", "layer"]
+Inference = Literal["none", "noise", "sinkhorn", "both"]
+INFERENCE_MODES: tuple[str, ...] = get_args(Inference)
+
+ProbabilityLike = float | str | Schedule | Adaptive | Callable[[int], float]
+NoiseLike = float | str | Schedule | Callable[[int], float]
+
+
+class PlanChoice(NamedTuple):
+    """What is made of a plan.
+
+    Attributes:
+        experts_TK: (T, K') int64.
+        chosen_TK: (T, K') bool, False for places that count nowhere; None: all chosen.
+        bias_E: (E,) what is added to the scores so that their top-k is balanced; what methods remember of a plan.
+    """
+
+    experts_TK: Tensor
+    chosen_TK: Tensor | None
+    bias_E: Tensor
+
+
+class SSROptions(CommonOptions, total=False):
+    """The keyword options of every member of the family; see `SSRRouter`."""
+
+    reg: float | None
+    probability: ProbabilityLike
+    noise: NoiseLike
+    noise_branch: NoiseBranch
+    noise_scale: NoiseScale
+    plan_gradient: PlanGradient
+    weights: PlanWeights
+    draw: DrawScope
+    inference: Inference
+    tol: float
+    max_passes: int | None
+
+
+class SSRRouter(Router):
+    """Softmax top-k, and now and then the transport plan.
+
+    Args:
+        reg: ξ, the entropy regularisation. None: 0.5 for the linear cost, 0.1 for the softmax cost.
+        probability: p, the share of training steps routed by the plan. The paper advises 0.001 to 0.01 for long runs.
+            A number, a schedule (`sinkroute.routing.schedules`) such as `"cosine(0.1, 0.001)"`, a function of the step,
+            or `"adaptive(high=..., low=..., floor=..., ceiling=...)"`: as the gate's imbalance asks for (`Adaptive`).
+        noise: α, the strength of the Gaussian noise in training; 0 turns it off. The paper's best lie about 0.3 to 1.
+            A number, a schedule, a function of the step, or `"learned"`: softplus of a parameter, 0.3 at first
+            (`"learned(1.0)"`: another value). Beware that a loss only ever wants less noise.
+        noise_branch: open: which branch gets noise. Default both: a perplexity that is sensitive to α, as the paper's
+            is, cannot come from noise on 0.1 % of the steps.
+        noise_scale: open: `"per-expert"`, a standard deviation of α/E (the V-MoE convention, arXiv 2106.05974), or
+            `"absolute"`, α itself, which for the softmax cost leaves little more than chance of a token's choice.
+        plan_gradient: open: what the gate learns on Sinkhorn steps through the plan's weights. `"none"`; `"weights"`,
+            with the potentials held fixed; or `"full"`, by implicit differentiation of the plan. Default none: the
+            softmax steps are said to keep the gradient flowing.
+        weights: `"plan"`, the paper's: the plan's entries weigh the experts on Sinkhorn steps. `"scores"`: the plan
+            chooses only, and the gate learns from its own scores at those experts, as in S-BASE.
+        draw: open: one draw per `"step"` for all layers, as "training steps" says, or per `"layer"` and micro-batch.
+        inference: what is done in `eval()`: `"none"`, plain top-k, which the paper finds best; `"noise"`; `"sinkhorn"`,
+            the plan without noise; or `"both"`.
+        tol: the relative column error at which the solver stops.
+        max_passes: the solver's limit; None: its own.
+        common: see `Router`. With `process_group`, the plan is that of all its ranks' tokens.
+
+    Raises:
+        ValueError: a number out of range or an unknown choice.
+    """
+
+    cost: Cost
+    needs_step = True
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        *,
+        reg: float | None = None,
+        probability: ProbabilityLike = 1e-3,
+        noise: NoiseLike = 0.3,
+        noise_branch: NoiseBranch = "both",
+        noise_scale: NoiseScale = "per-expert",
+        plan_gradient: PlanGradient = "none",
+        weights: PlanWeights = "plan",
+        draw: DrawScope = "step",
+        inference: Inference = "none",
+        tol: float = 1e-4,
+        max_passes: int | None = None,
+        **common: Unpack[CommonOptions],
+    ) -> None:
+        super().__init__(num_experts, top_k, **common)
+        reg = {"linear": 0.5, "softmax": 0.1}[self.cost] if reg is None else reg
+        require_numbers(reg=reg)
+        if not (reg > 0 and math.isfinite(reg)):
+            raise ValueError(f"reg must be a finite number above 0, got {reg}; try 0.5 (ssr-l) or 0.1 (ssr-s)")
+        for name, value, choices in (
+            ("noise_branch", noise_branch, NoiseBranch),
+            ("noise_scale", noise_scale, NoiseScale),
+            ("plan_gradient", plan_gradient, PlanGradient),
+            ("weights", weights, PlanWeights),
+            ("draw", draw, DrawScope),
+            ("inference", inference, Inference),
+        ):
+            if value not in get_args(choices):
+                raise unknown_name(name, value, get_args(choices))
+        # No tokens: the solver only checks its numbers, now and not at the first step that needs a plan.
+        solve(torch.empty(0, num_experts, device="cpu"), reg, tol=tol, max_passes=max_passes)
+        self.reg, self.tol, self.max_passes = reg, tol, max_passes
+        self.plan_gradient, self.weights, self.draw, self.inference = plan_gradient, weights, draw, inference
+        self.noise_branch, self.noise_scale = noise_branch, noise_scale
+        self.probability, self.noise = probability, noise
+        self.adaptive: Adaptive | None = None
+        if isinstance(probability, Adaptive):
+            self.adaptive = probability
+        elif isinstance(probability, str) and probability.strip().startswith("adaptive"):
+            self.adaptive = Adaptive.parse(probability)
+        self._rate = None if self.adaptive else make_schedule("probability", probability, most=1)  # type: ignore[arg-type]
+        self.raw_noise: nn.Parameter | None = None
+        if isinstance(noise, str) and (start := _learned(noise)) is not None:
+            self.raw_noise = nn.Parameter(torch.tensor(math.log(math.expm1(start))))
+            self._noise_schedule: Schedule = Constant(start)
+        else:
+            self._noise_schedule = make_schedule("noise", noise)
+        values, sums = self.state_values(), self.state_sums()
+        if self.adaptive:
+            values |= {"max_vio": torch.tensor(-1.0), "firing": torch.tensor(False)}
+            sums |= {"gate_load": num_experts}
+        if values or sums:
+            self.state = RouterState(num_experts, sums=sums, **values)
+        self.sinkhorn_now, self.noise_now = False, 0.0
+        with contextlib.suppress(ValueError):  # a schedule that spans the training: set_step says how long that is
+            self.prepare_step()
+
+    def extra_repr(self) -> str:
+        probability = self.probability if isinstance(self.probability, (str, Adaptive)) else self._rate
+        shown = [f"cost={self.cost}", f"reg={self.reg:g}"]
+        for name, value in (("probability", probability), ("noise", self._noise_schedule)):
+            shown.append(f"{name}={value.value:g}" if isinstance(value, Constant) else f"{name}={value}")
+        return f"{super().extra_repr()}, {', '.join(shown)}"
+
+    # -- what members of the family override -------------------------------------------------------------------------
+
+    def state_values(self) -> dict[str, Tensor]:
+        """Name → initial value of what is remembered."""
+        return {}
+
+    def state_sums(self) -> dict[str, int]:
+        """Name → size of what is summed over a step."""
+        return {}
+
+    def gate_topk(self, logits_TE: Tensor) -> Choice:
+        """The choice on the steps between Sinkhorn steps, noise included in the logits."""
+        return self.score_topk(logits_TE)
+
+    def choose_on_plan(self, plan: Plan, token_mask: Tensor | None) -> PlanChoice:
+        """The choice on Sinkhorn steps."""
+        return PlanChoice(self.choose_in(plan), None, plan.potentials)
+
+    def starting_potentials(self) -> Tensor | None:
+        """(E,) where the solver starts from."""
+        return None
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def prepare_step(self) -> None:
+        if self.adaptive is not None:
+            assert self.state is not None
+            probability = self.adaptive.rate(bool(self.state.firing))
+        else:
+            assert self._rate is not None
+            probability = check_bounds("probability", self._rate(self.step, self.total_steps), 0, 1)
+        self.noise_now = check_bounds("noise", self._noise_schedule(self.step, self.total_steps), 0, math.inf)
+        self.probability_now = probability
+        self.sinkhorn_now = self.draw_uniform("branch", per_layer=self.draw == "layer") < probability
+
+    def step_sums(self, logits_TE: Tensor, choice: Choice, token_mask: Tensor | None) -> dict[str, Tensor]:
+        if self.adaptive is None:
+            return {}
+        # What is measured is the gate: on a Sinkhorn step its own top-k, which nobody was sent to.
+        experts_TK = self.gate_topk(logits_TE.detach()).experts_TK if choice.branch == "sinkhorn" else choice.experts_TK
+        counted_T1 = None if token_mask is None else token_mask[:, None]
+        return {"gate_load": self._count(experts_TK, counted_T1)}
+
+    def finish_step(self, load_E: Tensor, sums: dict[str, Tensor]) -> None:
+        if self.adaptive is None:
+            return
+        assert self.state is not None
+        gate_load_E = sums["gate_load"]
+        if gate_load_E.sum() == 0:  # no token in the whole batch: nothing was measured
+            return
+        ema = self.adaptive.average(float(self.state.max_vio), float(max_violation(gate_load_E)))
+        self.state.max_vio.fill_(ema)
+        self.state.firing.fill_(self.adaptive.fires(ema, bool(self.state.firing)))
+
+    # -- routes ------------------------------------------------------------------------------------------------------
+
+    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+        if self.sinkhorn_now:
+            return self.sinkhorn_topk(logits_TE, token_mask, noisy=self.noise_branch in ("both", "sinkhorn"))
+        return self.gate_topk(self._noisy(logits_TE) if self.noise_branch in ("both", "softmax") else logits_TE)
+
+    def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+        if self.inference in ("sinkhorn", "both"):
+            return self.sinkhorn_topk(logits_TE, token_mask, noisy=self.inference == "both")
+        return self.serve_topk(self._noisy(logits_TE) if self.inference == "noise" else logits_TE)
+
+    def serve_topk(self, logits_TE: Tensor) -> Choice:
+        """The choice when serving without a plan."""
+        return self.score_topk(logits_TE)
+
+    @uncompiled  # the solver's loop ends when the data say so
+    def sinkhorn_topk(self, logits_TE: Tensor, token_mask: Tensor | None, noisy: bool) -> Choice:
+        """Choose and weigh by the transport plan."""
+        gradient = self.plan_gradient if self.weights == "plan" else "none"
+        source_TE = logits_TE.detach() if gradient == "none" else logits_TE
+        cost_TE = torch.softmax(source_TE, dim=-1) if self.cost == "softmax" else source_TE
+        if noisy:
+            cost_TE = self._noisy(cost_TE)
+        # The cost is made here, so that the noise is on it; to the solver it is linear.
+        plan = solve(
+            cost_TE if gradient == "full" else cost_TE.detach(),
+            self.reg,
+            token_mask=token_mask,
+            tol=self.tol,
+            max_passes=self.max_passes,
+            init=self.starting_potentials(),
+            differentiable=gradient == "full",
+            process_group=self.process_group.group,
+        )
+        if gradient == "weights":
+            plan = replace(plan, scores=cost_TE)
+        experts_TK, chosen_TK, bias_E = self.choose_on_plan(plan, token_mask)
+        if self.weights == "scores":
+            weights_TK = self.weigh(logits_TE, experts_TK)
+        else:
+            weights_TK = plan.weigh(experts_TK, normalise=self.norm_topk and chosen_TK is None)
+            if gradient == "none":
+                # A gradient of 0 rather than none at all: data-parallel wrappers refuse a parameter that no loss
+                # reaches.
+                weights_TK = weights_TK + 0 * logits_TE.gather(-1, experts_TK)
+        if chosen_TK is not None:
+            weights_TK = _among_chosen(weights_TK, chosen_TK, self.norm_topk)
+        if self.raw_noise is not None:
+            weights_TK = weights_TK + 0 * self.raw_noise
+        return Choice(
+            experts_TK,
+            weights_TK,
+            "sinkhorn",
+            chosen_TK,
+            plan_error=plan.column_error,
+            plan_passes=plan.pass_count,
+            bias_E=bias_E.detach(),
+        )
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise at this step."""
+        strength = self.noise_now if self.raw_noise is None else F.softplus(self.raw_noise.detach()).item()
+        return strength / self.num_experts if self.noise_scale == "per-expert" else strength
+
+    def _noisy(self, scores_TE: Tensor) -> Tensor:
+        if self.raw_noise is None and self.noise_now == 0:
+            return scores_TE
+        strength: float | Tensor = self.noise_now if self.raw_noise is None else F.softplus(self.raw_noise)
+        std = strength / self.num_experts if self.noise_scale == "per-expert" else strength
+        return scores_TE + std * self.draw_normal(scores_TE)
+
+
+def _learned(text: str) -> float | None:
+    """The initial value in `"learned"` or `"learned(0.3)"`; None if the text is neither."""
+    if not text.strip().startswith("learned"):
+        return None
+    inside = text.strip().removeprefix("learned").strip()
+    try:
+        start = float(inside[1:-1]) if inside.startswith("(") and inside.endswith(")") else float(inside or 0.3)
+    except ValueError:
+        start = math.nan
+    if not (start > 0 and math.isfinite(start)):
+        raise ValueError(f"noise must be learned or learned(VALUE) with a value above 0, got {text!r}")
+    return start
+
+
+def _among_chosen(weights_TK: Tensor, chosen_TK: Tensor, normalise: bool) -> Tensor:
+    """Weights that are 0 where not chosen, and sum to 1 over a token's chosen experts if it has any."""
+    weights_TK = weights_TK * chosen_TK
+    return weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=1e-20) if normalise else weights_TK
+
+
+def read_cost(cost: str) -> Cost:
+    """`cost`, for members of the family that have the choice.
+
+    Raises:
+        ValueError: it is neither "linear" nor "softmax".
+    """
+    if cost not in get_args(Cost):
+        raise unknown_name("cost", cost, get_args(Cost))
+    return "softmax" if cost == "softmax" else "linear"
+
+
+def refuse_groups(router: Router) -> None:
+    """For methods that choose for all tokens at once.
+
+    Raises:
+        ValueError: the router's tokens may choose from some groups only.
+    """
+    if router.top_groups < router.groups:
+        raise ValueError(
+            f"top_groups={router.top_groups} of groups={router.groups}: {type(router).__name__} cannot keep a token's "
+            "experts in some groups; take ssr-l or ssr-s, or all groups"
+        )
+
+
+class SSRLinearRouter(SSRRouter):
+    """SSR-L: the transport cost is the scores themselves. ξ is 0.5 unless told, where the paper's sweeps are."""
+
+    cost = "linear"
+
+
+class SSRSoftmaxRouter(SSRRouter):
+    """SSR-S: the transport cost is the row softmax of the scores, in [0, 1]. ξ is 0.1 unless told.
+
+    Of ξ from 0.01 to 1 this leaves the top-k of the plan best balanced (unit-variance scores, 16 experts, top-2).
+    """
+
+    cost = "softmax"

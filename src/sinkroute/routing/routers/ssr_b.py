@@ -1,0 +1,58 @@
+"""SSR-B: Sinkhorn steps whose loads are balanced in whole tokens.
+
+The top-k of a balanced plan is not balanced. Here the plan of arXiv 2511.08972 weighs the experts, but they are chosen
+by `balanced_topk`: the assignment with the largest sum of scores in which every load is within `balance_tol` of the
+mean. The steps between, and serving, are as in SSR. Ours; not in the paper.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from sinkroute.routing.routers.ssr import Cost, PlanChoice, SSROptions, SSRRouter, read_cost, refuse_groups
+from sinkroute.transport import Plan, balanced_topk
+
+__all__ = ["SSRBalancedRouter", "choose_balanced"]
+
+
+def choose_balanced(plan: Plan, top_k: int, tol: float, token_mask: Tensor | None) -> PlanChoice:
+    """Experts with balanced loads for the cost of a plan, best first."""
+    scores_TE = plan.scores.detach()
+    experts_TK, bias_E = balanced_topk(scores_TE, top_k, tol, token_mask=token_mask, init=plan.potentials.detach())
+    order_TK = (scores_TE + plan.potentials.detach()).gather(1, experts_TK).argsort(1, descending=True)
+    return PlanChoice(experts_TK.gather(1, order_TK), None, bias_E)
+
+
+class SSRBalancedRouter(SSRRouter):
+    """SSR with loads that are balanced after the top-k on every Sinkhorn step.
+
+    Args:
+        cost: `"linear"`, or `"softmax"`, for which the choice takes several times as long.
+        balance_tol: MaxVio on Sinkhorn steps, at most (or what rounding to whole tokens leaves).
+        options: see `SSRRouter`. Without groups: a token's experts may be anywhere.
+
+    >>> import torch, sinkroute
+    >>> router = sinkroute.create_router("ssr-b", num_experts=4, top_k=1, probability=1.0, noise=0)
+    >>> routes = router(torch.randn(400, 4) + torch.tensor([3.0, 0, 0, 0]))
+    >>> bool(routes.load.max() <= 101)
+    True
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        *,
+        cost: Cost = "linear",
+        balance_tol: float = 0.01,
+        **options: Unpack[SSROptions],
+    ) -> None:
+        self.cost, self.balance_tol = read_cost(cost), balance_tol
+        super().__init__(num_experts, top_k, **options)
+        refuse_groups(self)
+        balanced_topk(torch.empty(0, num_experts), top_k, balance_tol)  # checks its number, now
+
+    def choose_on_plan(self, plan: Plan, token_mask: Tensor | None) -> PlanChoice:
+        return choose_balanced(plan, self.top_k, self.balance_tol, token_mask)

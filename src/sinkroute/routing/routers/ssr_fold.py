@@ -1,0 +1,63 @@
+"""SSR-Fold: the potentials of each plan go into the gate's own bias.
+
+After a step that had a plan with potentials g,
+
+    gate.bias += rate · g
+
+so that the gate itself is balanced, trained on from there, and served as plain top-k with nothing beside the model's
+weights. Ours; not in the paper.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from sinkroute.routing.routers.ssr_kept import SSRKeptRouter
+
+__all__ = ["SSRFoldRouter"]
+
+
+class SSRFoldRouter(SSRKeptRouter):
+    """SSR-L that adds each solve's potentials to the bias of its gate.
+
+    The gate is the one that `make_gate` made, or one that was given to `bind_gate`; it has a bias.
+
+    Args:
+        see `SSRKeptRouter`.
+    """
+
+    def make_gate(self, d_model: int) -> nn.Module:
+        """A linear map with a bias of 0, which this router moves."""
+        gate = nn.Linear(d_model, self.num_experts)
+        nn.init.zeros_(gate.bias)
+        self.bind_gate(gate)
+        return gate
+
+    def bind_gate(self, gate: nn.Linear) -> None:
+        """Tell the router whose bias it is to move.
+
+        Raises:
+            ValueError: the gate has no bias of (E,).
+        """
+        bias = getattr(gate, "bias", None)
+        if not isinstance(bias, Tensor) or bias.shape != (self.num_experts,):
+            raise ValueError(
+                f"gate must have a bias of shape ({self.num_experts},), got {gate}; "
+                "make it with nn.Linear(d_model, num_experts, bias=True)"
+            )
+        self._gate = [gate]  # in a list: the gate is the layer's module, not one more of this router
+
+    def keep(self, potentials_E: Tensor, known: Tensor) -> None:
+        gates: list[nn.Linear] = self.__dict__.get("_gate", [])
+        if not gates:
+            warnings.warn(
+                "ssr-fold has found potentials, but has no gate to add them to; use router.make_gate(d_model) or "
+                "router.bind_gate(gate)",
+                stacklevel=2,
+            )
+        for gate in gates:
+            move_E = torch.where(known, self.rate * potentials_E, torch.zeros_like(potentials_E))
+            gate.bias.add_(move_E.to(gate.bias.dtype))

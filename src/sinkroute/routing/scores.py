@@ -1,0 +1,70 @@
+"""From gating logits to scores, choices and weights: what families of models do differently.
+
+    softmax    s = softmax(z) over the experts         (Mixtral, OLMoE, Qwen, DeepSeek-V2; GPT-OSS after its top-k)
+    sigmoid    s = sigmoid(z), each expert by itself   (DeepSeek-V3, Llama 4, GLM-4)
+
+Group-limited choice (DeepSeek-V2, arXiv 2405.04434, section 2.2.2; DeepSeek-V3, arXiv 2412.19437, section 2.1.2):
+experts stand in groups, a token first chooses groups, then experts in them only, so that it visits few machines.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["GroupScore", "Score", "limit_to_groups", "scores", "weigh"]
+
+Score = Literal["softmax", "sigmoid"]
+GroupScore = Literal["max", "top2-sum"]
+
+
+def scores(logits_TE: Tensor, score: Score) -> Tensor:
+    """(T, E) scores in [0, 1].
+
+    >>> scores(torch.zeros(1, 4), "softmax").tolist(), scores(torch.zeros(1, 2), "sigmoid").tolist()
+    ([[0.25, 0.25, 0.25, 0.25]], [[0.5, 0.5]])
+    """
+    return torch.softmax(logits_TE, dim=-1) if score == "softmax" else torch.sigmoid(logits_TE)
+
+
+def weigh(logits_TE: Tensor, experts_TK: Tensor, score: Score, normalise: bool) -> Tensor:
+    """Scores of the chosen experts, (T, K); `normalise`: over the sum of the chosen ones.
+
+    >>> weigh(torch.tensor([[3.0, 1.0]]).log(), torch.tensor([[0]]), "softmax", normalise=False).tolist()
+    [[0.75]]
+    """
+    chosen_TK = logits_TE.gather(-1, experts_TK)
+    if normalise:
+        # The softmax over the chosen is the full softmax renormalised over them, in one step and without 0/0; so is
+        # that of the logarithms for the sigmoid.
+        return torch.softmax(chosen_TK if score == "softmax" else F.logsigmoid(chosen_TK), dim=-1)
+    if score == "softmax":
+        return torch.exp(chosen_TK - torch.logsumexp(logits_TE, dim=-1, keepdim=True))
+    return torch.sigmoid(chosen_TK)
+
+
+def limit_to_groups(selection_TE: Tensor, groups: int, top_groups: int, group_score: GroupScore) -> Tensor:
+    """`selection_TE` with −inf outside each token's best groups.
+
+    Args:
+        selection_TE: (T, E), what experts are chosen by; group g holds experts g·E/groups to (g+1)·E/groups − 1.
+        groups: into which the experts are divided; divides E.
+        top_groups: how many a token may choose from.
+        group_score: a group is as good as its best expert (`"max"`, DeepSeek-V2) or its best two together
+            (`"top2-sum"`, DeepSeek-V3).
+
+    >>> limit_to_groups(torch.tensor([[4.0, 0.0, 3.0, 3.0]]), 2, 1, "top2-sum").tolist()
+    [[-inf, -inf, 3.0, 3.0]]
+    """
+    grouped_TGe = selection_TE.detach().unflatten(-1, (groups, -1))
+    if group_score == "max":
+        value_TG = grouped_TGe.amax(-1)
+    else:
+        value_TG = grouped_TGe.topk(min(2, grouped_TGe.shape[-1]), dim=-1).values.sum(-1)
+    best_TG = value_TG.topk(top_groups, dim=-1).indices
+    allowed_TG = torch.zeros_like(value_TG, dtype=torch.bool).scatter_(-1, best_TG, True)
+    allowed_TE = allowed_TG.repeat_interleave(selection_TE.shape[-1] // groups, dim=-1)
+    return selection_TE.masked_fill(~allowed_TE, float("-inf"))
