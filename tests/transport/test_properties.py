@@ -132,16 +132,19 @@ def test_topk_weights_are_the_nearest_k_sparse_distribution(problem, k):
         assert (q_K * (q_K / row_E[subset_K]).log()).sum() >= least - 1e-12
 
 
-def test_topk_weights_are_those_that_a_general_optimiser_finds_over_all_subsets():
-    scores_TE = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    plan = solve(scores_TE, 0.5)
-    row_E, k = plan.matrix()[2].numpy(), 3
+@settings(deadline=None, max_examples=15)
+@given(experts=st.integers(2, 5), k=st.integers(1, 3), reg=st.sampled_from([0.3, 0.5, 1.0]), seed=st.integers(0, 2**32))
+def test_topk_weights_are_those_that_a_general_optimiser_finds_over_all_subsets(experts, k, reg, seed):
+    k = min(k, experts)
+    scores_TE = torch.randn(6, experts, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    plan = solve(scores_TE, reg)
+    row_E = plan.matrix()[2].numpy()
 
     def divergence(q_K, subset):
         return float(np.sum(q_K * np.log(np.maximum(q_K, 1e-300) / row_E[list(subset)])))
 
     found = []
-    for subset in itertools.combinations(range(5), k):
+    for subset in itertools.combinations(range(experts), k):
         total = {"type": "eq", "fun": lambda q: q.sum() - 1}
         answer = minimize(
             divergence, np.full(k, 1 / k), (subset,), bounds=[(1e-9, 1)] * k, constraints=total, tol=1e-12

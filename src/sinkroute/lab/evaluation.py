@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sinkroute.lab.data import evaluation_windows
 from sinkroute.lab.model import Decoder
+from sinkroute.routing import Router
 from sinkroute.routing.metrics import load_metrics, max_violation
 
 __all__ = ["Evaluation", "evaluate_text"]
@@ -81,7 +82,10 @@ def evaluate_text(
     model.eval()
     nats, violations = 0.0, []
     load_LE = torch.zeros(1, dtype=torch.int64)
-    for start in range(0, len(inputs), batch):
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    for number, start in enumerate(range(0, len(inputs), batch)):
+        for router in routers:
+            router.micro_batch = number  # a router that is noisy when serving must not repeat itself
         rows = slice(start, start + batch)
         symbols_BL = torch.from_numpy(inputs[rows].astype(np.int64)).to(device)
         targets_BL = torch.from_numpy(targets[rows].astype(np.int64)).to(device)

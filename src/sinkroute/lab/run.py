@@ -68,13 +68,13 @@ def execute(
     if not processes.is_main_process:
         return {}
     training = _training_summary(config, folder)
-    router = model.moe_layers[0].router
+    probability = getattr(model.moe_layers[0].router, "probability", None)
     result = {
         "method": config.router.name,
         "label": config.label or config.router.name,
         "seed": config.seed,
         "steps": config.train.steps,
-        "probability": getattr(router, "probability", None),
+        "probability": probability if isinstance(probability, (int, float)) else None,  # a schedule is no number
         "sinkhorn_steps": training.pop("sinkhorn_steps"),
         "parameters": model.count_parameters()._asdict(),
         "train": {**training, "peak_memory_mb": peak_memory_mb()},

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, NamedTuple, get_args
@@ -32,7 +33,7 @@ from sinkroute.routing.schedules import Constant, Schedule, check_bounds, make_s
 from sinkroute.routing.state import RouterState
 from sinkroute.transport import Plan, solve
 
-__all__ = ["INFERENCE_MODES", "SSRLinearRouter", "SSROptions", "SSRRouter", "SSRSoftmaxRouter"]
+__all__ = ["Inference", "SSRLinearRouter", "SSROptions", "SSRRouter", "SSRSoftmaxRouter"]
 
 Cost = Literal["linear", "softmax"]
 NoiseBranch = Literal["both", "softmax", "sinkhorn"]
@@ -41,7 +42,6 @@ PlanGradient = Literal["none", "weights", "full"]
 PlanWeights = Literal["plan", "scores"]
 DrawScope = Literal["step", "layer"]
 Inference = Literal["none", "noise", "sinkhorn", "both"]
-INFERENCE_MODES: tuple[str, ...] = get_args(Inference)
 
 ProbabilityLike = float | str | Schedule | Adaptive | Callable[[int], float]
 NoiseLike = float | str | Schedule | Callable[[int], float]
@@ -164,7 +164,7 @@ class SSRRouter(Router):
             self._noise_schedule = make_schedule("noise", noise)
         values, sums = self.state_values(), self.state_sums()
         if self.adaptive:
-            values |= {"max_vio": torch.tensor(-1.0), "firing": torch.tensor(False)}
+            values |= {"max_vio": torch.tensor(-1.0, device="cpu"), "firing": torch.tensor(False, device="cpu")}
             sums |= {"gate_load": num_experts}
         if values or sums:
             self.state = RouterState(num_experts, sums=sums, **values)
@@ -311,9 +311,9 @@ def _learned(text: str) -> float | None:
     """The initial value in `"learned"` or `"learned(0.3)"`; None if the text is neither."""
     if not text.strip().startswith("learned"):
         return None
-    inside = text.strip().removeprefix("learned").strip()
+    found = re.fullmatch(r"\s*learned\s*(?:\((.*)\))?\s*", text)
     try:
-        start = float(inside[1:-1]) if inside.startswith("(") and inside.endswith(")") else float(inside or 0.3)
+        start = math.nan if found is None else float(found[1] or 0.3)
     except ValueError:
         start = math.nan
     if not (start > 0 and math.isfinite(start)):

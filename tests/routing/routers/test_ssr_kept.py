@@ -1,0 +1,224 @@
+"""SSR-Bias and SSR-Fold: what is made of a plan's potentials when its step is over."""
+
+import copy
+
+import pytest
+import torch
+
+import sinkroute
+from sinkroute.routing.metrics import max_violation
+
+both = pytest.mark.parametrize("name", ["ssr-bias", "ssr-fold"])
+
+
+def make(name, experts=4, top_k=1, **options):
+    options = {"probability": "piecewise(0: 1, 1: 0)", "noise": 0} | options  # a plan at step 0, none after it
+    return sinkroute.create_router(name, num_experts=experts, top_k=top_k, **options)
+
+
+def skewed(tokens=800, experts=4, seed=0):
+    logits_TE = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed))
+    return logits_TE + torch.linspace(0, 2, experts)
+
+
+def take_step(router, *batches, step=0):
+    for part, batch in enumerate(batches):
+        sinkroute.set_step(router, step, part)
+        routes = router(batch)
+    sinkroute.end_step(router)
+    return routes
+
+
+# -- the bias --------------------------------------------------------------------------------------------------------
+
+
+def test_the_potentials_of_the_plan_are_the_bias_of_the_next_step():
+    router = make("ssr-bias")
+    take_step(router, skewed())
+    plan = sinkroute.solve(skewed(), 0.5)
+    torch.testing.assert_close(router.state.bias_E, plan.potentials.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_bias_chooses_and_does_not_weigh():
+    router = make("ssr-bias", top_k=2)
+    take_step(router, skewed())
+    logits_TE = skewed(seed=1).requires_grad_()
+    sinkroute.set_step(router, 1)
+    routes = router(logits_TE)
+    assert routes.branch == "softmax"
+    biased_TE = logits_TE.detach() + router.state.bias_E
+    assert torch.equal(routes.experts, biased_TE.topk(2).indices)
+    assert torch.equal(routes.weights, logits_TE.gather(1, routes.experts).softmax(1))
+    (routes.weights[:, 0]).sum().backward()
+    assert logits_TE.grad.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("balance", "most"), [("plan", 0.35), ("load", 0.15)])
+def test_the_steps_between_are_balanced_on_other_tokens(balance, most):
+    router = make("ssr-bias", experts=8, balance=balance)
+    take_step(router, skewed(4000, 8))
+    plain = sinkroute.create_router("softmax", num_experts=8, top_k=1)(skewed(4000, 8, seed=1)).load
+    sinkroute.set_step(router, 1)
+    load_E = router(skewed(4000, 8, seed=1)).load
+    assert max_violation(load_E) < most < 1 < max_violation(plain)
+
+
+def test_balanced_loads_leave_the_bias_that_makes_them():
+    router = make("ssr-bias", balance="load", probability=1)
+    routes = take_step(router, skewed())
+    assert routes.load.max() <= 202
+    again = (skewed() + router.state.bias_E).topk(1).indices.flatten().bincount(minlength=4)
+    assert again.max() <= 204  # the same choices, but for ties and float32
+
+
+def test_the_bias_moves_by_its_rate():
+    whole, part = make("ssr-bias", probability=1), make("ssr-bias", probability=1, rate=0.25)
+    for router in (whole, part):
+        take_step(router, skewed())
+    torch.testing.assert_close(part.state.bias_E, 0.25 * whole.state.bias_E)
+    before = part.state.bias_E.clone()
+    take_step(part, skewed(seed=5), step=1)
+    target = sinkroute.solve(skewed(seed=5), 0.5).potentials.float()
+    torch.testing.assert_close(part.state.bias_E, 0.75 * before + 0.25 * target, rtol=1e-3, atol=1e-3)
+
+
+@both
+def test_micro_batches_count_by_their_tokens(name):
+    router = make(name, probability=1)
+    gate = router.make_gate(3) if name == "ssr-fold" else None
+    take_step(router, skewed(300, seed=1), skewed(100, seed=2))
+    one, other = (sinkroute.solve(skewed(n, seed=s), 0.5).potentials.float() for n, s in ((300, 1), (100, 2)))
+    found = router.state.bias_E if gate is None else gate.bias.detach()
+    torch.testing.assert_close(found, 0.75 * one + 0.25 * other, rtol=1e-3, atol=1e-3)
+
+
+def test_a_step_without_a_plan_leaves_the_bias():
+    router = make("ssr-bias")
+    take_step(router, skewed())
+    before = router.state.bias_E.clone()
+    for step in range(1, 4):
+        take_step(router, skewed(seed=step), step=step)
+    assert torch.equal(router.state.bias_E, before) and before.abs().max() > 0.1
+
+
+@both
+def test_a_plan_over_no_token_is_not_remembered(name):
+    router = make(name, probability=1)
+    gate = router.make_gate(3)
+    take_step(router, skewed(0))
+    assert not (router.state.bias_E if name == "ssr-bias" else gate.bias).any()
+
+
+def test_serving_is_with_the_bias_or_plain():
+    with_bias, plain = make("ssr-bias", top_k=2), make("ssr-bias", top_k=2, serve_with="plain")
+    for router in (with_bias, plain):
+        take_step(router, skewed())
+        router.eval()
+    softmax = sinkroute.create_router("softmax", num_experts=4, top_k=2).eval()
+    logits_TE = skewed(seed=3)
+    assert torch.equal(plain(logits_TE).experts, softmax(logits_TE).experts)
+    assert torch.equal(with_bias(logits_TE).experts, (logits_TE + with_bias.state.bias_E).topk(2).indices)
+
+
+def test_folded_into_the_gate_the_choices_stay():
+    layer = sinkroute.MoE(8, 8, 4, 2, router=make("ssr-bias", top_k=2))
+    x_TD = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    sinkroute.set_step(layer, 0)
+    layer(x_TD)
+    sinkroute.end_step(layer)
+    layer.eval()(x_TD)
+    before = layer.routes
+    assert layer.router.state.bias_E.abs().max() > 0.01
+    layer.router.fold_into(layer.gate)
+    assert not layer.router.state.bias_E.any()
+    served = sinkroute.MoE(8, 8, 4, 2, router="softmax").eval()
+    served.gate = copy.deepcopy(layer.gate)
+    served(x_TD)
+    assert torch.equal(served.routes.experts.sort(1).values, before.experts.sort(1).values)
+
+
+# -- the fold --------------------------------------------------------------------------------------------------------
+
+
+def test_folding_balances_the_gate_itself():
+    layer = sinkroute.MoE(8, 8, 4, 1, router=make("ssr-fold", balance="load"))
+    with torch.no_grad():
+        layer.gate.bias.copy_(torch.tensor([0.6, 0.2, 0.0, -0.4]))
+    x_TD = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
+    layer.eval()(x_TD)
+    before = max_violation(layer.routes.load)
+    layer.train()
+    sinkroute.set_step(layer, 0)
+    layer(x_TD)
+    sinkroute.end_step(layer)
+    layer.eval()(x_TD)
+    assert before > 0.5 and max_violation(layer.routes.load) < 0.05
+    # Plain top-k of the gate's own scores, with nothing beside the weights.
+    assert torch.equal(layer.routes.experts, layer.gate(x_TD).topk(1).indices)
+
+
+def test_nothing_moves_before_the_step_is_over():
+    # A repetition of the forward pass (activation checkpointing) must meet the same gate.
+    layer = sinkroute.MoE(8, 8, 4, 1, router=make("ssr-fold"))
+    sinkroute.set_step(layer, 0)
+    layer(torch.randn(50, 8))
+    assert not layer.gate.bias.any()
+    sinkroute.set_step(layer, 1)
+    assert layer.gate.bias.any()
+
+
+def test_a_copy_of_a_layer_moves_its_own_gate():
+    layer = sinkroute.MoE(8, 8, 4, 1, router=make("ssr-fold"))
+    twin = copy.deepcopy(layer)
+    sinkroute.set_step(twin, 0)
+    twin(torch.randn(50, 8))
+    sinkroute.end_step(twin)
+    assert twin.gate.bias.any() and not layer.gate.bias.any()
+
+
+def test_the_gate_is_not_twice_in_the_state_dict():
+    layer = sinkroute.MoE(8, 8, 4, 1, router=make("ssr-fold"))
+    assert [key for key in layer.state_dict() if "gate" in key] == ["gate.weight", "gate.bias"]
+    assert sum(parameter is layer.gate.bias for parameter in layer.parameters()) == 1
+
+
+def test_without_a_gate_it_says_so():
+    with pytest.warns(UserWarning, match=r"no gate to add them to; use router\.make_gate"):
+        take_step(make("ssr-fold"), skewed())
+
+
+@pytest.mark.parametrize("gate", [torch.nn.Linear(3, 4, bias=False), torch.nn.Linear(3, 5), torch.nn.Identity()])
+def test_a_gate_without_a_bias_for_every_expert_is_refused(gate):
+    with pytest.raises(ValueError, match=r"gate must have a bias of shape \(4,\)"):
+        make("ssr-fold").bind_gate(gate)
+
+
+# -- both ------------------------------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rate": 0}, "rate must be above 0 and at most 1, got 0"),
+        ({"rate": 1.5}, "rate must be above 0 and at most 1, got 1.5"),
+        ({"balance": "loads"}, "unknown balance 'loads'; did you mean 'load'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(name, **options)
+
+
+def test_serve_with_is_one_of_two():
+    with pytest.raises(ValueError, match="unknown serve_with 'bais'; did you mean 'bias'"):
+        make("ssr-bias", serve_with="bais")
+
+
+@both
+def test_it_can_be_adaptive_as_well(name):
+    router = make(name, probability="adaptive(high=0.5, low=0.1, floor=0, ceiling=1)")
+    router.make_gate(3)
+    fired = [take_step(router, skewed(), step=step).branch for step in range(3)]
+    # The gate of ssr-bias is measured with its bias: balanced after one plan. That of ssr-fold has no tokens to change.
+    assert fired[:2] == ["softmax", "sinkhorn"]
