@@ -4,14 +4,16 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint slow bench bench-transport clean
+.PHONY: demo test lint slow bench bench-routing bench-transport test-peers clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train SSR and its rivals on Wikipedia text and write runs/demo/report.html"
 	@echo "             (options: make demo ARGS='--train.steps 100 --only softmax ssr-s')"
 	@echo "make test    lint and the whole test suite        make slow    the long tests"
+	@echo "make bench-routing   time and memory of every router alone, and of other packages' routers"
 	@echo "make bench   time per step of SSR against vanilla        make bench-transport   the solver against public ones"
+	@echo "make test-peers   our routers against those of Megatron-Core, torchtitan and DeepSpeed, each in its environment"
 	@echo "PYTHON=python3.12 chooses the interpreter, TORCH='torch==2.13.0 --index-url ...' the build of torch"
 
 # torch first and by itself: what comes after is satisfied by it and cannot pull another build.
@@ -39,6 +41,9 @@ slow: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/step_time.py
 
+bench-routing: $(VENV)/.installed
+	$(BIN)/python benchmarks/routing.py $(ARGS)
+
 # The peers' pins are no business of the project's: they get an environment of their own.
 .venv-bench/.installed: benchmarks/requirements.txt pyproject.toml scripts/make_venv.py
 	$(PYTHON) scripts/make_venv.py .venv-bench
@@ -49,5 +54,36 @@ bench: $(VENV)/.installed
 bench-transport: .venv-bench/.installed
 	.venv-bench/bin/python -m benchmarks.transport $(ARGS)
 
+PEERS := megatron torchtitan deepspeed
+
+# Our routers against the peers' own modules. Each peer pins what another forbids: an environment of its own, torch first.
+test-peers: $(PEERS:%=.venv-%/.installed)
+	@for peer in $(PEERS); do DS_ACCELERATOR=cpu .venv-$$peer/bin/python -m pytest -q tests/peers/test_$$peer.py $(ARGS) || exit 1; done
+
+$(PEERS:%=.venv-%/.torch): .venv-%/.torch: tests/peers/requirements.txt pyproject.toml scripts/make_venv.py
+	$(PYTHON) scripts/make_venv.py .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r tests/peers/requirements.txt
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# Megatron-Core's wheels start with Python 3.12, for the sake of a compiled helper that routing does not load. No build.
+.venv-megatron/.installed: .venv-megatron/.torch tests/peers/requirements-megatron.txt
+	.venv-megatron/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--ignore-requires-python --only-binary :all: --python-version 3.12 \
+		--target $$(.venv-megatron/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		-r tests/peers/requirements-megatron.txt
+	@touch $@
+
+.venv-torchtitan/.installed: .venv-torchtitan/.torch tests/peers/requirements-torchtitan.txt
+	.venv-torchtitan/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r tests/peers/requirements-torchtitan.txt
+	@touch $@
+
+.venv-deepspeed/.installed: .venv-deepspeed/.torch tests/peers/requirements-deepspeed.txt
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation -r tests/peers/requirements-deepspeed.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-bench runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-bench $(PEERS:%=.venv-%) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -51,11 +51,11 @@ def sinkroute(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, 
 def test_without_arguments_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = sinkroute(capsys)
     assert code == 2
-    assert all(f"sinkroute {name}" in out for name in ("demo", "train", "evaluate", "report"))
+    assert all(f"sinkroute {name}" in out for name in ("demo", "train", "evaluate", "report", "bench"))
     assert sinkroute(capsys, "--help")[0] == 0
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "report"])
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "report", "bench"])
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     code, out, _ = sinkroute(capsys, command, "--help")
     assert code == 0
@@ -132,6 +132,8 @@ def test_another_router_does_not_inherit_the_presets_options(
         (["evaluate", "/none"], 1, "is no run"),
         (["report"], 2, "report needs a RUN"),
         (["report", "/none"], 1, "/none"),
+        (["bench", "--sizes", "4096x16"], 1, "a size must be TOKENSxEXPERTSxTOP_K, such as 4096x16x2, got '4096x16'"),
+        (["bench", "--routers", "srr-l"], 1, "did you mean 'ssr-l'?"),
         (["demo", "--only", "sofmax"], 1, "did you mean 'softmax'?"),
     ],
 )
@@ -145,6 +147,21 @@ def test_errors_name_the_value_and_the_cure_without_a_traceback(
     assert got == code, err
     assert message in out + err
     assert "Traceback" not in out + err
+
+
+def test_bench_prints_a_table_and_keeps_what_is_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "routing.json"
+    words = ("bench", "--sizes", "64x4x2", "--routers", "load-balance", "--seconds", "0.1", "--out", out)
+    code, said, _ = sinkroute(capsys, *words)
+    assert code == 0
+    assert "64 tokens, 4 experts, top-2" in said
+    assert "load-balance" in said
+    figures = out.read_text()
+    assert sinkroute(capsys, *words)[0] == 0
+    assert out.read_text() == figures
+    code, _, err = sinkroute(capsys, *words, "--seed", "1")
+    assert code == 1
+    assert "--fresh" in err
 
 
 def test_a_damaged_checkpoint_is_an_error_with_a_cure(

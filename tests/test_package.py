@@ -38,7 +38,9 @@ def of_floors(*floors):
 
 def test_the_public_names_are_these():
     assert sorted(sinkroute.__all__) == [
+        "LoadMonitor",
         "MoE",
+        "MultiHeadMoE",
         "Plan",
         "Router",
         "Routes",
@@ -46,6 +48,7 @@ def test_the_public_names_are_these():
         "create_router",
         "end_step",
         "list_routers",
+        "set_inference",
         "set_step",
         "solve",
     ]

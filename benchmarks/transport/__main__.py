@@ -73,10 +73,10 @@ def pin(threads: int) -> None:
 def run(benchmark: Benchmark) -> None:
     from rich.console import Console
 
+    from sinkroute.lab.bar import Bar
     from sinkroute.lab.files import write_json
     from sinkroute.transport import list_solvers
 
-    from .bar import Bar
     from .faults import measure_faults, show_faults
     from .measure import Bench
     from .memory import measure_memory

@@ -4,8 +4,11 @@ solve           scores -> transport plan with balanced experts
 balanced_topk   scores -> k experts per token, with balanced loads
 create_router   scores -> routes, by SSR or by a method it is compared with
 MoE             tokens -> tokens, a layer with any of these routers
+MultiHeadMoE    the same on parts of tokens
 set_step        tells all routers of a model which training step it is
 end_step        brings what routers remember up to date with the step that is over
+LoadMonitor     counts what the routers of a model do: load, balance, plans, in training and serving
+set_inference   what SSR routers do when serving: plain top-k, noise, a plan, or both
 """
 
 from __future__ import annotations
@@ -14,14 +17,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sinkroute.moe import MoE
-    from sinkroute.routing import Router, Routes, create_router, end_step, list_routers, set_step
+    from sinkroute.moe import MoE, MultiHeadMoE
+    from sinkroute.routing import (
+        LoadMonitor,
+        Router,
+        Routes,
+        create_router,
+        end_step,
+        list_routers,
+        set_inference,
+        set_step,
+    )
     from sinkroute.transport import Plan, balanced_topk, solve
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LoadMonitor",
     "MoE",
+    "MultiHeadMoE",
     "Plan",
     "Router",
     "Routes",
@@ -29,13 +43,16 @@ __all__ = [
     "create_router",
     "end_step",
     "list_routers",
+    "set_inference",
     "set_step",
     "solve",
 ]
 
 # Loaded when first asked for: `sinkroute --help` needs no torch, the command line sets OpenMP up before torch comes.
 _HOMES = {
+    "LoadMonitor": "routing",
     "MoE": "moe",
+    "MultiHeadMoE": "moe",
     "Plan": "transport",
     "Router": "routing",
     "Routes": "routing",
@@ -43,6 +60,7 @@ _HOMES = {
     "create_router": "routing",
     "end_step": "routing",
     "list_routers": "routing",
+    "set_inference": "routing",
     "set_step": "routing",
     "solve": "transport",
 }

@@ -1,4 +1,4 @@
-"""The command line: `sinkroute demo | train CONFIG | evaluate RUN | report RUN...`.
+"""The command line: `sinkroute demo [CONFIG] | train CONFIG | evaluate RUN | report RUN... | bench`.
 
 Exit codes: 0 done, 1 an error that the message explains, 2 a wrong command line, 130 stopped by Ctrl-C or SIGTERM.
 """
@@ -101,8 +101,11 @@ def _demo(arguments: list[str], console: Console) -> int:
     from sinkroute.lab.config import find_preset, read_yaml
     from sinkroute.lab.demo import DemoConfig, run_demo
 
-    preset = read_yaml(DemoConfig, find_preset("demo"))
-    return run_demo(tyro.cli(DemoConfig, default=preset, args=arguments, prog="sinkroute demo"), console)
+    # Another comparison of the same kind may stand first: a preset or a YAML file with `methods`.
+    named = bool(arguments) and not arguments[0].startswith("-")
+    preset = read_yaml(DemoConfig, find_preset(arguments[0] if named else "demo"))
+    options = arguments[1:] if named else arguments
+    return run_demo(tyro.cli(DemoConfig, default=preset, args=options, prog="sinkroute demo"), console)
 
 
 # -- train ---------------------------------------------------------------------------------------------------------
@@ -197,6 +200,8 @@ class EvaluateCommand:
     """The run's folder."""
     split: Literal["valid", "test"] = "valid"
     """Which part of the text."""
+    inference: Literal["none", "noise", "sinkhorn", "both"] = "none"
+    """What an SSR router does when serving: plain top-k, noisy top-k, the transport plan, or the plan with noise."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -208,6 +213,7 @@ def _evaluate(arguments: list[str], console: Console) -> int:
     from sinkroute.lab.files import write_json
     from sinkroute.lab.run import evaluate_split
     from sinkroute.lab.training import check_corpus, make_model
+    from sinkroute.routing import set_inference
 
     command = tyro.cli(EvaluateCommand, args=arguments, prog="sinkroute evaluate")
     folder = Path(command.run)
@@ -223,12 +229,16 @@ def _evaluate(arguments: list[str], console: Console) -> int:
     check_corpus(corpus, folder)
     model = make_model(config)
     load_model(checkpoint, model)
-    found = {"checkpoint": checkpoint.name, **evaluate_split(model, config, corpus, command.split)}
-    write_json(found, folder / f"evaluation-{command.split}.json")
+    set_inference(model, command.inference)
+    evaluation = evaluate_split(model, config, corpus, command.split)
+    found = {"checkpoint": checkpoint.name, "inference": command.inference, **evaluation}
+    mode = "" if command.inference == "none" else f"-{command.inference}"
+    write_json(found, folder / f"evaluation-{command.split}{mode}.json")
     if command.json:
         sys.stdout.write(json.dumps(found) + "\n")
         return 0
-    table = Table(title=f"{folder} at {checkpoint.name}, {command.split} split")
+    how = "" if command.inference == "none" else f", inference by {command.inference}"
+    table = Table(title=f"{folder} at {checkpoint.name}, {command.split} split{how}")
     for column in ("text", "bytes", "bits per byte", "perplexity"):
         table.add_column(column, justify="left" if column == "text" else "right")
     for name, quality in {"clean": found[command.split], **found["attacked"]}.items():
@@ -277,11 +287,21 @@ def _report(arguments: list[str], console: Console) -> int:
     return 0
 
 
+# -- bench ---------------------------------------------------------------------------------------------------------
+
+
+def _bench(arguments: list[str], console: Console) -> int:
+    from sinkroute.lab.bench import Bench, run_bench
+
+    return run_bench(tyro.cli(Bench, args=arguments, prog="sinkroute bench"), console)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str], Console], int], str, str]] = {
-    "demo": (_demo, "", "SSR and its rivals side by side on Wikipedia text, in minutes"),
+    "demo": (_demo, "[CONFIG]", "SSR and its rivals side by side on Wikipedia text, in minutes"),
     "train": (_train, "CONFIG", "train, evaluate and attack one model; continues what was interrupted"),
     "evaluate": (_evaluate, "RUN", "measure a run's last checkpoint"),
     "report": (_report, "RUN...", "a self-contained HTML page about runs"),
+    "bench": (_bench, "", "what each router costs in time and memory, relative to plain top-k"),
 }
 
 if __name__ == "__main__":

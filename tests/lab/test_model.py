@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import sinkroute
 from sinkroute.lab.config import ModelConfig, RouterConfig
 from sinkroute.lab.model import Decoder, _rotate, _rotations
 
@@ -85,6 +86,26 @@ def test_all_methods_start_from_the_same_weights() -> None:
         other = decoder(name).state_dict()
         assert first.keys() == other.keys()
         assert all(torch.equal(first[key], other[key]) for key in first)
+
+
+@pytest.mark.parametrize("router", sinkroute.list_routers())
+def test_every_router_trains_a_step(router: str) -> None:
+    model = decoder(router)
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    symbols = torch.randint(0, 256, (4, 17), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for step in range(2):
+        sinkroute.set_step(model, step, total_steps=100)
+        scores = model(symbols[:, :-1])
+        loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), symbols[:, 1:].flatten())
+        auxiliary = model.auxiliary_loss()
+        (loss if auxiliary is None else loss + auxiliary).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+    sinkroute.end_step(model)
+    assert model.eval()(symbols).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,14 @@ def choices(draw):
     return torch.tensor(numbers, dtype=torch.int64).view(tokens, top_k), experts
 
 
+@st.composite
+def choices_and_masks(draw):
+    experts_TK, experts = draw(choices())
+    size = experts_TK.numel()
+    chosen = draw(st.lists(st.booleans(), min_size=size, max_size=size))
+    return experts_TK, experts, torch.tensor(chosen, dtype=torch.bool).view(experts_TK.shape)
+
+
 def random(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -55,9 +63,39 @@ def test_dispatch_brings_each_copy_to_its_expert_and_combine_brings_it_home(choi
     torch.testing.assert_close(combine(x_RD * scale_R[:, None], weights_TK, plan), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_gradients_are_those_of_finite_differences():
-    plan = plan_dispatch(torch.tensor([[2, 0], [0, 1], [2, 0]]), num_experts=4)
-    x_TD, y_RD, weights_TK = (random(*shape).requires_grad_() for shape in ((3, 2), (6, 2), (3, 2)))
+def test_a_plan_without_two_copies_worked_by_hand():
+    # As above without copies 2 and 4: expert 0 gets copies 1, 5, expert 1 copy 3, expert 2 copy 0; ends 2, 3, 4, 4.
+    chosen_TK = torch.tensor([[True, True], [False, True], [False, True]])
+    plan = plan_dispatch(torch.tensor([[2, 0], [0, 1], [2, 0]]), 4, chosen_TK)
+    assert plan.order_R.tolist() == [1, 5, 3, 0] and plan.ends_E.tolist() == [2, 3, 4, 4] and plan.top_k == 2
+    x_TD = torch.tensor([[10.0], [20.0], [30.0]])
+    assert dispatch(x_TD, plan).flatten().tolist() == [10, 30, 20, 10]
+    y_TD = combine(torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.full((3, 2), 0.5), plan)
+    assert y_TD.flatten().tolist() == [0.5 * 4 + 0.5 * 1, 0.5 * 3, 0.5 * 2]
+
+
+@settings(deadline=None, max_examples=50)
+@given(choices_and_masks())
+def test_what_is_left_out_counts_as_0_and_nothing_else_changes(choice):
+    experts_TK, experts, chosen_TK = choice
+    tokens, top_k = experts_TK.shape
+    x_TD, weights_TK = random(tokens, 3).requires_grad_(), random(tokens, top_k, seed=1).requires_grad_()
+    slope_TD, results = random(tokens, 3, seed=2), []
+    for mask_TK, factor_TK in ((chosen_TK, 1.0), (None, chosen_TK)):
+        plan = plan_dispatch(experts_TK, experts, mask_TK)
+        scale_R = 1 + experts_TK.flatten()[plan.order_R]
+        y_TD = combine(dispatch(x_TD, plan) * scale_R[:, None], weights_TK * factor_TK, plan)
+        results.append((y_TD, *torch.autograd.grad(y_TD, (x_TD, weights_TK), slope_TD)))
+        assert len(plan.order_R) == plan.ends_E[-1] == (tokens * top_k if mask_TK is None else int(mask_TK.sum()))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("chosen_TK", [None, torch.tensor([[True, True], [False, False], [False, True]])])
+def test_gradients_are_those_of_finite_differences(chosen_TK):
+    plan = plan_dispatch(torch.tensor([[2, 0], [0, 1], [2, 0]]), 4, chosen_TK)
+    rows = len(plan.order_R)
+    x_TD, y_RD, weights_TK = (random(*shape).requires_grad_() for shape in ((3, 2), (rows, 2), (3, 2)))
     assert torch.autograd.gradcheck(lambda x: dispatch(x, plan), (x_TD,))
     assert torch.autograd.gradcheck(lambda y, weights: combine(y, weights, plan), (y_RD, weights_TK))
     assert torch.autograd.gradgradcheck(lambda x: dispatch(x, plan) ** 2, (x_TD,))

@@ -52,6 +52,91 @@ def test_gradients_are_those_of_finite_differences(activation):
     assert torch.autograd.gradcheck(output, (x_RD, layer.w_in, layer.w_out))
 
 
+# -- biases ----------------------------------------------------------------------------------------------------------
+
+
+def with_biases(d_model=7, d_hidden=5, activation="swiglu", dtype=torch.float64):
+    torch.manual_seed(0)
+    layer = Experts(d_model, d_hidden, 3, activation, bias=True).to(dtype)
+    for bias in (layer.b_in, layer.b_out):
+        nn.init.normal_(bias)
+    return layer
+
+
+def as_linear_layers(layer, expert):
+    """The input map and the output map of one expert."""
+    maps = []
+    for weight, bias in ((layer.w_in, layer.b_in), (layer.w_out, layer.b_out)):
+        linear = nn.Linear(weight.shape[2], weight.shape[1]).to(weight.dtype)
+        linear.load_state_dict({"weight": weight[expert].detach(), "bias": bias[expert].detach()})
+        maps.append(linear)
+    return maps
+
+
+@pytest.mark.parametrize("sizes", [(16, 24), (7, 5)])  # in float32, the kernel and the loop
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_with_biases_output_and_gradients_are_those_of_linear_layers(activation, dtype, tolerance, sizes):
+    layer, counts = with_biases(*sizes, activation, dtype), (4, 0, 5)
+    x_RD, gradient_RD = random(9, sizes[0], dtype=dtype).requires_grad_(), random(9, sizes[0], seed=1, dtype=dtype)
+    y_RD = layer(x_RD, ends(*counts))
+    y_RD.backward(gradient_RD)
+    function = {"swiglu": None, "gelu": nn.GELU(), "relu": nn.ReLU()}[activation]
+    for expert, rows in enumerate((slice(0, 4), slice(4, 4), slice(4, 9))):
+        first, second = as_linear_layers(layer, expert)
+        part = x_RD[rows].detach().clone().requires_grad_()
+        if activation == "swiglu":
+            gate, up = first(part).chunk(2, -1)
+            result = second(nn.functional.silu(gate) * up)
+        else:
+            result = second(function(first(part)))
+        result.backward(gradient_RD[rows])
+        close = {"rtol": tolerance, "atol": tolerance}
+        torch.testing.assert_close(y_RD[rows], result, **close)
+        torch.testing.assert_close(x_RD.grad[rows], part.grad, **close)
+        for parameter, linear in ((layer.w_in, first), (layer.w_out, second)):
+            torch.testing.assert_close(parameter.grad[expert], linear.weight.grad, **close)
+        for parameter, linear in ((layer.b_in, first), (layer.b_out, second)):
+            torch.testing.assert_close(parameter.grad[expert], linear.bias.grad, **close)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_biases_are_those_of_finite_differences(activation):
+    layer = with_biases(3, 2, activation)
+    names, values = zip(*layer.named_parameters(), strict=True)
+    x_RD = random(5, 3, dtype=torch.float64).requires_grad_()
+
+    def output(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x, ends(2, 0, 3)))
+
+    assert names == ("w_in", "w_out", "b_in", "b_out")
+    assert torch.autograd.gradcheck(output, (x_RD, *values))
+
+
+def test_a_gradient_of_a_bias_in_bfloat16_is_not_lost_to_rounding():
+    # 4000 ones: added up one by one in bfloat16 they would stop at 256.
+    layer = Experts(16, 16, 2, "relu", bias=True).to(torch.bfloat16)
+    layer(torch.zeros(4000, 16, dtype=torch.bfloat16), ends(4000, 0)).sum().backward()
+    assert layer.b_out.grad[0].tolist() == [4000] * 16 and not layer.b_out.grad[1].any()
+
+
+def test_biases_without_rows_get_gradients_of_zeros():
+    layer = with_biases()
+    layer(torch.zeros(0, 7, dtype=torch.float64), ends(0, 0, 0)).sum().backward()
+    assert all(torch.equal(weight.grad, torch.zeros_like(weight)) for weight in layer.parameters())
+
+
+def test_biases_start_at_0_and_are_told_in_the_description():
+    layer = Experts(7, 5, 3, bias=True)
+    assert layer.b_in.shape == (3, 10) and layer.b_out.shape == (3, 7)
+    assert not layer.b_in.any() and not layer.b_out.any()
+    assert repr(layer) == "Experts(num_experts=3, d_model=7, d_hidden=5, activation=swiglu, bias=True)"
+    assert list(make().state_dict()) == ["w_in", "w_out"]
+
+
+# -- the kernel ------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("counts", [(4, 0, 5), (0, 0, 9), (9, 0, 0), (1, 7, 1)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_the_grouped_kernel_gives_output_and_gradients_of_the_loop(dtype, tolerance, counts):

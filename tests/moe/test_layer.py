@@ -27,7 +27,7 @@ def random(*shape, seed=0, dtype=torch.float32):
 
 
 def gradients(layer):
-    return {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+    return {name: parameter.grad.clone() for name, parameter in layer.named_parameters() if parameter.requires_grad}
 
 
 # -- the reference ---------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_output_and_gradients_are_those_of_mixtral(shape, top_k):
 def test_no_token_at_all_is_no_error(router, shape, dtype):
     layer = make(router=router, shared_hidden=4, dtype=dtype)
     x = torch.zeros(*shape, D, dtype=dtype, requires_grad=True)
-    y = layer(x)
+    y = layer(x, token_ids=torch.zeros(shape, dtype=torch.int64))
     (y.sum() + (layer.routes.aux_loss or 0)).backward()
     assert y.shape == x.shape == x.grad.shape
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(layer).values())
@@ -236,11 +236,21 @@ def test_nan_in_padding_reaches_neither_output_nor_gradients(router):
     for content in (0.5, float("nan")):
         layer.zero_grad()
         x = torch.where(mask[:, None], random(4, D), content).requires_grad_()
-        y = layer(x, mask)
+        y = layer(x, mask, token_ids=torch.arange(4))
         (y.sum() + (layer.routes.aux_loss or 0)).backward()
         results.append((y.detach(), x.grad, gradients(layer)))
     assert_same(*results, rtol=0, atol=0)
     assert torch.equal(results[1][0][1], torch.zeros(D)) and torch.isfinite(results[1][1]).all()
+
+
+def test_padding_comes_out_as_0_although_experts_have_biases():
+    layer, mask = make(shared_hidden=4, bias=True), torch.tensor([True, False, True])
+    for experts in (layer.experts, layer.shared):
+        torch.nn.init.ones_(experts.b_out)
+    y = layer(random(3, D), mask)
+    assert torch.equal(y[1], torch.zeros(D)) and y[0].any()
+    y.sum().backward()
+    assert layer.shared.b_out.grad.tolist() == [[2.0] * D]  # of the two real tokens
 
 
 def test_nothing_but_padding_is_no_error():
@@ -249,6 +259,100 @@ def test_nothing_but_padding_is_no_error():
     (y.sum() + layer.routes.aux_loss).backward()
     assert not y.any() and layer.routes.load.tolist() == [0] * EXPERTS
     assert not any(g.any() for g in gradients(layer).values())
+
+
+# -- what is computed ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def computed_rows(monkeypatch):
+    """How many rows the experts were given, call by call."""
+    rows, forward = [], experts_module.Experts.forward
+    monkeypatch.setattr(
+        experts_module.Experts,
+        "forward",
+        lambda self, x_RD, ends_E: (rows.append(len(x_RD)), forward(self, x_RD, ends_E))[1],
+    )
+    return rows
+
+
+def test_padding_is_not_computed(computed_rows):
+    mask = torch.arange(20) % 2 == 0
+    make()(random(20, D), mask)
+    make()(random(20, D))
+    assert computed_rows == [20, 40]
+
+
+def test_places_that_expert_choice_fills_up_are_not_computed(computed_rows):
+    layer = make(router="expert-choice")
+    layer(random(20, D))
+    assert layer.routes.experts.shape[1] > 2  # some token has more than K experts, so others' places are empty
+    assert computed_rows == [40] == [int(layer.routes.load.sum())]
+
+
+def test_a_choice_whose_weight_is_0_is_computed_and_its_weight_gets_its_gradient(computed_rows):
+    layer, x = make(router_options={"norm_topk": False}), random(1, D)
+    with torch.no_grad():
+        layer.gate.weight.copy_(x * torch.tensor([0.0, -300, -600, -900, -1200])[:, None] / x.square().sum())
+    weights = []
+    layer.router.register_forward_hook(lambda *args: weights.append(args[2].weights) or args[2].weights.retain_grad())
+    layer(x).sum().backward()
+    assert weights[0].tolist() == [[1.0, 0.0]] and computed_rows == [2]
+    alone = layer.experts(x, torch.tensor([0, 1, 1, 1, 1], dtype=torch.int32)).sum()  # of expert 1
+    torch.testing.assert_close(weights[0].grad[0, 1], alone)
+
+
+@pytest.mark.parametrize("router", ["softmax", "expert-choice"])
+def test_leaving_out_what_is_no_choice_changes_nothing(monkeypatch, router):
+    layer, mask = make(router=router, dtype=torch.float64), torch.arange(20) % 3 != 0
+    x, gradient = random(20, D, dtype=torch.float64), random(20, D, seed=1, dtype=torch.float64)
+    results = []
+    for all_are_computed in (False, True):
+        if all_are_computed:
+            monkeypatch.setattr(sinkroute.MoE, "_computed", lambda *_: None)
+        layer.zero_grad()
+        inputs = x.clone().requires_grad_()
+        y = layer(inputs, mask)
+        y.backward(gradient)
+        results.append((y.detach(), inputs.grad, gradients(layer)))
+    assert_same(*results, rtol=1e-10, atol=1e-12)
+
+
+def test_a_padded_layer_passes_gradcheck():
+    layer, mask = make(3, 2, 3, 2, dtype=torch.float64), torch.tensor([True, False, True, True])
+    x = random(4, 3, dtype=torch.float64).requires_grad_()
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def output(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x, mask))
+
+    assert torch.autograd.gradcheck(output, (x, *values))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_compiled_layer_computes_the_same_in_one_graph(masked):
+    layer, x = make(16, 24, dtype=torch.bfloat16), random(20, 16, dtype=torch.bfloat16)
+    mask = torch.arange(20) % 2 == 0 if masked else None
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(x, mask), layer(x, mask))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("router", sinkroute.list_routers())
+def test_every_router_trains_and_serves_a_layer(router, masked):
+    layer = make(router=router)
+    sinkroute.set_step(layer, 0, total_steps=10)
+    ids, mask = torch.arange(12).view(3, 4), torch.arange(12).view(3, 4) % 4 != 3 if masked else None
+    x = random(3, 4, D).requires_grad_()
+    y = layer(x, mask, token_ids=ids)
+    (y.square().sum() + (layer.routes.aux_loss or 0)).backward()
+    assert y.shape == x.shape and x.grad.isfinite().all() and layer.experts.w_in.grad.any()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters() if parameter.requires_grad)
+    sinkroute.end_step(layer)
+    y = layer.eval()(x, mask, token_ids=ids)
+    assert y.isfinite().all() and layer.routes.experts.shape == (12, 2)
+    assert masked == (not y[:, 3].any())
 
 
 # -- precision -------------------------------------------------------------------------------------------------------
@@ -344,6 +448,39 @@ def test_the_names_of_the_state_are_these():
         "shared.w_in",
         "shared.w_out",
     ]
+
+
+def test_the_biases_of_gate_and_experts_are_options():
+    assert list(make(gate_bias=True).state_dict()) == ["gate.weight", "gate.bias", "experts.w_in", "experts.w_out"]
+    assert list(make(bias=True, shared_hidden=4).state_dict())[-4:] == [
+        "shared.w_in",
+        "shared.w_out",
+        "shared.b_in",
+        "shared.b_out",
+    ]
+
+
+def test_the_bias_of_the_gate_starts_at_0_and_takes_part_in_choice_and_weights():
+    layer, x = make(gate_bias=True), random(6, D)
+    assert torch.equal(layer(x), make()(x))
+    with torch.no_grad():
+        layer.gate.bias.copy_(torch.tensor([0.0, 0.0, 50.0, 0.0, 0.0]))
+    layer(x).sum().backward()
+    scores_TE = x @ layer.gate.weight.T + layer.gate.bias
+    assert layer.routes.experts[:, 0].tolist() == [2] * 6
+    torch.testing.assert_close(layer.routes.weights, torch.softmax(scores_TE.topk(2).values, -1))
+    assert layer.gate.bias.grad.shape == (EXPERTS,)
+
+
+def test_a_gate_that_has_a_bias_already_keeps_it():
+    assert make(router="ssr-fold", gate_bias=True).gate.bias is not None
+
+
+def test_a_bias_of_a_gate_that_is_no_linear_map_is_refused():
+    router = sinkroute.create_router("softmax", num_experts=EXPERTS, top_k=2)
+    router.make_gate = lambda d_model: torch.nn.Identity()
+    with pytest.raises(ValueError, match="gate_bias=True, but the gate of SoftmaxRouter is no linear map; leave"):
+        make(router=router, gate_bias=True)
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "state_dict"])

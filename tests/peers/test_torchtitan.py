@@ -12,10 +12,13 @@ titan_moe = pytest.importorskip("torchtitan.models.common.moe")
 titan_linear = pytest.importorskip("torchtitan.models.common.linear")
 titan_optimizer = pytest.importorskip("torchtitan.components.optimizer.optimizer")
 
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
+
 
 def random(tokens, experts, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tokens, experts, generator=generator) + torch.randn(experts, generator=generator)
+    """Logits of which some experts get more than others, the same ones for every seed."""
+    popular_E = torch.randn(experts, generator=torch.Generator().manual_seed(99))
+    return torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed)) + popular_E
 
 
 def router_config(experts, top_k, **options):
@@ -108,7 +111,7 @@ def test_the_bias_and_what_it_chooses_stay_those_of_torchtitan_over_several_step
         sinkroute.end_step(ours)
         update()
         torch.testing.assert_close(ours.state.bias_E - ours.state.bias_E.mean(), moe.expert_bias_E, rtol=0, atol=1e-6)
-    assert most[-1] < 0.75 * most[0], "the bias has balanced nothing"
+    assert most[-1] < 0.7 * most[0], "the bias has balanced nothing"
     agree(ours.eval(), peer(moe.eval().router, moe.expert_bias_E), random(64, 16, seed=5))
 
 

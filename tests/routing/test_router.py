@@ -12,8 +12,18 @@ QUIET = {"noise": 0.0}
 RULES = [
     pytest.param("softmax", {}, id="softmax"),
     pytest.param("load-balance", {}, id="load-balance"),
+    pytest.param("gshard", {}, id="gshard"),
     pytest.param("z-loss", {}, id="z-loss"),
+    pytest.param("global-load-balance", {}, id="global-load-balance"),
+    pytest.param("loss-free", {}, id="loss-free"),
+    pytest.param("quantile", {}, id="quantile"),
+    pytest.param("quantile", {"scope": "batch", "score": "sigmoid"}, id="quantile of the batch"),
     pytest.param("sinkhorn", {}, id="sinkhorn"),
+    pytest.param("base", {}, id="base"),
+    pytest.param("xmoe", {}, id="xmoe"),
+    pytest.param("stable-moe", {}, id="stable-moe"),
+    pytest.param("smoe-dropout", {}, id="smoe-dropout"),
+    pytest.param("hash", {}, id="hash"),
     pytest.param("ssr-l", QUIET | {"probability": 0.0}, id="ssr-l by softmax"),
     pytest.param("ssr-l", QUIET | {"probability": 1.0, "plan_gradient": "weights"}, id="ssr-l by plan"),
     pytest.param("ssr-s", QUIET | {"probability": 0.0}, id="ssr-s by softmax"),
@@ -22,6 +32,9 @@ RULES = [
     pytest.param("ssr-s", QUIET | {"probability": 1.0, "plan_gradient": "full"}, id="ssr-s by plan, full"),
 ]
 every_rule = pytest.mark.parametrize(("name", "options"), RULES)
+# Noise is drawn for every place of a batch, so that tokens get another if the padding between them is left out.
+NOISY_RULES = [pytest.param(name, {}, id=name) for name in ("noisy", "v-moe-noise")]
+even_noisy_rules = pytest.mark.parametrize(("name", "options"), RULES + NOISY_RULES)
 
 
 def make(name, options, experts=6, top_k=2):
@@ -58,7 +71,7 @@ def test_padding_changes_nothing_for_real_tokens(name, options):
     assert not padded.grad[~mask].any()
 
 
-@every_rule
+@even_noisy_rules
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
 def test_what_padding_holds_reaches_neither_routes_nor_gradients(name, options, garbage):
     mask = torch.tensor([True, False, True, True, False])
@@ -73,7 +86,7 @@ def test_what_padding_holds_reaches_neither_routes_nor_gradients(name, options, 
     assert torch.equal(dirty_gradient, clean_gradient) and torch.isfinite(dirty_gradient).all()
 
 
-@every_rule
+@even_noisy_rules
 def test_masked_tokens_have_weight_0_and_indices_that_exist(name, options):
     mask = torch.tensor([False, True, True, False])
     for router in (make(name, options), make(name, options).eval()):
@@ -82,7 +95,7 @@ def test_masked_tokens_have_weight_0_and_indices_that_exist(name, options):
         assert routes.experts.min() >= 0 and routes.experts.max() < 6
 
 
-@every_rule
+@even_noisy_rules
 @pytest.mark.parametrize("tokens", [0, 4])
 def test_no_real_token_is_no_error(name, options, tokens):
     logits_TE = random(tokens, 6).requires_grad_()
@@ -94,7 +107,7 @@ def test_no_real_token_is_no_error(name, options, tokens):
     assert torch.equal(logits_TE.grad, torch.zeros(tokens, 6))
 
 
-@every_rule
+@even_noisy_rules
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 6, 2), (2, 6, 3), (1, 1, 1), (3, 2, 2)])
 def test_fewer_tokens_than_experts_are_no_error(name, options, tokens, experts, top_k):
     logits_TE = random(tokens, experts).requires_grad_()
@@ -112,8 +125,10 @@ def test_fewer_tokens_than_experts_are_no_error(name, options, tokens, experts, 
 def test_serving_is_plain_topk_to_the_last_bit(name, top_k):
     logits_TE, mask = random(50, 6), torch.arange(50) % 5 != 0
     options = {"probability": 1.0, "noise": 4.0} if name.startswith("ssr") else {}
-    routes = make(name, options, top_k=top_k).eval()(logits_TE, mask)
-    plain = make("softmax", {}, top_k=top_k).eval()(logits_TE, mask)
+    router = make(name, options, top_k=top_k).eval()
+    routes = router(logits_TE, mask)
+    weighing = {"score": router.score, "norm_topk": router.norm_topk}  # some methods weigh by sigmoids
+    plain = make("softmax", weighing, top_k=top_k).eval()(logits_TE, mask)
     assert torch.equal(routes.experts, plain.experts) and torch.equal(routes.weights, plain.weights)
     assert torch.equal(routes.load, plain.load) and routes.branch == "softmax"
     assert routes.aux_loss is routes.plan_error is routes.plan_passes is None
@@ -122,7 +137,7 @@ def test_serving_is_plain_topk_to_the_last_bit(name, top_k):
 # -- dtypes ----------------------------------------------------------------------------------------------------------
 
 
-@every_rule
+@even_noisy_rules
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_scores_give_the_routes_of_their_float32_values(name, options, dtype):
     half = random(30, 6).to(dtype).requires_grad_()
@@ -135,7 +150,7 @@ def test_half_precision_scores_give_the_routes_of_their_float32_values(name, opt
     assert half.grad.dtype == dtype and torch.equal(half.grad, single.grad.to(dtype))
 
 
-@every_rule
+@even_noisy_rules
 def test_float64_scores_stay_float64(name, options):
     routes = make(name, options)(random(10, 6, dtype=torch.float64))
     assert routes.weights.dtype == torch.float64

@@ -25,6 +25,9 @@ def batches(draw):
     ("name", "options"),
     [
         *((name, {}) for name in ("softmax", "load-balance", "z-loss", "sinkhorn")),
+        *((name, {}) for name in ("base", "xmoe", "stable-moe", "smoe-dropout", "hash")),
+        *((name, {}) for name in ("gshard", "noisy", "v-moe-noise")),
+        *((name, {}) for name in ("global-load-balance", "loss-free", "quantile")),
         *((name, {"probability": p, "noise": 1.0}) for name in ("ssr-l", "ssr-s") for p in (0.0, 1.0)),
     ],
 )
@@ -45,13 +48,14 @@ def test_routes_keep_their_contract(name, options, norm_topk, batch):
     if router.norm_topk:
         torch.testing.assert_close(routes.weights.sum(1), real.float(), rtol=0, atol=1e-5)
     by_plan = name == "sinkhorn" or options.get("probability") == 1.0
-    assert routes.branch == ("sinkhorn" if by_plan else "softmax")
+    assert routes.branch == ("sinkhorn" if by_plan else "assignment" if name == "base" else "softmax")
+    assert routes.chosen is None if mask is None else torch.equal(routes.chosen, mask[:, None].expand(tokens, top_k))
     assert (routes.plan_error is not None) == (routes.plan_passes is not None) == by_plan
     if not by_plan or name.startswith("ssr"):  # S-BASE orders by the plan and weighs by the softmax
         assert (routes.weights.diff(dim=1) <= 1e-6).all()
 
 
-@pytest.mark.parametrize("name", ["load-balance", "z-loss"])
+@pytest.mark.parametrize("name", ["load-balance", "z-loss", "gshard", "noisy", "v-moe-noise"])
 def test_an_auxiliary_loss_is_a_number_with_a_gradient(name):
     logits_TE = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
     routes = sinkroute.create_router(name, num_experts=3, top_k=1)(logits_TE)

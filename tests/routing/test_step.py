@@ -1,4 +1,4 @@
-"""`set_step`: numbers, counts, and a warning where it was forgotten."""
+"""`set_step` and `end_step`: numbers, counts, and a warning where the first was forgotten."""
 
 import copy
 import warnings
@@ -107,3 +107,134 @@ def test_no_warning_where_no_draw_lacks_its_step(silenced_by):
         warnings.simplefilter("error")
         for _ in range(70):
             router(torch.zeros(1, 4))
+
+
+# -- the end of a step -----------------------------------------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    """Two routers whose bias moves by 1/8 a step, and one that remembers nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (
+            sinkroute.create_router("loss-free", num_experts=2, top_k=1, update_rate=0.125) for _ in range(2)
+        )
+        self.third = sinkroute.create_router("softmax", num_experts=2, top_k=1)
+
+    def forward(self, second=1):
+        """All tokens want expert 0 of the first router, and `second` of the second router."""
+        for router, expert in ((self.first, 0), (self.second, second), (self.third, 0)):
+            router(9.0 * nn.functional.one_hot(torch.tensor([expert]), 2))
+
+    def biases(self):
+        """In eighths."""
+        return (8 * self.first.state.bias_E).tolist(), (8 * self.second.state.bias_E).tolist()
+
+
+def test_end_step_brings_every_router_up_to_date_with_its_own_load():
+    model = Layers()
+    sinkroute.set_step(model, 0)
+    model()
+    assert model.biases() == ([0, 0], [0, 0])
+    sinkroute.end_step(model)
+    assert model.biases() == ([-1, 1], [1, -1])
+
+
+def test_a_second_end_of_the_same_step_does_nothing():
+    model = Layers()
+    sinkroute.set_step(model, 0)
+    model()
+    for _ in range(3):
+        sinkroute.end_step(model)
+    sinkroute.set_step(model, 1)
+    assert model.biases() == ([-1, 1], [1, -1])
+
+
+def test_end_step_before_the_first_step_does_nothing():
+    model = Layers()
+    model()
+    sinkroute.end_step(model)
+    assert model.biases() == ([0, 0], [0, 0])
+
+
+def test_set_step_ends_the_step_before_but_not_its_own():
+    model = Layers()
+    sinkroute.set_step(model, 0)
+    model()
+    sinkroute.set_step(model, 0, micro_batch=1)
+    model(second=0)
+    model(second=0)
+    assert model.biases() == ([0, 0], [0, 0])
+    sinkroute.set_step(model, 1)
+    assert model.biases() == ([-1, 1], [-1, 1])  # the second router: 1 token for expert 1, then 2 for expert 0
+
+
+def test_steps_may_go_back():
+    model = Layers()
+    for step in (5, 6, 3, 4):
+        sinkroute.set_step(model, step)
+        model()
+    sinkroute.end_step(model)
+    assert model.biases() == ([-4, 4], [4, -4])
+
+
+def test_a_step_without_a_forward_pass_moves_nothing():
+    model = Layers()
+    for step in range(3):
+        sinkroute.set_step(model, step)
+    assert model.biases() == ([0, 0], [0, 0])
+
+
+def test_a_resumed_model_ends_the_step_that_it_was_saved_in():
+    model, resumed = Layers(), Layers()
+    sinkroute.set_step(model, 7)
+    model()
+    resumed.load_state_dict(model.state_dict())
+    sinkroute.set_step(resumed, 8)
+    assert resumed.biases() == ([-1, 1], [1, -1])
+
+
+def test_a_resumed_model_does_not_end_a_step_again():
+    model, resumed = Layers(), Layers()
+    sinkroute.set_step(model, 7)
+    model()
+    sinkroute.end_step(model)
+    resumed.load_state_dict(model.state_dict())
+    sinkroute.end_step(resumed)
+    sinkroute.set_step(resumed, 8)
+    assert resumed.biases() == ([-1, 1], [1, -1])
+
+
+def test_routers_of_several_devices_end_a_step_together():
+    # Model parallelism in one process; the second device of this machine is made of paper.
+    model = Layers()
+    sinkroute.set_step(model, 0)
+    model()
+    second = model.second.state
+    second.pending = lambda pending=second.pending: pending().to("meta")
+    seen = []
+    model.second.end_step = lambda totals: (seen.append(totals.device.type), second.end())
+    sinkroute.end_step(model)
+    assert model.biases()[0] == [-1, 1] and seen == ["meta"]
+
+
+def test_the_length_of_training_is_told_once():
+    router = sinkroute.create_router("ssr-s", num_experts=4, top_k=2, noise="linear(1, 0)")
+    sinkroute.set_step(router, 0, total_steps=10)
+    sinkroute.set_step(router, 5)
+    assert (router.total_steps, router.noise_now) == (10, 0.5)
+    sinkroute.set_step(router, 5, total_steps=20)
+    assert (router.total_steps, router.noise_now) == (20, 0.75)
+
+
+def test_a_schedule_that_spans_a_training_of_unknown_length_is_an_error():
+    router = sinkroute.create_router("ssr-s", num_experts=4, top_k=2, noise="linear(1, 0)")
+    with pytest.raises(ValueError, match=r"write linear\(1, 0, STEPS\) or tell the length of training"):
+        sinkroute.set_step(router, 5)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True])
+def test_a_length_of_training_that_is_none_is_refused(value):
+    with pytest.raises(ValueError, match=r"^total_steps must be an integer of [01] or more, got "):
+        sinkroute.set_step(TwoRouters(), 1, total_steps=value)

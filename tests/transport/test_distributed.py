@@ -1,11 +1,4 @@
-"""Tokens shared by two processes: the plan is that of one process which holds them all.
-
-This file is also the program that the processes run: `python test_distributed.py RANK WORLD STORE OUTPUT`.
-"""
-
-import os
-import subprocess
-import sys
+"""Tokens shared by two processes: the plan is that of one process which holds them all."""
 
 import pytest
 import torch
@@ -37,9 +30,9 @@ def shard(rank, split, options):
     return all_scores()[rows], options | per_token
 
 
-def run_rank(rank, world, store, output):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    results = {}
+def solve_on_rank():
+    """{(case, method): (potentials, column error, passes, local rows)}."""
+    rank, results = dist.get_rank(), {}
     for case, (split, options) in CASES.items():
         for method in list_solvers():
             scores_TE, local_options = shard(rank, split, options)
@@ -51,28 +44,12 @@ def run_rank(rank, world, store, output):
             solve(bad_TE, 0.5, method=method, process_group=dist.group.WORLD)
         except ValueError as error:
             results["bad", method] = str(error)
-    torch.save(results, output)
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What each rank saved: {(case, method): (potentials, column error, passes, local rows)}."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    outputs = [folder / f"{rank}.pt" for rank in range(WORLD)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(WORLD), str(folder / "store"), str(output)], env=environment
-        )
-        for rank, output in enumerate(outputs)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0] * WORLD
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(output) for output in outputs]
+def results(run_ranks):
+    return run_ranks(solve_on_rank, WORLD)
 
 
 @pytest.mark.parametrize("method", list_solvers())
@@ -91,7 +68,3 @@ def test_sharded_tokens_give_the_plan_of_one_process(results, case, method):
 @pytest.mark.parametrize("method", list_solvers())
 def test_bad_scores_on_one_rank_are_an_error_on_all(results, method):
     assert "another rank" in results[0]["bad", method] and "scores_TE[0, 0] is nan" in results[1]["bad", method]
-
-
-if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])

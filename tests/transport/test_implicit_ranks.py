@@ -1,11 +1,4 @@
-"""Tokens shared by two processes: the gradient of the sum of their losses is that of one process with all tokens.
-
-This file is also the program that the processes run: `python test_implicit_ranks.py RANK WORLD STORE OUTPUT`.
-"""
-
-import os
-import subprocess
-import sys
+"""Tokens shared by two processes: the gradient of the sum of their losses is that of one process with all tokens."""
 
 import pytest
 import torch
@@ -47,34 +40,18 @@ def local_gradient(rows, options, output, group=None):
     return scores_TE.grad
 
 
-def run_rank(rank, world, store, output):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    gradients = {
-        case: local_gradient(slice(0, split) if rank == 0 else slice(split, None), options, what, dist.group.WORLD)
+def gradients_on_rank():
+    """{case: gradient of this rank's rows}."""
+    first = dist.get_rank() == 0
+    return {
+        case: local_gradient(slice(0, split) if first else slice(split, None), options, what, dist.group.WORLD)
         for case, (split, options, what) in CASES.items()
     }
-    torch.save(gradients, output)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def gradients(tmp_path_factory):
-    """What each rank saved: {case: gradient of its rows}."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    outputs = [folder / f"{rank}.pt" for rank in range(WORLD)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(WORLD), str(folder / "store"), str(output)], env=environment
-        )
-        for rank, output in enumerate(outputs)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0] * WORLD
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(output) for output in outputs]
+def gradients(run_ranks):
+    return run_ranks(gradients_on_rank, WORLD)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -84,7 +61,3 @@ def test_the_gradient_of_the_sum_of_the_losses_is_that_of_one_process(gradients,
     shards = [rank[case] for rank in gradients]
     assert [len(x) for x in shards] == [split, TOKENS - split]
     torch.testing.assert_close(torch.cat(shards), expected_TE, rtol=1e-8, atol=1e-10)
-
-
-if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])

@@ -5,5 +5,6 @@ routed copies of tokens (T·K).
 """
 
 from sinkroute.moe.layer import MoE
+from sinkroute.moe.multi_head import MultiHeadMoE
 
-__all__ = ["MoE"]
+__all__ = ["MoE", "MultiHeadMoE"]

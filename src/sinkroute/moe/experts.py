@@ -1,7 +1,8 @@
 """E feed-forward networks, computed over rows that are sorted by expert.
 
 `torch.nn.functional.grouped_mm` does all experts in one call where it can; a loop over the experts does it elsewhere
-(float64, rows that are not 16-byte multiples) and is the reference for it.
+(float64, rows that are not 16-byte multiples) and is the reference for it. Where neither can be traced, one opaque
+operation stands for them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkroute._errors import unknown_name
+from sinkroute._values import holds_values
+from sinkroute.moe.opaque import opaque_linear
 
 __all__ = ["Experts", "grouped_linear", "loop_linear"]
 
@@ -27,20 +30,25 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 
 
 class Experts(nn.Module):
-    """E independent feed-forward networks D → F → D without biases.
+    """E independent feed-forward networks D → F → D.
 
     Args:
         d_model: D.
         d_hidden: F, of each expert.
         num_experts: E.
         activation: `"swiglu"` (gated, three matrices), `"gelu"` or `"relu"` (two matrices).
+        bias: whether each matrix has a bias.
 
     Attributes:
         w_in: (E, F, D), or (E, 2F, D) with the gate's rows first when gated; the layout of `nn.Linear` per expert.
         w_out: (E, D, F).
+        b_in: (E, F), or (E, 2F) when gated; None without biases.
+        b_out: (E, D), or None.
     """
 
-    def __init__(self, d_model: int, d_hidden: int, num_experts: int, activation: str = "swiglu") -> None:
+    def __init__(
+        self, d_model: int, d_hidden: int, num_experts: int, activation: str = "swiglu", *, bias: bool = False
+    ) -> None:
         super().__init__()
         for name, value in (("d_model", d_model), ("d_hidden", d_hidden), ("num_experts", num_experts)):
             if value < 1:
@@ -51,34 +59,41 @@ class Experts(nn.Module):
         self.function, self.gated = ACTIVATIONS[activation]
         self.w_in = nn.Parameter(torch.empty(num_experts, (1 + self.gated) * d_hidden, d_model))
         self.w_out = nn.Parameter(torch.empty(num_experts, d_model, d_hidden))
+        self.b_in = nn.Parameter(torch.empty(self.w_in.shape[:2])) if bias else None
+        self.b_out = nn.Parameter(torch.empty(self.w_out.shape[:2])) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Each expert as `nn.Linear` would be: uniform within 1/√fan-in."""
-        for weight in (self.w_in, self.w_out):
+        """Each matrix as in `nn.Linear`, uniform within 1/√fan-in; biases 0."""
+        for weight, bias in ((self.w_in, self.b_in), (self.w_out, self.b_out)):
             bound = 1 / math.sqrt(weight.shape[-1])
             nn.init.uniform_(weight, -bound, bound)
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def extra_repr(self) -> str:
         experts, d_model, d_hidden = self.w_out.shape
-        return f"num_experts={experts}, d_model={d_model}, d_hidden={d_hidden}, activation={self.activation}"
+        bias = "" if self.b_in is None else ", bias=True"
+        return f"num_experts={experts}, d_model={d_model}, d_hidden={d_hidden}, activation={self.activation}{bias}"
 
     def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """Rows (R, D) sorted by expert, expert e's ending at `ends_E[e]` → (R, D)."""
-        if torch.is_autocast_enabled(x_RD.device.type):  # autocast does not know grouped_mm
+        if not x_RD.is_meta and torch.is_autocast_enabled(x_RD.device.type):  # autocast does not know grouped_mm
             dtype = torch.get_autocast_dtype(x_RD.device.type)
             x_RD, w_in, w_out = x_RD.to(dtype), self.w_in.to(dtype), self.w_out.to(dtype)
         else:
             w_in, w_out = self.w_in, self.w_out
-        grouped = can_group(x_RD, w_in) and can_group(x_RD, w_out)
-        linear = grouped_linear if grouped else loop_linear
-        hidden_RF = linear(x_RD, w_in, ends_E)
+        if can_group(x_RD, w_in) and can_group(x_RD, w_out):
+            linear = grouped_linear
+        else:
+            linear = opaque_linear if torch.compiler.is_compiling() or not holds_values(x_RD) else loop_linear
+        hidden_RF = add_bias(linear(x_RD, w_in, ends_E), self.b_in, ends_E)
         if self.gated:
             gate_RF, up_RF = hidden_RF.chunk(2, dim=-1)
             hidden_RF = self.function(gate_RF) * up_RF
         else:
             hidden_RF = self.function(hidden_RF)
-        return linear(hidden_RF, w_out, ends_E)
+        return add_bias(linear(hidden_RF, w_out, ends_E), self.b_out, ends_E)
 
 
 def can_group(x: Tensor, weight: Tensor) -> bool:
@@ -87,9 +102,9 @@ def can_group(x: Tensor, weight: Tensor) -> bool:
         (torch.bfloat16, torch.float32) if x.device.type == "cpu" else (torch.bfloat16, torch.float16, torch.float32)
     )
     aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
-    # Inductor cannot lower the float32 kernel (torch 2.13); the loop compiles.
-    compiles = not (torch.compiler.is_compiling() and x.dtype == torch.float32)
-    return x.dtype == weight.dtype and x.dtype in dtypes and aligned and compiles and x.numel() > 0
+    # What torch knows of the kernel's shapes, which the compiler asks for, is for bfloat16 alone (torch 2.13).
+    known = x.dtype == torch.bfloat16 or (holds_values(x) and not torch.compiler.is_compiling())
+    return x.dtype == weight.dtype and x.dtype in dtypes and aligned and known and x.numel() > 0
 
 
 def grouped_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
@@ -121,3 +136,37 @@ def loop_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
     parts = zip(x_RD.split(counts), weight_EFD.unbind(), strict=True)
     return torch.cat([part_RD @ weight_FD.t() for part_RD, weight_FD in parts])
+
+
+def add_bias(y_RF: Tensor, bias_EF: Tensor | None, ends_E: Tensor) -> Tensor:
+    """Row r plus the bias of its expert, in the dtype of `y_RF`; None: no bias.
+
+    >>> add_bias(torch.zeros(3, 1), torch.tensor([[1.0], [2.0]]), torch.tensor([1, 3])).flatten().tolist()
+    [1.0, 2.0, 2.0]
+    """
+    if bias_EF is None:
+        return y_RF
+    return _AddBias.apply(y_RF, bias_EF.to(y_RF.dtype), expert_of_rows(len(y_RF), ends_E))
+
+
+def expert_of_rows(rows: int, ends_E: Tensor) -> Tensor:
+    """(R,) int64: which expert each row belongs to."""
+    row_R = torch.arange(rows, dtype=ends_E.dtype, device=ends_E.device)
+    return torch.searchsorted(ends_E, row_R, right=True)
+
+
+class _AddBias(torch.autograd.Function):
+    """y_r + bias[expert_r]. Its gradient is a product: to add up rows by index would be atomic on a GPU, in an order
+    that changes, and would lose small numbers to rounding in half precision."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RF: Tensor, bias_EF: Tensor, expert_R: Tensor) -> Tensor:
+        ctx.save_for_backward(expert_R)
+        ctx.num_experts = len(bias_EF)
+        return y_RF + bias_EF[expert_R]
+
+    @staticmethod
+    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor, None]:
+        (expert_R,) = ctx.saved_tensors
+        every_E1 = torch.arange(ctx.num_experts, device=expert_R.device)[:, None]
+        return grad_RF, (every_E1 == expert_R).to(grad_RF.dtype) @ grad_RF, None

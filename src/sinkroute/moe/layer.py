@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sinkroute._values import holds_values
 from sinkroute.moe.dispatch import combine, dispatch, plan_dispatch
 from sinkroute.moe.experts import Experts
 from sinkroute.routing import Router, Routes, create_router
 
-__all__ = ["MoE"]
+__all__ = ["MoE", "check_tokens"]
 
 
 class MoE(nn.Module):
@@ -26,6 +28,8 @@ class MoE(nn.Module):
         router: a name from `sinkroute.list_routers()`, or a router made by `sinkroute.create_router`.
         activation: of the experts: `"swiglu"`, `"gelu"` or `"relu"`.
         shared_hidden: hidden width of an expert that all tokens visit beside their K; None: no shared expert.
+        bias: whether the experts' matrices have biases.
+        gate_bias: whether the gate has a bias, 0 at first; for gates that are a linear map.
         router_options: options of a router given by name.
 
     Attributes:
@@ -52,6 +56,8 @@ class MoE(nn.Module):
         activation: str = "swiglu",
         *,
         shared_hidden: int | None = None,
+        bias: bool = False,
+        gate_bias: bool = False,
         router_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -67,8 +73,15 @@ class MoE(nn.Module):
         self.d_model = d_model
         self.router = router
         self.gate = router.make_gate(d_model)
-        self.experts = Experts(d_model, d_hidden, num_experts, activation)
-        self.shared = None if shared_hidden is None else Experts(d_model, shared_hidden, 1, activation)
+        if gate_bias:
+            if not isinstance(self.gate, nn.Linear):
+                raise ValueError(
+                    f"gate_bias=True, but the gate of {type(router).__name__} is no linear map; leave gate_bias out"
+                )
+            if self.gate.bias is None:
+                self.gate.bias = nn.Parameter(torch.zeros(self.gate.out_features))
+        self.experts = Experts(d_model, d_hidden, num_experts, activation, bias=bias)
+        self.shared = None if shared_hidden is None else Experts(d_model, shared_hidden, 1, activation, bias=bias)
         self.routes: Routes | None = None
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, *, token_ids: Tensor | None = None) -> Tensor:
@@ -85,34 +98,37 @@ class MoE(nn.Module):
             ValueError: a last dimension other than D, a mask or ids whose shape is not the leading shape of `x`, or no
                 ids for a gate that needs them.
         """
-        if x.ndim == 0 or x.shape[-1] != self.d_model:
-            raise ValueError(f"x must have a last dimension of d_model={self.d_model}, got shape {tuple(x.shape)}")
-        if token_mask is not None:
-            if token_mask.dtype != torch.bool:
-                raise TypeError(
-                    f"token_mask must be bool with True for real tokens, got {token_mask.dtype}; use mask.bool()"
-                )
-            if token_mask.shape != x.shape[:-1]:
-                raise ValueError(
-                    f"token_mask must have shape {tuple(x.shape[:-1])} like x, got {tuple(token_mask.shape)}"
-                )
+        check_tokens(x, token_mask, self.d_model)
         x_TD = x.reshape(-1, self.d_model)
         mask_T = None if token_mask is None else token_mask.reshape(-1)
         if mask_T is not None:
             # Whatever padding holds, NaN included, must not reach the experts' gradients.
             x_TD = x_TD.masked_fill(~mask_T[:, None], 0.0)
         self.routes = routes = self.router(self._logits(x_TD, token_ids), mask_T)
-        plan = plan_dispatch(routes.experts, self.router.num_experts)
+        plan = plan_dispatch(routes.experts, self.router.num_experts, self._computed(routes))
         y_TD = combine(self.experts(dispatch(x_TD, plan), plan.ends_E), routes.weights, plan)
         if self.shared is not None:
             all_rows = torch.full((1,), x_TD.shape[0], dtype=torch.int32, device=x.device)
-            y_TD = y_TD + self.shared(x_TD, all_rows)
+            shared_TD = self.shared(x_TD, all_rows)
+            # Padding is 0, but a bias makes something of that.
+            y_TD = y_TD + (shared_TD if mask_T is None else shared_TD.masked_fill(~mask_T[:, None], 0.0))
         return y_TD.view(*x.shape[:-1], self.d_model)
+
+    def _computed(self, routes: Routes) -> Tensor | None:
+        """(T, K) bool, the places whose experts are computed; None: all, whether or not they are a choice."""
+        # Shapes that depend on the data would be compiled anew, or not at all; fake tensors have none.
+        if torch.compiler.is_compiling() or not holds_values(routes.experts):
+            return None
+        # A device would have to be waited for. Where the router has more columns than K it has been waited for already,
+        # and most places may be empty.
+        known = routes.experts.device.type == "cpu" or routes.experts.shape[1] > self.router.top_k
+        return routes.chosen if known else None
 
     def _logits(self, x_TD: Tensor, token_ids: Tensor | None) -> Tensor:
         """The gate's scores in float32 or better, whatever the model's dtype or autocast: near-ties decide routes."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        with torch.autocast(x_TD.device.type, enabled=False):
+        # The meta device has no autocast.
+        with nullcontext() if x_TD.is_meta else torch.autocast(x_TD.device.type, enabled=False):
             if getattr(self.gate, "needs_token_ids", False):
                 if token_ids is None:
                     raise ValueError(
@@ -134,3 +150,20 @@ class MoE(nn.Module):
         # The last routes belong to a graph: they cannot be copied (an average of the model's weights is a deep copy)
         # or saved.
         return {**super().__getstate__(), "routes": None}
+
+
+def check_tokens(x: Tensor, token_mask: Tensor | None, d_model: int) -> None:
+    """Refuse tokens (..., D), or a mask for them, of a wrong form.
+
+    Raises:
+        TypeError: a mask that is not bool.
+        ValueError: a last dimension other than D, a mask whose shape is not the leading shape of `x`.
+    """
+    if x.ndim == 0 or x.shape[-1] != d_model:
+        raise ValueError(f"x must have a last dimension of d_model={d_model}, got shape {tuple(x.shape)}")
+    if token_mask is None:
+        return
+    if token_mask.dtype != torch.bool:
+        raise TypeError(f"token_mask must be bool with True for real tokens, got {token_mask.dtype}; use mask.bool()")
+    if token_mask.shape != x.shape[:-1]:
+        raise ValueError(f"token_mask must have shape {tuple(x.shape[:-1])} like x, got {tuple(token_mask.shape)}")

@@ -5,9 +5,10 @@ Shape suffixes, here and in `sinkroute.moe`: `T` tokens, `E` experts, `K` expert
 """
 
 from sinkroute.routing.inference import set_inference
+from sinkroute.routing.monitor import LoadMonitor
 from sinkroute.routing.registry import create_router, list_routers
 from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
 from sinkroute.routing.step import end_step, set_step
 
-__all__ = ["Router", "Routes", "create_router", "end_step", "list_routers", "set_inference", "set_step"]
+__all__ = ["LoadMonitor", "Router", "Routes", "create_router", "end_step", "list_routers", "set_inference", "set_step"]

@@ -44,9 +44,7 @@ def normal_like(reference: Tensor, seed: Tensor) -> Tensor:
 
     The numbers differ between device types (CPU and CUDA have different generators), never between calls.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.sinkroute.normal_like(reference, seed)
-    return _normal_like(reference, seed)
+    return torch.ops.sinkroute.normal_like(reference, seed)
 
 
 def _normal_like(reference: Tensor, seed: Tensor) -> Tensor:
@@ -55,7 +53,7 @@ def _normal_like(reference: Tensor, seed: Tensor) -> Tensor:
     return torch.randn(reference.shape, dtype=reference.dtype, device=reference.device, generator=generator)
 
 
-# To the compiler one opaque operation: it cannot trace a generator.
+# One opaque operation: the compiler cannot trace a generator, and tensors without values have none.
 _library = torch.library.Library("sinkroute", "FRAGMENT")
 _library.define("normal_like(Tensor reference, Tensor seed) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.impl("normal_like", _normal_like, "CompositeExplicitAutograd")

@@ -1,7 +1,8 @@
-"""How evenly experts are used: numbers from counts, for any method.
+"""How evenly experts are used, how sure the gate is, and how much routes change: pure functions, for any method.
 
-All take loads: counts of routed tokens, (E,) or (..., E) integers or floats, and reduce the last dimension.
+Those of loads take counts of routed tokens, (E,) or (..., E) integers or floats, and reduce the last dimension.
 An idle layer (all counts 0) is balanced by definition: nothing was unfair.
+Those that compare two choices take expert indices (..., T, K) of the same tokens, no expert twice in a row.
 """
 
 from __future__ import annotations
@@ -9,9 +10,21 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["coefficient_of_variation", "dead_experts", "load_entropy", "load_metrics", "max_violation"]
+from sinkroute.routing.scores import Score
+
+__all__ = [
+    "coefficient_of_variation",
+    "dead_experts",
+    "load_entropy",
+    "load_metrics",
+    "max_violation",
+    "router_entropy",
+    "routing_fluctuation",
+    "saturation",
+]
 
 
 def _relative(load: Tensor) -> Tensor:
@@ -73,3 +86,77 @@ def load_metrics(load: Tensor) -> dict[str, float]:
         "cv": coefficient_of_variation(load).item(),
         "dead": int(dead_experts(load)),
     }
+
+
+def router_entropy(logits_TE: Tensor, score: Score = "softmax") -> Tensor:
+    """H(p) of each token in nats, (T,): ln E is undecided, 0 is sure.
+
+    Args:
+        logits_TE: (..., E) float.
+        score: p is the softmax of the logits, or their sigmoids over the sum of these.
+
+    >>> [round(value, 4) for value in router_entropy(torch.tensor([[0.0, 0.0], [9.0, -9.0]])).tolist()]
+    [0.6931, 0.0]
+    """
+    # The sigmoids in logarithms: where all underflow, 0/0 would be the share.
+    p_TE = torch.softmax(logits_TE if score == "softmax" else F.logsigmoid(logits_TE), dim=-1)
+    return torch.special.entr(p_TE).sum(-1)
+
+
+def routing_fluctuation(experts_a: Tensor, experts_b: Tensor) -> Tensor:
+    """1 − |A ∩ B| / |A ∪ B| of the tokens' expert sets in two checkpoints, mean over tokens, float64.
+
+    0: nothing moved (so it is without tokens); 1: no token kept an expert.
+
+    Args:
+        experts_a: (..., T, K) integers, no expert twice in a row.
+        experts_b: (..., T, K'), the same tokens.
+
+    Raises:
+        ValueError: other tokens.
+
+    >>> routing_fluctuation(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[1, 0], [3, 4]])).item()  # 0 and 1 − 1/3
+    0.33333333333333337
+    """
+    both_T = _overlap(experts_a, experts_b)
+    return _mean_over_tokens(1 - both_T / (experts_a.shape[-1] + experts_b.shape[-1] - both_T))
+
+
+def saturation(experts: Tensor, final_experts: Tensor) -> Tensor:
+    """|A ∩ B| / K of the tokens' experts at some step with those at the end, mean over tokens, float64.
+
+    Router saturation of OLMoE (arXiv 2409.02060). 1: routed as at the end (so it is without tokens);
+    chance is K/E.
+
+    Args:
+        experts: (..., T, K) integers, no expert twice in a row.
+        final_experts: the same shape, of the same tokens.
+
+    Raises:
+        ValueError: shapes that differ.
+
+    >>> saturation(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[1, 0], [3, 1]])).item()
+    0.75
+    """
+    both_T = _overlap(experts, final_experts)
+    if experts.shape != final_experts.shape:
+        raise ValueError(
+            f"experts {tuple(experts.shape)} and final_experts {tuple(final_experts.shape)} must have the same K; "
+            "overlap is relative to it"
+        )
+    return 1 - _mean_over_tokens(1 - both_T / experts.shape[-1])
+
+
+def _overlap(experts_a: Tensor, experts_b: Tensor) -> Tensor:
+    """(..., T) float64: how many experts are in both sets."""
+    if experts_a.ndim < 2 or experts_a.shape[:-1] != experts_b.shape[:-1]:
+        raise ValueError(
+            f"expert indices must be (..., T, K) of the same tokens, got {tuple(experts_a.shape)} and "
+            f"{tuple(experts_b.shape)}; route the same probe batch both times"
+        )
+    return (experts_a[..., :, None] == experts_b[..., None, :]).sum((-1, -2)).double()
+
+
+def _mean_over_tokens(change_T: Tensor) -> Tensor:
+    """Mean of the last dimension; 0 without tokens: nothing changed."""
+    return change_T.sum(-1) / max(change_T.shape[-1], 1)

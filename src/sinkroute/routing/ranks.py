@@ -21,10 +21,19 @@ class Ranks:
     Args:
         group: a `ProcessGroup`, `"world"` for all ranks, or None for this rank alone. Without an initialised process
             group all of them are this rank alone.
+
+    Raises:
+        TypeError: it is none of these.
     """
 
     def __init__(self, group: Group) -> None:
         self._group: Any = group._group if isinstance(group, Ranks) else group
+        known = self._group is None or (isinstance(self._group, str) and self._group == "world")
+        if not known and not (dist.is_available() and isinstance(self._group, dist.ProcessGroup)):
+            raise TypeError(
+                f'process_group must be a ProcessGroup, "world" or None, got {self._group!r}; '
+                "make one with torch.distributed.new_group(ranks), or take mesh.get_group(name) of a device mesh"
+            )
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -33,6 +42,13 @@ class Ranks:
             return None
         group = dist.group.WORLD if self._group == "world" else self._group
         return group if dist.get_world_size(group) > 1 else None
+
+    @property
+    def rank(self) -> int:
+        """Of this process in the group; 0 where it is alone."""
+        if self._group is None or not (dist.is_available() and dist.is_initialized()):
+            return 0
+        return dist.get_rank(None if self._group == "world" else self._group)
 
     def sum(self, values: Tensor) -> Tensor:
         """`values` summed over the ranks, in place."""

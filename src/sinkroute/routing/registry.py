@@ -7,16 +7,26 @@ from typing import Any
 
 from sinkroute._errors import unknown_name
 from sinkroute.routing.router import Router
+from sinkroute.routing.routers.base import BaseRouter
+from sinkroute.routing.routers.expert_choice import ExpertChoiceRouter
 from sinkroute.routing.routers.global_load_balance import GlobalLoadBalanceRouter
+from sinkroute.routing.routers.gshard import GShardRouter
+from sinkroute.routing.routers.hash import HashRouter
 from sinkroute.routing.routers.load_balance import LoadBalanceRouter
 from sinkroute.routing.routers.loss_free import LossFreeRouter
+from sinkroute.routing.routers.noisy import NoisyRouter
+from sinkroute.routing.routers.quantile import QuantileRouter
 from sinkroute.routing.routers.sinkhorn import SinkhornRouter
+from sinkroute.routing.routers.smoe_dropout import SMoEDropoutRouter
 from sinkroute.routing.routers.softmax import SoftmaxRouter
 from sinkroute.routing.routers.ssr import SSRLinearRouter, SSRSoftmaxRouter
 from sinkroute.routing.routers.ssr_b import SSRBalancedRouter
 from sinkroute.routing.routers.ssr_bias import SSRBiasRouter
 from sinkroute.routing.routers.ssr_ec import SSRExpertChoiceRouter
 from sinkroute.routing.routers.ssr_fold import SSRFoldRouter
+from sinkroute.routing.routers.stable_moe import StableMoERouter
+from sinkroute.routing.routers.v_moe_noise import VMoENoiseRouter
+from sinkroute.routing.routers.xmoe import XMoERouter
 from sinkroute.routing.routers.z_loss import ZLossRouter
 
 __all__ = ["create_router", "list_routers"]
@@ -25,11 +35,23 @@ ROUTERS: dict[str, type[Router]] = {
     "softmax": SoftmaxRouter,
     # A loss, or a bias, against the imbalance.
     "load-balance": LoadBalanceRouter,
+    "gshard": GShardRouter,
     "global-load-balance": GlobalLoadBalanceRouter,
     "z-loss": ZLossRouter,
     "loss-free": LossFreeRouter,
+    "quantile": QuantileRouter,
+    # Noise, and losses on what it makes likely.
+    "noisy": NoisyRouter,
+    "v-moe-noise": VMoENoiseRouter,
     # Assignments.
     "sinkhorn": SinkhornRouter,
+    "base": BaseRouter,
+    "expert-choice": ExpertChoiceRouter,
+    # Gates of their own.
+    "xmoe": XMoERouter,
+    "stable-moe": StableMoERouter,
+    "smoe-dropout": SMoEDropoutRouter,
+    "hash": HashRouter,
     # Selective Sinkhorn routing, the paper's two and ours.
     "ssr-l": SSRLinearRouter,
     "ssr-s": SSRSoftmaxRouter,

@@ -8,13 +8,14 @@ beside the model's weights to serve say so.)
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from typing import Any, NamedTuple, TypedDict, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sinkroute._errors import NonFiniteScores, require_numbers, unknown_name
+from sinkroute._values import holds_values
 from sinkroute.routing.draws import hash63, normal_like, uniform
 from sinkroute.routing.losses.inputs import LossInputs
 from sinkroute.routing.losses.registry import LOSSES, LossesLike, check_coefficient, read_losses
@@ -28,6 +29,9 @@ __all__ = ["Choice", "CommonOptions", "Router"]
 
 # After so many passes without set_step, accumulation and recomputation cannot explain it: somebody forgot.
 _PASSES_BEFORE_WARNING = 64
+
+# Passes without a graph whose losses are remembered until they are repeated with one; more are not under way at once.
+_LEAVES = 256
 
 
 class CommonOptions(TypedDict, total=False):
@@ -84,7 +88,8 @@ class Router(nn.Module):
         losses: auxiliary losses beside those of the method: names, or name → coefficient. See `LOSSES`.
         process_group: the ranks whose tokens are balanced together: a `ProcessGroup` or `"world"`. None: for a plan,
             which is solved in every forward pass, this rank alone; for what is counted over a batch (biases, moving
-            averages, the global loss), all ranks.
+            averages, the global loss), all ranks. Ranks outside a given group are taken to hold the same tokens as
+            one in it (tensor parallelism), and draw the same noise.
         seed: of all random draws.
         layer: part of the key of the random draws; None: `sinkroute.set_step` numbers the routers of a model in order.
 
@@ -152,17 +157,17 @@ class Router(nn.Module):
         self.total_steps: int | None = None
         self.state = None
         self._keyless_passes = 0
-        self._noise_seed = torch.zeros((), dtype=torch.int64)  # on the CPU always: no parameter, no buffer
+        self._noise_seed = torch.zeros((), dtype=torch.int64, device="cpu")  # there always: no parameter, no buffer
         self._step_load_E: Tensor | None = None
         self._step_loads: dict[int, Tensor] = {}
-        self._loss_leaves: dict[int, Tensor] = {}
+        self._loss_leaves: dict[int, deque[Tensor]] = {}
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}"
 
     def add_loss(self, name: str, coefficient: float) -> None:
         """For methods that are a loss: compute it too, with this coefficient."""
-        self.losses = {name: check_coefficient("coefficient", coefficient, LOSSES[name]), **self.losses}
+        self.losses = {name: check_coefficient("coefficient", coefficient, LOSSES[name].coefficient), **self.losses}
 
     def make_gate(self, d_model: int) -> nn.Module:
         """The module that turns tokens (T, D) into the logits (T, E) that this router takes: a bias-free linear map."""
@@ -196,12 +201,21 @@ class Router(nn.Module):
         load_E = self._count(experts_TK, counted_TK)
         aux_loss = None
         if self.training:
-            if self.state is not None:
+            if self.state is not None and not recomputing():
                 self.state.note(load_E, self.step_sums(all_TX, choice, token_mask))
             aux_loss = self._auxiliary_loss(logits_TE, choice, load_E, token_mask)
             if aux_loss is not None:
                 aux_loss, weights_TK = self._keep_gradient(aux_loss, weights_TK)
-        return Routes(experts_TK, weights_TK, load_E, choice.branch, aux_loss, choice.plan_error, choice.plan_passes)
+        return Routes(
+            experts_TK,
+            weights_TK,
+            load_E,
+            choice.branch,
+            aux_loss,
+            choice.plan_error,
+            choice.plan_passes,
+            None if counted_TK is None else counted_TK.expand_as(experts_TK),
+        )
 
     # -- what a method overrides -------------------------------------------------------------------------------------
 
@@ -228,7 +242,7 @@ class Router(nn.Module):
 
     def score_topk(self, logits_TE: Tensor) -> Choice:
         """Plain top-k of the scores, weighted by them: how methods serve."""
-        if self.groups > 1 and self.group_score == "top2-sum":
+        if self.top_groups < self.groups and self.group_score == "top2-sum":
             return self.choose_by(scores(logits_TE, self.score), logits_TE)
         # Logits are in the order of their scores, and tell apart what a softmax or sigmoid rounds to the same number.
         return self.choose_by(logits_TE, logits_TE)
@@ -248,8 +262,7 @@ class Router(nn.Module):
         """(T, K) int64: the K largest entries of each row of a plan, in its best groups."""
         if self.top_groups == self.groups:
             return plan.topk(self.top_k)[1]
-        # A row of the plan is in the order of cost + potentials.
-        return self.choose((plan.cost + plan.potentials).to(plan.cost.dtype))
+        return self.choose(plan.matrix().detach())  # groups are judged by the sums of entries
 
     def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """The scores of these experts, renormalised over them with `norm_topk`."""
@@ -295,17 +308,23 @@ class Router(nn.Module):
         There the forward pass runs without a graph, and what it leaves beside its output, as `Routes` does, gets no
         gradient. So the loss is handed out as a leaf, which collects the gradient that it is given; when the pass is
         repeated inside the backward pass, that gradient is passed on to the loss of the repetition.
+
+        Compiled code cannot ask whether it is a repetition: checkpoint compiled layers with `use_reentrant=False`.
         """
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return aux_loss, weights_TK
+        leaves = self._loss_leaves.setdefault(self.micro_batch, deque(maxlen=_LEAVES))
         if not torch.is_grad_enabled():
             leaf = aux_loss.detach().requires_grad_()
-            self._loss_leaves[self.micro_batch] = leaf
+            leaves.append(leaf)
             return leaf, weights_TK
-        if recomputing() and self.micro_batch in self._loss_leaves:
-            scale = self._loss_leaves.pop(self.micro_batch).grad
-            if scale is not None:
-                weights_TK = _AddGradient.apply(weights_TK, aux_loss, scale)
+        if recomputing():
+            # The last that a loss has reached: there are others where a layer is used several times, and where several
+            # forward passes come before a backward pass; one without a gradient is of a pass that was a trial.
+            found = next((leaf for leaf in reversed(leaves) if leaf.grad is not None), None)
+            if found is not None:
+                weights_TK = _AddGradient.apply(weights_TK, aux_loss, found.grad)
+                found.grad = None  # this one has been passed on
         return aux_loss, weights_TK
 
     # -- steps and random draws --------------------------------------------------------------------------------------
@@ -319,7 +338,7 @@ class Router(nn.Module):
         self.step, self.micro_batch, self.step_was_set = step, micro_batch, True
         self.total_steps = self.total_steps if total_steps is None else total_steps
         if self.state is not None:
-            self.state.current = step
+            self.state.begin(step)
         self._update_noise_seed()
         self.prepare_step()
 
@@ -335,13 +354,17 @@ class Router(nn.Module):
         return uniform(tag, self.seed, self.step, *where)
 
     def draw_normal(self, reference: Tensor) -> Tensor:
-        """Standard normal noise keyed by layer, step and micro-batch, and by the rank, whose tokens are others."""
+        """Standard normal noise keyed by layer, step and micro-batch, and by the rank in `batch_ranks`.
+
+        Ranks of a group have other tokens; those outside it that hold the same tokens (tensor parallelism) must draw
+        the same.
+        """
         if not torch.compiler.is_compiling():  # there it is of the last set_step
             self._update_noise_seed()
         return normal_like(reference.detach(), self._noise_seed)
 
     def _update_noise_seed(self) -> None:
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        rank = self.batch_ranks.rank
         self._noise_seed.fill_(hash63("noise", self.seed, self.layer or 0, self.step, self.micro_batch, rank))
 
     def _note_keyless_pass(self) -> None:
@@ -379,7 +402,7 @@ class Router(nn.Module):
                     f"got {tuple(token_mask.shape)}"
                 )
             logits_TE = logits_TE.masked_fill(~token_mask[:, None], 0.0)
-        if logits_TE.device.type == "cpu" and not torch.compiler.is_compiling():
+        if logits_TE.device.type == "cpu" and holds_values(logits_TE) and not torch.compiler.is_compiling():
             self._check_finite(logits_TE)
         return logits_TE
 

@@ -14,13 +14,17 @@ class Routes:
     """Where each token goes, with what weight, and what it costs.
 
     Attributes:
-        experts: (T, K) int64, the chosen experts, best first. A masked token has valid indices and weight 0.
+        experts: (T, K) int64, the chosen experts, best first. A masked token has valid indices and weight 0. Some
+            methods give more columns than K in training.
         weights: (T, K) float32 (float64 for float64 scores), what each expert's output is multiplied by.
-        load: (E,) int64, how many choices of real tokens each expert got; sums to K times the real tokens.
-        branch: which rule chose: `"softmax"` or `"sinkhorn"`.
+        load: (E,) int64, how many choices of real tokens each expert got; sums to K times the real tokens where every
+            token chooses K.
+        branch: which rule chose: `"softmax"`, `"sinkhorn"`, `"assignment"` or `"expert-choice"`.
         aux_loss: 0-d, to be added to the training loss (its coefficient is in it already), or None.
         plan_error: 0-d, the largest relative deviation of a column of the transport plan, or None without a plan.
         plan_passes: passes over the scores that the solver made, or None without a plan.
+        chosen: (T, K) bool, False at places that are no choice, padding and those that are filled up: their weight is 0
+            and gets no gradient, so that their expert need not be computed. None: all are choices.
     """
 
     experts: Tensor
@@ -30,3 +34,4 @@ class Routes:
     aux_loss: Tensor | None = None
     plan_error: Tensor | None = None
     plan_passes: int | Tensor | None = None
+    chosen: Tensor | None = None

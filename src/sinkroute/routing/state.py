@@ -1,11 +1,13 @@
 """What a router remembers from step to step, kept where it survives what is done to models.
 
 - Values (a bias, a moving average) stay float32 when the model is cast to bfloat16: a bias that moves by 0.001 a step
-  would not move at all in bfloat16.
+  would not move at all in bfloat16. They survive `to_empty` too, and are what they were at first when a model comes
+  from the meta device.
 - Counts are int64. They are of the whole batch: summed over the micro-batches of a step as these come, over the ranks
   when the step ends. A forward pass that is repeated for activation checkpointing counts once, evaluation never.
 - All of it is in the `state_dict`, the counts of an unfinished step too, so that a resumed run continues alike. The
-  counts are no buffers: DistributedDataParallel would overwrite them with those of rank 0.
+  counts themselves are no buffers: DistributedDataParallel would overwrite them with those of rank 0 before every
+  forward pass. Their copies for the `state_dict` are, since tools for checkpoints look for parameters and buffers only.
 """
 
 from __future__ import annotations
@@ -25,8 +27,20 @@ def recomputing() -> bool:
     >>> recomputing()
     False
     """
-    # What torch.utils.checkpoint itself asks. Nothing compiled asks it: there, a repetition is no second call.
+    # What torch.utils.checkpoint itself asks. A compiler cannot trace it, and what it traced would ask no more.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _count(total: Tensor, part: Tensor) -> None:
+    if torch._C._current_graph_task_id() == -1:
+        total.add_(part)
+
+
+# To the compiler one opaque operation, which asks when it runs: a compiled layer may be checkpointed, too.
+_library = torch.library.Library("sinkroute", "FRAGMENT")
+_library.define("count(Tensor(a!) total, Tensor part) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("count", _count, "CompositeExplicitAutograd")
+torch.library.register_fake("sinkroute::count", lambda total, part: None, lib=_library)
 
 
 class RouterState(nn.Module):
@@ -35,28 +49,45 @@ class RouterState(nn.Module):
     Args:
         num_experts: E.
         sums: name → how many; further numbers (float64) that are summed over a step beside the load.
-        values: name → initial value, registered as buffers; they keep their dtype whatever the model is cast to.
+        values: name → initial value, made with `device="cpu"`; registered as buffers, which keep their dtype whatever
+            the model is cast to.
 
     Attributes:
         current: the step that the counts are of, −1 before the first.
         ended: the last step whose counts went into the values, −1 before the first.
         load_E: (E,) int64, choices in the current step, on this rank.
         sums: name → (n,) float64, added up in the current step, on this rank; each is an attribute too.
+
+    Raises:
+        ValueError: an initial value on the meta device, which holds nothing.
     """
 
     def __init__(self, num_experts: int, *, sums: dict[str, int] | None = None, **values: Tensor) -> None:
         super().__init__()
-        for name, value in values.items():
-            self.register_buffer(name, value)
         self.current, self.ended = -1, -1
-        self.load_E = torch.zeros(num_experts, dtype=torch.int64)
         self._sum_names = tuple(sums or ())
+        self.load_E = torch.zeros(num_experts, dtype=torch.int64, device="cpu")
         for name, size in (sums or {}).items():
-            setattr(self, name, torch.zeros(size, dtype=torch.float64))
+            setattr(self, name, torch.zeros(size, dtype=torch.float64, device="cpu"))
+        for name, value in values.items():
+            if value.is_meta:
+                raise ValueError(f'{name} is on the meta device and has no value; make it with device="cpu"')
+        copies = {"saved_steps": self._steps(), **{f"saved_{name}": count for name, count in self._counts().items()}}
+        self._initial = {name: value.clone() for name, value in (values | copies).items()}
+        device = torch.empty(0).device  # the default one
+        for name, value in self._initial.items():
+            self.register_buffer(name, value.clone().to(device))
+        self._move_counts(device)
 
     if TYPE_CHECKING:  # what was registered
 
         def __getattr__(self, name: str) -> Tensor: ...
+
+    def _steps(self) -> Tensor:
+        return torch.tensor([self.current, self.ended], device="cpu")
+
+    def _counts(self) -> dict[str, Tensor]:
+        return {"load_E": self.load_E, **self.sums}
 
     @property
     def sums(self) -> dict[str, Tensor]:
@@ -65,14 +96,10 @@ class RouterState(nn.Module):
     @torch.no_grad()
     def note(self, load_E: Tensor, sums: dict[str, Tensor]) -> None:
         """Add the counts of a micro-batch, unless it is a repetition."""
-        if recomputing():
-            return
-        if self.load_E.device != load_E.device:  # the router has no parameters that would have told it
-            for name in ("load_E", *self._sum_names):
-                setattr(self, name, getattr(self, name).to(load_E.device))
-        self.load_E += load_E
+        self._move_counts(load_E.device)  # the router has no parameters that would have told it
+        torch.ops.sinkroute.count(self.load_E, load_E)
         for name, value in sums.items():
-            getattr(self, name).add_(value)
+            torch.ops.sinkroute.count(getattr(self, name), value)
 
     def pending(self) -> Tensor:
         """What was counted, in one float64 vector: counts are exact in it up to 2^53."""
@@ -84,65 +111,63 @@ class RouterState(nn.Module):
         return load_E.long(), dict(zip(self.sums, parts, strict=True))
 
     @property
-    def steps(self) -> Tensor:
-        """`current` and `ended`, as they are saved."""
-        return torch.tensor([self.current, self.ended])
-
-    @property
     def has_ended(self) -> bool:
         """Whether there is nothing to be brought up to date: the same on all ranks, and known without a device."""
         return self.current == self.ended
 
+    def begin(self, step: int) -> None:
+        """From now on it is this step that is counted."""
+        if step != self.current:
+            # What was counted since the last end was of no step: a trial before training, a pass after `end_step`.
+            self._clear()
+            self.current = step
+
     def end(self) -> None:
         """The counts of the current step have gone into the values."""
         self.ended = self.current
-        for counted in (self.load_E, *self.sums.values()):
+        self._clear()
+
+    def _clear(self) -> None:
+        for counted in self._counts().values():
             counted.zero_()
 
+    def reset_parameters(self) -> None:
+        """Forget everything. (By this name, what fills models that come from the meta device finds it.)"""
+        with torch.no_grad():
+            for name, value in self._initial.items():
+                getattr(self, name).copy_(value)
+        self.current, self.ended = -1, -1
+        self._clear()
+
+    def _move_counts(self, device: torch.device) -> None:
+        if self.load_E.device == device or device.type == "meta":  # nothing can be counted there
+            return
+        for name, counted in self._counts().items():
+            setattr(self, name, counted.to(device))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RouterState:
-        kept = dict(self._buffers)
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, value in kept.items():
-            if value is not None:
-                self._buffers[name] = _moved(value, fn)
-        for name in ("load_E", *self._sum_names):
-            setattr(self, name, _moved(getattr(self, name), fn))
+        for name, value in before.items():
+            assert value is not None
+            # Of what fn does, only the move: no other dtype, no emptiness.
+            setattr(self, name, (self._initial[name] if value.is_meta else value).to(getattr(self, name).device))
+        self._move_counts(fn(self.load_E).device)
         return self
 
+    @torch.no_grad()
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, value in {"steps": self._steps(), **self._counts()}.items():
+            getattr(self, f"saved_{name}").copy_(value)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "steps"] = self.steps
-        for name, counted in {"load_E": self.load_E, **self.sums}.items():
-            destination[prefix + name] = counted.clone()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        steps = self.steps
-        own = {prefix + name: mine for name, mine in {"steps": steps, "load_E": self.load_E, **self.sums}.items()}
-        for key, mine in own.items():
-            theirs = state_dict.get(key)
-            if theirs is None:
-                missing_keys.append(key)
-            elif theirs.shape != mine.shape:
-                error_msgs.append(f"size mismatch for {key}: {tuple(theirs.shape)} saved, {tuple(mine.shape)} here.")
-            else:
-                mine.copy_(theirs)
-        self.current, self.ended = steps.tolist()
-        rest = {key: value for key, value in state_dict.items() if key not in own}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-
-
-def _moved(value: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `fn` makes of a tensor, without a change of dtype."""
-    new = fn(value)
-    if new.dtype == value.dtype:
-        return new
-    return torch.empty_like(value, device=new.device) if value.is_meta or new.is_meta else value.to(new.device)
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, value in self._initial.items():  # `assign=True` takes tensors as they are
+            setattr(self, name, getattr(self, name).to(value.dtype))
+        if f"{prefix}saved_steps" not in state_dict or self.saved_steps.is_meta:
+            return
+        self.current, self.ended = self.saved_steps.tolist()
+        for name, counted in self._counts().items():
+            counted.copy_(getattr(self, f"saved_{name}"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sinkroute.routing.ranks import Ranks
 from sinkroute.routing.router import Router
@@ -20,6 +20,11 @@ def set_step(module: nn.Module, step: int, micro_batch: int = 0, *, total_steps:
     its index), always with the whole model and on all ranks: it also ends the step before (`end_step`) and numbers the
     routers that were given no `layer` in the order in which `module` holds them. Where no process holds the whole model
     (pipeline stages), give each router its `layer`.
+
+    With activation checkpointing, a backward pass repeats forward passes under the key that was set last. Where other
+    micro-batches come between a forward pass and its backward pass (pipelined schedules), call it again with that
+    micro-batch before its backward pass; or, where a schedule leaves no place for that, leave `micro_batch` at 0
+    throughout: the noise of a step's micro-batches is the same then, and so is that of a repetition.
 
     Args:
         module: a model, a layer or a router.
@@ -73,16 +78,17 @@ def end_step(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _end_step(routers: list[Router]) -> None:
-    by_ranks: dict[Ranks, list[Router]] = {}
+    together: dict[tuple[Ranks, torch.device], list[tuple[Router, Tensor]]] = {}
     for router in routers:
         if router.state is not None and not router.state.has_ended:
-            by_ranks.setdefault(router.batch_ranks, []).append(router)
-    for ranks, members in by_ranks.items():
-        # One collective call for all layers.
-        pending = [member.state.pending() for member in members if member.state is not None]
-        totals = ranks.sum(torch.cat(pending)).split([len(part) for part in pending])
-        for member, total in zip(members, totals, strict=True):
-            member.end_step(total)
+            pending = router.state.pending()
+            together.setdefault((router.batch_ranks, pending.device), []).append((router, pending))
+    for (ranks, _), members in together.items():
+        # One collective call for all layers of a device.
+        parts = [pending for _, pending in members]
+        totals = ranks.sum(torch.cat(parts)).split([len(part) for part in parts])
+        for (router, _), total in zip(members, totals, strict=True):
+            router.end_step(total)
 
 
 def _routers(module: nn.Module) -> list[Router]:

@@ -97,3 +97,24 @@ def test_descending_the_loss_balances_the_load():
         (gradient,) = torch.autograd.grad(router(scores_TE + bias_E).aux_loss, bias_E)
         bias_E = (bias_E - 0.5 * gradient).detach().requires_grad_()
     assert before > 280 and router(scores_TE + bias_E).load.max() < 160  # of 400 tokens; even is 100
+
+
+def test_sigmoid_scores_are_taken_over_their_sum():
+    # Sigmoids 3/4 and 1/4 … and 1/2 and 1/2: P = (5/8, 3/8). Load (2, 0): 2 · 1 · 5/8. Softmax: P = (7/10, 3/10).
+    logits_TE = torch.tensor([[math.log(3), -math.log(3)], [0.0, 0.0]], requires_grad=True)
+    loss = load_balance_loss(logits_TE, torch.tensor([2, 0]), score="sigmoid")
+    loss.backward()
+    assert loss.item() == pytest.approx(1.25)
+    assert load_balance_loss(logits_TE, torch.tensor([2, 0])).item() == pytest.approx(1.4)
+    # With a = σ_1/(σ_1 + σ_2): da/dz_1 = a (1 − a)(1 − σ_1), da/dz_2 = −a (1 − a)(1 − σ_2); times 2 · 1/2.
+    expected = [[3 / 16 * 1 / 4, -3 / 16 * 3 / 4], [1 / 4 * 1 / 2, -1 / 4 * 1 / 2]]
+    torch.testing.assert_close(logits_TE.grad, torch.tensor(expected))
+
+
+def test_sigmoids_that_underflow_leave_loss_and_gradient_finite():
+    # Their ratio is e : 1 : e⁻¹; in float32 all three are 0.
+    logits_TE = torch.tensor([[-200.0, -201.0, -202.0]], requires_grad=True)
+    loss = load_balance_loss(logits_TE, torch.tensor([1, 0, 0]), score="sigmoid")
+    loss.backward()
+    assert loss.item() == pytest.approx(3 * math.e / (math.e + 1 + 1 / math.e), rel=1e-5)
+    assert torch.isfinite(logits_TE.grad).all() and logits_TE.grad[0, 0] > 0.5

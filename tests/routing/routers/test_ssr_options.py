@@ -141,6 +141,16 @@ def test_on_sinkhorn_steps_too_a_token_stays_in_its_groups(name):
     assert not torch.equal(routes.experts, whole.experts)
 
 
+@pytest.mark.parametrize("name", ["sinkhorn", "ssr-l", "ssr-s"])
+def test_groups_are_judged_by_the_plans_entries_and_not_by_their_logarithms(name):
+    # Rows of the plan are nearly one-hot; by the sums of logarithms the other group would win.
+    logits_TE = torch.tensor([[8, -9, 1, 0.5], [0.5, 1, -9, 8], [1, 8, 0.5, -9], [-9, 0.5, 8, 1.0]])
+    options = {} if name == "sinkhorn" else {"probability": 1, "noise": 0}
+    groups = {"groups": 2, "top_groups": 1, "group_score": "top2-sum"}
+    router = sinkroute.create_router(name, num_experts=4, top_k=1, **groups, **options)
+    assert router(logits_TE).experts.flatten().tolist() == [0, 3, 1, 2]
+
+
 @pytest.mark.parametrize("name", ["ssr-b", "ssr-ec", "ssr-bias", "ssr-fold"])
 def test_members_that_choose_for_all_tokens_at_once_refuse_groups(name):
     with pytest.raises(ValueError, match=r"top_groups=1 of groups=3.*take ssr-l or ssr-s"):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from sinkroute._errors import require_numbers, unknown_name
 from sinkroute.routing.losses.global_load_balance import global_load_balance_loss
+from sinkroute.routing.losses.gshard import gshard_loss
+from sinkroute.routing.losses.importance import importance_loss
 from sinkroute.routing.losses.inputs import LossInputs
 from sinkroute.routing.losses.load_balance import load_balance_loss
 from sinkroute.routing.losses.z_loss import z_loss
@@ -26,7 +28,9 @@ class Loss(NamedTuple):
 
 LOSSES: dict[str, Loss] = {
     "load-balance": Loss(lambda i: load_balance_loss(i.logits_TE, i.load_E, i.token_mask, i.score), 0.01),
+    "gshard": Loss(lambda i: gshard_loss(i.logits_TE, i.experts_TK, i.token_mask, i.score), 0.01),
     "global-load-balance": Loss(global_load_balance_loss, 0.01),
+    "importance": Loss(lambda i: importance_loss(i.logits_TE, i.token_mask, i.score), 0.005),
     "z-loss": Loss(lambda i: z_loss(i.logits_TE, i.token_mask), 1e-3),
 }
 
@@ -54,14 +58,14 @@ def read_losses(losses: LossesLike) -> dict[str, float]:
     for name, coefficient in pairs:
         if name not in LOSSES:
             raise unknown_name("loss", name, LOSSES)
-        found[name] = check_coefficient(
-            f"coefficient of {name}", LOSSES[name].coefficient if coefficient is None else coefficient, LOSSES[name]
-        )
+        published = LOSSES[name].coefficient
+        value = published if coefficient is None else coefficient
+        found[name] = check_coefficient(f"coefficient of {name}", value, published)
     return found
 
 
-def check_coefficient(argument: str, coefficient: float, loss: Loss) -> float:
-    """`coefficient`, if it can be one.
+def check_coefficient(argument: str, coefficient: float, published: float) -> float:
+    """`coefficient`, if it can be one; the message says what the published value is.
 
     Raises:
         TypeError, ValueError: it is no number, negative, or not finite.
@@ -69,8 +73,7 @@ def check_coefficient(argument: str, coefficient: float, loss: Loss) -> float:
     require_numbers(**{argument: coefficient})
     if not (coefficient >= 0 and math.isfinite(coefficient)):
         raise ValueError(
-            f"{argument} must be a finite number of 0 or more, got {coefficient}; "
-            f"{loss.coefficient:g} is the published value"
+            f"{argument} must be a finite number of 0 or more, got {coefficient}; {published:g} is the published value"
         )
     return coefficient
 

@@ -45,7 +45,7 @@ class LossFreeRouter(Router):
                 f"update_rate must be a finite number of 0 or more, got {update_rate}; 0.001 is the published value"
             )
         self.update_rate = update_rate
-        self.state = RouterState(num_experts, bias_E=torch.zeros(num_experts))
+        self.state = RouterState(num_experts, bias_E=torch.zeros(num_experts, device="cpu"))
 
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         bias_E = self.state.bias_E.to(logits_TE.dtype)

@@ -206,7 +206,8 @@ class SSRRouter(Router):
     def prepare_step(self) -> None:
         if self.adaptive is not None:
             assert self.state is not None
-            probability = self.adaptive.rate(bool(self.state.firing))
+            firing = self.state.firing  # on the meta device there is no value yet
+            probability = self.adaptive.rate(not firing.is_meta and bool(firing))
         else:
             assert self._rate is not None
             probability = check_bounds("probability", self._rate(self.step, self.total_steps), 0, 1)

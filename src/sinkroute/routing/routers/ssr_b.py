@@ -52,7 +52,7 @@ class SSRBalancedRouter(SSRRouter):
         self.cost, self.balance_tol = read_cost(cost), balance_tol
         super().__init__(num_experts, top_k, **options)
         refuse_groups(self)
-        balanced_topk(torch.empty(0, num_experts), top_k, balance_tol)  # checks its number, now
+        balanced_topk(torch.empty(0, num_experts, device="cpu"), top_k, balance_tol)  # checks its number, now
 
     def choose_on_plan(self, plan: Plan, token_mask: Tensor | None) -> PlanChoice:
         return choose_balanced(plan, self.top_k, self.balance_tol, token_mask)

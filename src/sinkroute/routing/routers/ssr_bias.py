@@ -60,7 +60,7 @@ class SSRBiasRouter(SSRKeptRouter):
         super().__init__(num_experts, top_k, rate=rate, balance=balance, balance_tol=balance_tol, **options)
 
     def state_values(self) -> dict[str, Tensor]:
-        return super().state_values() | {"bias_E": torch.zeros(self.num_experts)}
+        return super().state_values() | {"bias_E": torch.zeros(self.num_experts, device="cpu")}
 
     def gate_topk(self, logits_TE: Tensor) -> Choice:
         return self.choose_by(logits_TE.detach() + self.state.bias_E.to(logits_TE.dtype), logits_TE)

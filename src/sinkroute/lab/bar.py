@@ -7,6 +7,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+__all__ = ["Bar"]
+
 
 class Bar:
     """Drawn only when there is news: a thread that draws would take time from what is being timed."""

@@ -1,0 +1,170 @@
+"""The benchmark of routers, size by size; what is measured is written at once, and not measured again."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from sinkroute.lab.bar import Bar
+from sinkroute.lab.bench.memory import extra_memory_mb
+from sinkroute.lab.bench.sizes import GRID, QUICK, Size
+from sinkroute.lab.bench.table import size_table
+from sinkroute.lab.bench.timing import compare
+from sinkroute.lab.bench.variants import BASELINE, Variant, training_pass, variants_of, with_mixtures
+from sinkroute.lab.files import write_json
+from sinkroute.lab.interrupt import Interrupted, StopRequest, stop_on_signal
+from sinkroute.lab.machine import machine
+from sinkroute.routing import list_routers
+
+__all__ = ["Bench", "begin", "run_bench", "settings_of"]
+
+
+@dataclass
+class Bench:
+    """Time and memory of every router's forward and backward pass, relative to plain top-k (softmax).
+
+    Sizes that are in the file already are not measured again.
+    """
+
+    sizes: tuple[str, ...] = ()
+    """Sizes TOKENSxEXPERTSxTOP_K, such as 4096x16x2; by default 4k, 32k, 128k x 16, 64, 256 x 1, 2, 8."""
+    routers: tuple[str, ...] = ()
+    """Routers beside softmax; by default all."""
+    quick: bool = False
+    """Three sizes, a few seconds each, for a first impression."""
+    seconds: float = 20.0
+    """How long the timing of a size may take (it takes at least one turn of all routers per repeat)."""
+    repeats: int = 5
+    """Repeats; each gives one ratio per router."""
+    threads: int = 1
+    """Threads of torch."""
+    seed: int = 0
+    """Of the logits and of the order of calls."""
+    out: str = "runs/bench/routing.json"
+    """Where the figures are written, as JSON."""
+    fresh: bool = False
+    """Forget what is in the file."""
+
+
+def settings_of(bench: Bench) -> dict[str, Any]:
+    """What figures must have in common to stand in one file."""
+    return {
+        "logits": "unit-variance Gaussian + a Gaussian offset per expert",
+        "routers": list(bench.routers or list_routers()),
+        "seconds": min(bench.seconds, 5.0) if bench.quick else bench.seconds,
+        "repeats": bench.repeats,
+        "threads": bench.threads,
+        "seed": bench.seed,
+    }
+
+
+def begin(path: Path, settings: dict[str, Any], *, fresh: bool) -> dict[str, Any]:
+    """What the file holds, if it was measured here and in the same way; else an empty record.
+
+    Raises:
+        ValueError: it was measured on another machine or with other settings.
+    """
+    content = {"machine": machine(), "settings": settings, "sizes": {}}
+    if fresh or not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return content
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        parts = {part: before[part] for part in content}
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} is no file of this benchmark; give another --out, or --fresh to replace it") from None
+    for part in ("machine", "settings"):
+        for key, value in content[part].items():
+            if parts[part].get(key) != value:
+                raise ValueError(
+                    f"{path} was measured with {part} {key}={parts[part].get(key)!r}, now it is {value!r}; "
+                    "give another --out, or --fresh to begin anew"
+                )
+    return dict(before)
+
+
+def run_bench(bench: Bench, console: Console) -> int:
+    """Measure what is missing, write it, show all; the exit code.
+
+    Raises:
+        ValueError: a wrong size, an unknown router, or a file that was measured in another way.
+    """
+    sizes = [Size.parse(text) for text in bench.sizes] or list(QUICK if bench.quick else GRID)
+    settings = settings_of(bench)
+    variants = variants_of(settings["routers"])
+    path = Path(bench.out)
+    torch.set_num_threads(bench.threads)
+    content = begin(path, settings, fresh=bench.fresh)
+    code = 0
+    try:
+        with stop_on_signal() as stop, Bar(console, len(sizes)) as bar:
+            for size in sizes:
+                if str(size) not in content["sizes"]:
+                    bar.tell(str(size), f"{len(variants)} variants")
+                    content["sizes"][str(size)] = _rounded(measure(size, variants, settings, stop))
+                    write_json(content, path)
+                bar.advance(str(size))
+    except (Interrupted, KeyboardInterrupt):
+        code = 130
+    for size in sizes:
+        if str(size) in content["sizes"]:
+            console.print(size_table(size, content))
+    if code:
+        console.print("[yellow]Interrupted.[/] The same command measures what is left.", highlight=False)
+    console.print(f"Figures: [bold]{path}[/]", highlight=False, soft_wrap=True)
+    return code
+
+
+def measure(
+    size: Size, variants: dict[str, Variant], settings: dict[str, Any], stop: StopRequest | None = None
+) -> dict[str, Any]:
+    """The figures of one size.
+
+    Returns:
+        `turns` and `softmax_ms` (see `Comparison`), `ratios` (of time, by variant, one a repeat, the mixtures of
+        branches included), `extra_mb` (memory by variant) and `refused` (why a router does not do this size).
+    """
+
+    def pause() -> None:
+        if stop:
+            raise Interrupted("the size that was being measured is lost")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    logits = functools.cache(lambda width: size.logits(width, settings["seed"], device))
+    calls, refused = {}, {}
+    for name, variant in variants.items():
+        try:
+            calls[name] = training_pass(variant, size, logits)
+        except ValueError as error:
+            refused[name] = str(error)
+    timing = compare(
+        calls,
+        BASELINE,
+        device,
+        repeats=settings["repeats"],
+        seconds=settings["seconds"],
+        seed=settings["seed"],
+        pause=pause,
+    )
+    memory = {}
+    for name, call in calls.items():
+        pause()
+        memory[name] = extra_memory_mb(call, device)
+    return {
+        "turns": timing.turns,
+        "softmax_ms": timing.milliseconds,
+        "ratios": with_mixtures(timing.ratios, variants),
+        "extra_mb": memory,
+        "refused": refused,
+    }
+
+
+def _rounded(figures: dict[str, Any]) -> dict[str, Any]:
+    """More than five digits are noise."""
+    return dict(json.loads(json.dumps(figures), parse_float=lambda text: float(f"{float(text):.5g}")))

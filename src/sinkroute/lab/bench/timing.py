@@ -1,0 +1,96 @@
+"""Comparing the times of calls on a machine that is never quite still.
+
+Machines drift, so nothing is compared across time: the calls alternate, in an order that is shuffled at each turn, and
+a call's time is set against the baseline's of the same turn. A repeat is the median of those ratios over its turns.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Comparison", "compare", "seconds_of"]
+
+MOST_TURNS = 60  # of a repeat
+Call = Callable[[], object]
+
+
+class Comparison(NamedTuple):
+    """What `compare` measured.
+
+    Attributes:
+        turns: calls of each kind in a repeat.
+        milliseconds: of the baseline, the median of all its calls.
+        ratios: name → time relative to the baseline, one a repeat.
+    """
+
+    turns: int
+    milliseconds: float
+    ratios: dict[str, list[float]]
+
+
+def seconds_of(call: Call, device: torch.device) -> float:
+    """The time of one call; on a GPU from its own clock, until the work is done."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def compare(
+    calls: Mapping[str, Call],
+    baseline: str,
+    device: torch.device,
+    *,
+    repeats: int,
+    seconds: float,
+    seed: int,
+    pause: Call = lambda: None,
+) -> Comparison:
+    """The times of `calls` relative to `baseline`, one of them.
+
+    Args:
+        calls: name → what is timed.
+        baseline: the name of the call that the others are set against.
+        device: where the calls work.
+        repeats: each gives one ratio per call; 3 will do where the turns are long.
+        seconds: how long all of it may take; sets the turns of a repeat, of which there is one at least.
+        seed: of the order of calls.
+        pause: called before each call: what it raises ends the comparison.
+    """
+    for _ in range(2):  # the first turn also compiles kernels and fetches memory; where that is not seen, it will do
+        turn = 0.0
+        for call in calls.values():
+            pause()
+            turn += seconds_of(call, device)
+        if turn > seconds / 10:
+            break
+    repeats = min(repeats, max(3, int(seconds / turn)))
+    turns = max(1, min(MOST_TURNS, int(seconds / repeats / turn)))
+    order, names = random.Random(seed), list(calls)
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    base: list[float] = []
+    for _ in range(repeats):
+        paired: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(turns):
+            taken = {}
+            for name in order.sample(names, len(names)):
+                pause()
+                taken[name] = seconds_of(calls[name], device)
+            base.append(taken[baseline])
+            for name, value in taken.items():
+                paired[name].append(value / taken[baseline])
+        for name, values in paired.items():
+            ratios[name].append(statistics.median(values))
+    return Comparison(turns, 1e3 * statistics.median(base), ratios)

@@ -1,0 +1,92 @@
+"""Products per expert as operations that are not looked into: for the compiler, and for tensors without values.
+
+    linear   y_r = W_{e(r)} x_r                      (R, D), (E, F, D) → (R, F)
+    outer    V_e = Σ_{r of e} y_r x_rᵀ               (R, F), (R, D) → (E, F, D)
+
+How many rows an expert has is known from the data only. Traced, a loop over the experts breaks the graph at every
+count, and is compiled anew for others. As one operation its shapes are known without the counts. The gradients of each
+of the two are made of both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["opaque_linear"]
+
+
+def opaque_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
+    """Row r times the matrix of its expert: (R, D), (E, F, D) → (R, F); rows sorted by expert, e's end at `ends_E[e]`.
+
+    >>> x, weight = torch.ones(3, 2), torch.tensor([[[1.0, 1.0]], [[2.0, 2.0]]])
+    >>> opaque_linear(x, weight, torch.tensor([1, 3])).flatten().tolist()
+    [2.0, 4.0, 4.0]
+    """
+    return torch.ops.sinkroute.expert_linear(x_RD, weight_EFD, ends_E)
+
+
+def _groups(*matrices: Tensor) -> bool:
+    """Whether the grouped kernel takes them: 16-byte rows; on the CPU, it has no float16."""
+    first = matrices[0]
+    dtypes = {torch.bfloat16, torch.float32} | ({torch.float16} if first.device.type != "cpu" else set())
+    aligned = all(size * first.element_size() % 16 == 0 for matrix in matrices for size in matrix.shape[1:])
+    return first.dtype in dtypes and aligned and all(matrix.numel() for matrix in matrices)
+
+
+def _counts(ends_E: Tensor) -> list[int]:
+    return ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+
+
+def _linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
+    if _groups(x_RD, weight_EFD):
+        return F.grouped_mm(x_RD.contiguous(), weight_EFD.mT, offs=ends_E)
+    parts = zip(x_RD.split(_counts(ends_E)), weight_EFD, strict=True)
+    return torch.cat([part_RD @ weight_FD.t() for part_RD, weight_FD in parts])
+
+
+def _outer(y_RF: Tensor, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+    if _groups(y_RF, x_RD):
+        return F.grouped_mm(y_RF.contiguous().t(), x_RD.contiguous(), offs=ends_E)
+    counts = _counts(ends_E)
+    parts = zip(y_RF.split(counts), x_RD.split(counts), strict=True)
+    return torch.stack([part_RF.t() @ part_RD for part_RF, part_RD in parts])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _linear_backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor, None]:
+    x_RD, weight_EFD, ends_E = ctx.saved_tensors
+    operations = torch.ops.sinkroute
+    return (
+        operations.expert_linear(grad_RF, weight_EFD.mT.contiguous(), ends_E),
+        operations.expert_outer(grad_RF, x_RD, ends_E),
+        None,
+    )
+
+
+def _outer_backward(ctx: Any, grad_EFD: Tensor) -> tuple[Tensor, Tensor, None]:
+    y_RF, x_RD, ends_E = ctx.saved_tensors
+    linear = torch.ops.sinkroute.expert_linear
+    return linear(x_RD, grad_EFD.contiguous(), ends_E), linear(y_RF, grad_EFD.mT.contiguous(), ends_E), None
+
+
+_library = torch.library.Library("sinkroute", "FRAGMENT")
+for _name, _kernel, _shape, _backward in (
+    ("expert_linear", _linear, lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[1]), _linear_backward),
+    (
+        "expert_outer",
+        _outer,
+        lambda y, x, ends: y.new_empty(ends.shape[0], y.shape[1], x.shape[1]),
+        _outer_backward,
+    ),
+):
+    _library.define(f"{_name}(Tensor a, Tensor b, Tensor ends) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sinkroute::{_name}", _shape, lib=_library)
+    torch.library.register_autograd(f"sinkroute::{_name}", _backward, setup_context=_save, lib=_library)

@@ -1,0 +1,54 @@
+"""BASE: a balanced assignment in every training step (Lewis et al., arXiv 2103.16716, section 3).
+
+    max Σ_i z_i,a(i)    s.t.    every expert gets the same number of tokens;    weight = sigmoid(z_i,a(i))
+
+The assignment is exact: no other has a larger sum. Where tokens are no multiple of experts, loads differ by one, and it
+is the best of all such. Serving is greedy: each token takes its best expert. The paper's layers are top-1; for K > 1 a
+token gets K distinct experts, and the sum is over all of them.
+
+An assignment is of one rank's tokens. The paper shuffles tokens over the ranks beforehand; that is not done here. It
+looks at the whole batch: while training, a token's expert depends on later tokens.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from sinkroute._uncompiled import uncompiled
+from sinkroute.routing.rounding import best_rounding
+from sinkroute.routing.router import Choice, CommonOptions, Router
+from sinkroute.routing.routers.ssr import refuse_groups
+from sinkroute.transport import balanced_topk
+
+__all__ = ["BaseRouter"]
+
+
+class BaseRouter(Router):
+    """Experts by balanced assignment, weights by the sigmoid of the logits.
+
+    Args:
+        common: see `Router`. Here `score` is `"sigmoid"` unless told, and `norm_topk=None` means no: the weights are
+            those of the paper. Without groups.
+
+    >>> import torch, sinkroute
+    >>> router = sinkroute.create_router("base", num_experts=2, top_k=1)
+    >>> routes = router(torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 1.0], [3.0, 2.0]]))  # all prefer expert 0
+    >>> routes.experts.flatten().tolist(), routes.load.tolist()
+    ([0, 0, 1, 1], [2, 2])
+    """
+
+    def __init__(self, num_experts: int, top_k: int, **common: Unpack[CommonOptions]) -> None:
+        common.setdefault("score", "sigmoid")
+        if common.get("norm_topk") is None:
+            common["norm_topk"] = False
+        super().__init__(num_experts, top_k, **common)
+        refuse_groups(self)
+
+    @uncompiled  # which tokens move is known from the data only
+    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+        experts_TK, _ = balanced_topk(logits_TE.detach(), self.top_k, tol=0, token_mask=token_mask)
+        experts_TK = best_rounding(logits_TE, experts_TK, token_mask)
+        order_TK = logits_TE.detach().gather(1, experts_TK).argsort(dim=1, descending=True, stable=True)
+        experts_TK = experts_TK.gather(1, order_TK)
+        return Choice(experts_TK, self.weigh(logits_TE, experts_TK), "assignment")

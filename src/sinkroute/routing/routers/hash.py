@@ -1,0 +1,130 @@
+"""Hash layers: a token's experts are a function of what it is (Roller et al., arXiv 2106.04426, sections 3 and 3.1).
+
+    experts of token i = table[id_i],    weights 1/K
+
+Nothing is learned, so nothing collapses and nothing fluctuates. The table is fixed before training:
+
+- a random hash that is balanced over ids: of every E ids from a multiple of E on, each goes to another expert;
+- after `HashGate.balance(token_counts)` the paper's balanced hash: words by descending frequency, each to the experts
+  that have the fewest tokens so far, so that the load is balanced over text.
+
+The table is drawn from the seed, and from the layer where the router is told it; else all layers have the same one. For
+K > 1 a token visits K distinct experts. (The paper's MultiHash cuts each expert in pieces instead.)
+
+The gate makes logits of it, 0 for the chosen and −10⁴ for the others, so that the router is plain softmax top-k.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from sinkroute.routing.draws import hash63
+from sinkroute.routing.router import CommonOptions, Router
+
+__all__ = ["HashGate", "HashRouter"]
+
+# Its exponential is 0 in any dtype, and sums of it are no infinities.
+_NEVER = -1e4
+
+
+class HashGate(nn.Module):
+    """Ids of tokens (T,) to logits (T, E).
+
+    Args:
+        num_experts: E.
+        top_k: K.
+        vocab_size: rows of the table, which is rounded up to a multiple of E. An id takes the row id mod rows.
+        seed: of the table.
+
+    Attributes:
+        table_VK: (V, K) int64, the experts of each id; a buffer.
+    """
+
+    needs_token_ids = True
+    table_VK: Tensor
+
+    def __init__(self, num_experts: int, top_k: int, vocab_size: int, seed: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        blocks = -(-vocab_size // num_experts)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        shuffled_BE = torch.rand(blocks, num_experts, generator=generator, device="cpu").argsort(1)
+        # Choice k of an id is the first choice of the id k places on in its block: distinct, and as balanced.
+        choices = [shuffled_BE.roll(-k, dims=1).flatten() for k in range(top_k)]
+        self.register_buffer("table_VK", torch.stack(choices, dim=1).to(torch.get_default_device()))
+
+    def forward(self, x_TD: Tensor, token_ids: Tensor) -> Tensor:
+        experts_TK = self.table_VK[token_ids % len(self.table_VK)]
+        return x_TD.new_full((len(x_TD), self.num_experts), _NEVER).scatter(1, experts_TK, 0.0)
+
+    @torch.no_grad()
+    def balance(self, token_counts: Tensor) -> None:
+        """Balance the load over text: the most frequent ids first, each to the K experts with the fewest tokens so far.
+
+        Experts with equally many tokens take turns, by the number of ids that they have. Call it before training.
+
+        Args:
+            token_counts: (n,) how often each id occurs, n at most the rows of the table; what lies beyond stays.
+
+        Raises:
+            ValueError: another shape, more ids than rows, a count that is negative or not finite.
+
+        >>> gate = HashGate(num_experts=2, top_k=1, vocab_size=4, seed=0)
+        >>> gate.balance(torch.tensor([5, 1, 3, 2]))  # 5 to 0; 3, 2 to 1; 1 where fewer ids are
+        >>> gate.table_VK.flatten().tolist()
+        [0, 0, 1, 1]
+        """
+        rows, top_k = self.table_VK.shape
+        if token_counts.ndim != 1 or len(token_counts) > rows:
+            raise ValueError(
+                f"token_counts must have shape (n,) with n <= {rows}, got {tuple(token_counts.shape)}; "
+                "give the router vocab_size, the number of ids"
+            )
+        counts = token_counts.double().cpu()
+        if not (torch.isfinite(counts).all() and (counts >= 0).all()):
+            raise ValueError("token_counts must be finite numbers of 0 or more")
+        heap = [(0.0, 0, expert) for expert in range(self.num_experts)]
+        table = self.table_VK.tolist()
+        for token in torch.argsort(counts, descending=True, stable=True).tolist():
+            emptiest = [heapq.heappop(heap) for _ in range(top_k)]
+            table[token] = [expert for _, _, expert in emptiest]
+            for load, ids, expert in emptiest:
+                heapq.heappush(heap, (load + counts[token].item(), ids + 1, expert))
+        self.table_VK.copy_(torch.tensor(table))
+
+
+class HashRouter(Router):
+    """Softmax top-k; its gate (`make_gate`) gives logits by a fixed hash of the token's id.
+
+    Given the logits of another gate, it is plain top-k.
+
+    Args:
+        vocab_size: rows of the hash table; ids are taken modulo it.
+        common: see `Router`.
+
+    Raises:
+        ValueError: `vocab_size` is not an integer of 1 or more.
+
+    >>> import sinkroute
+    >>> layer = sinkroute.MoE(d_model=8, d_hidden=8, num_experts=4, top_k=2, router="hash")
+    >>> _ = layer(torch.randn(4, 8), token_ids=torch.tensor([0, 1, 2, 3]))
+    >>> layer.routes.load.tolist(), layer.routes.weights.unique().tolist()
+    ([2, 2, 2, 2], [0.5])
+    """
+
+    def __init__(
+        self, num_experts: int, top_k: int, *, vocab_size: int = 32_768, **common: Unpack[CommonOptions]
+    ) -> None:
+        super().__init__(num_experts, top_k, **common)
+        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
+            raise ValueError(f"vocab_size must be an integer of 1 or more, got {vocab_size!r}")
+        self.vocab_size = vocab_size
+
+    def make_gate(self, d_model: int) -> nn.Module:
+        """A `HashGate`, which has no parameters."""
+        seed = hash63("hash", self.seed, -1 if self.layer is None else self.layer)
+        return HashGate(self.num_experts, self.top_k, self.vocab_size, seed)

@@ -1,0 +1,111 @@
+"""SMoE-Dropout: a gate that stays random, and more experts as training goes on (Chen et al., arXiv 2303.01610).
+
+    experts = top-k_t of z,    weights = softmax over these k_t,    k_t grows from K to E over the training
+
+The gate cannot collapse, as it does not learn. Few experts at first, all of them at last: like a dropout that fades. A
+model trained so may be served with any number of experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from sinkroute.routing.draws import hash63
+from sinkroute.routing.router import Choice, CommonOptions, Router
+from sinkroute.routing.routers.ssr import refuse_groups
+from sinkroute.routing.schedules import Linear, ScheduleLike, check_bounds, make_schedule
+
+__all__ = ["SMoEDropoutRouter"]
+
+
+class SMoEDropoutRouter(Router):
+    """Top-k of a frozen random gate, with a k that grows while training.
+
+    In training the routes have `k_now` columns, which is a function of the step alone.
+
+    Args:
+        training_k: experts per token in training, rounded: a number, a schedule (`sinkroute.routing.schedules`) or a
+            function of the step, from 1 to E. None: `"linear(top_k, num_experts)"` over the whole training, whose
+            length `sinkroute.set_step(model, step, total_steps=...)` has to tell.
+        serving_top_k: experts per token in `eval()`. None: `top_k`.
+        common: see `Router`. Here `norm_topk=None` means yes for any K: a gate that does not learn needs no gradient.
+            Without groups.
+
+    Raises:
+        TypeError, ValueError: a number that is none or out of range; in `set_step`, a schedule that is not told how
+            long it is.
+
+    >>> import sinkroute
+    >>> router = sinkroute.create_router("smoe-dropout", num_experts=8, top_k=2)
+    >>> for step in (0, 50, 100):
+    ...     sinkroute.set_step(router, step, total_steps=100)
+    ...     router(torch.randn(3, 8)).experts.shape[1]
+    2
+    5
+    8
+    """
+
+    needs_step = True
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        *,
+        training_k: ScheduleLike | None = None,
+        serving_top_k: int | None = None,
+        **common: Unpack[CommonOptions],
+    ) -> None:
+        if common.get("norm_topk") is None:
+            common["norm_topk"] = True
+        super().__init__(num_experts, top_k, **common)
+        refuse_groups(self)
+        if serving_top_k is not None and (
+            isinstance(serving_top_k, bool)
+            or not isinstance(serving_top_k, int)
+            or not 1 <= serving_top_k <= num_experts
+        ):
+            raise ValueError(
+                f"serving_top_k must be an integer from 1 to num_experts={num_experts}, got {serving_top_k!r}"
+            )
+        self.training_k, self.serving_top_k = training_k, serving_top_k
+        growth = Linear(top_k, num_experts) if training_k is None else training_k
+        self._schedule = make_schedule("training_k", growth, least=1, most=num_experts)
+        self.k_now = top_k
+        with contextlib.suppress(ValueError):  # a schedule that spans the training: set_step says how long that is
+            self.prepare_step()
+
+    def make_gate(self, d_model: int) -> nn.Module:
+        """A linear map with a bias, uniform within 1/√D, that is not trained.
+
+        It is drawn from the router's seed and layer. The layers of a model must not be alike: a router that was not
+        told its layer takes a number from torch's generator instead, as any initial weight does.
+        """
+        gate = nn.Linear(d_model, self.num_experts)
+        layer = int(torch.randint(2**62, (), device="cpu")) if self.layer is None else self.layer
+        generator = torch.Generator("cpu").manual_seed(hash63("gate", self.seed, layer))
+        bound = 1 / math.sqrt(d_model)
+        for parameter in gate.parameters():
+            drawn = torch.rand(parameter.shape, generator=generator, device="cpu", dtype=torch.float32)
+            parameter.data.copy_((2 * drawn - 1) * bound)
+            parameter.requires_grad_(False)
+        return gate
+
+    def prepare_step(self) -> None:
+        k = check_bounds("training_k", self._schedule(self.step, self.total_steps), 1, self.num_experts)
+        self.k_now = round(k)
+
+    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+        return self._topk(logits_TE, self.k_now)
+
+    def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+        return self._topk(logits_TE, self.serving_top_k or self.top_k)
+
+    def _topk(self, logits_TE: Tensor, k: int) -> Choice:
+        experts_TK = torch.topk(logits_TE, k, dim=-1).indices
+        return Choice(experts_TK, self.weigh(logits_TE, experts_TK))

@@ -1,0 +1,187 @@
+"""StableMoE: learn the routes, distil them into a light router, then keep them (Dai et al., arXiv 2204.08396).
+
+Main logits z_ij = x_i · c_j, and those of a light router that sees only what a token is: ẑ_ij = embedding(id_i) · ĉ_j.
+
+    stage 1    experts a_i = top-k of z_i;     loss = 0.3 · balance + 0.3 · distillation
+               balance      = mean_i Σ_{j in a_i} (n_j − n̄)/n̄ · sigmoid(z_ij)    n_j choices of expert j, n̄ their mean
+               distillation = mean_i of the cross-entropy of softmax(ẑ_i) with a_i
+    stage 2    experts = top-k of ẑ_i, frozen; no loss
+    both       weights = sigmoid(z_ij)
+
+(Section 3; the balance loss pushes down the scores of busy experts and up those of idle ones, and its counts get no
+gradient.) Stage 1 is a tenth of the training. From then on, and when served, the same word always goes to the same
+experts. The paper is top-1; for K > 1 the cross-entropy is the mean over a token's K experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from sinkroute.routing.losses.registry import check_coefficient
+from sinkroute.routing.masked import mean_over_tokens
+from sinkroute.routing.router import Choice, CommonOptions, Router
+from sinkroute.routing.routers.ssr import refuse_groups
+from sinkroute.routing.scores import weigh
+from sinkroute.routing.state import RouterState
+
+__all__ = ["StableGate", "StableMoERouter"]
+
+# Below every rank of a frozen choice, and finite.
+_NEVER = -1e4
+
+
+class StableGate(nn.Module):
+    """Tokens (T, D) and their ids (T,) to main and light logits, (T, 2·E).
+
+    Args:
+        d_model: D.
+        num_experts: E.
+        top_k: K, experts that are kept per id when the light router is frozen.
+        vocab_size: rows of the light router's table. An id takes the row id mod rows.
+        light_dim: width of the table.
+
+    Attributes:
+        centroids: (E, D), of the main router.
+        embeddings, light_centroids: (V, light_dim) and (E, light_dim), the light router.
+        frozen_VK: (V, K) int64, what the light router chose when it was frozen, best first; −1 before. A buffer.
+    """
+
+    needs_token_ids = True
+    frozen_VK: Tensor
+
+    def __init__(self, d_model: int, num_experts: int, top_k: int, vocab_size: int, light_dim: int) -> None:
+        super().__init__()
+        # The published initial values: small centroids, so that all gates are near 1/2 at first.
+        self.centroids = nn.Parameter(nn.init.orthogonal_(torch.empty(num_experts, d_model), gain=0.1))
+        self.embeddings = nn.Parameter(nn.init.normal_(torch.empty(vocab_size, light_dim)))
+        self.light_centroids = nn.Parameter(nn.init.orthogonal_(torch.empty(num_experts, light_dim), gain=0.1))
+        self.register_buffer("frozen_VK", torch.full((vocab_size, top_k), -1))
+
+    def forward(self, x_TD: Tensor, token_ids: Tensor) -> Tensor:
+        # In the dtype of the tokens, which the layer has lifted to float32: a gate in low precision is lifted too.
+        dtype, row_T = x_TD.dtype, token_ids % len(self.embeddings)
+        main_TE = F.linear(x_TD, self.centroids.to(dtype))
+        light_TE = F.linear(F.embedding(row_T, self.embeddings).to(dtype), self.light_centroids.to(dtype))
+        # Frozen are the choices, not the weights that led to them: these would go on moving by an optimiser's momentum
+        # and weight decay. They stay in the graph with a gradient of 0, as data-parallel wrappers demand.
+        frozen_TK = self.frozen_VK[row_T]
+        rank_K = torch.arange(frozen_TK.shape[1], device=x_TD.device, dtype=dtype)
+        kept_TE = torch.full_like(light_TE, _NEVER).scatter(1, frozen_TK.clamp(min=0), -rank_K.expand(frozen_TK.shape))
+        return torch.cat((main_TE, torch.where(frozen_TK[:, :1] >= 0, kept_TE, light_TE)), dim=1)
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """From now on every id has the experts that the light router chooses for it now."""
+        light_VE = self.embeddings.float() @ self.light_centroids.float().t()
+        self.frozen_VK.copy_(torch.topk(light_VE, self.frozen_VK.shape[1], dim=-1).indices)
+
+
+class StableMoERouter(Router):
+    """Routes that are learned first and kept afterwards.
+
+    The gate (`make_gate`) looks at the ids of tokens: call the layer with `token_ids`. It gives 2·E numbers per token,
+    main and light logits. Given main logits alone, the router stays in stage 1.
+
+    Args:
+        freeze_step: the step with which stage 2 begins. None: after a tenth of the training, as published;
+            `sinkroute.set_step(model, step, total_steps=...)` has to tell how long that is.
+        balance_coefficient, distill_coefficient: of the losses of stage 1; 0.3 are the published values.
+        vocab_size: rows of the light router's table; ids are taken modulo it. Give it the size of the vocabulary, or
+            words share rows.
+        light_dim: width of that table; 50 is the published value.
+        common: see `Router`. Here `score` is `"sigmoid"` unless told, and `norm_topk=None` means no: the weights are
+            those of the paper. Without groups.
+
+    Attributes:
+        state: holds `frozen`, 0-d bool: whether stage 2 has begun.
+
+    Raises:
+        TypeError, ValueError: a number that is none or out of range; in `set_step`, neither `freeze_step` nor
+            `total_steps` is known.
+    """
+
+    logit_parts = 2
+    needs_step = True
+    state: RouterState
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        *,
+        freeze_step: int | None = None,
+        balance_coefficient: float = 0.3,
+        distill_coefficient: float = 0.3,
+        vocab_size: int = 8192,
+        light_dim: int = 50,
+        **common: Unpack[CommonOptions],
+    ) -> None:
+        common.setdefault("score", "sigmoid")
+        if common.get("norm_topk") is None:
+            common["norm_topk"] = False
+        super().__init__(num_experts, top_k, **common)
+        refuse_groups(self)
+        for name, value, least in (
+            ("freeze_step", 0 if freeze_step is None else freeze_step, 0),
+            ("vocab_size", vocab_size, 1),
+            ("light_dim", light_dim, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of {least} or more, got {value!r}")
+        self.freeze_step, self.vocab_size, self.light_dim = freeze_step, vocab_size, light_dim
+        self.balance_coefficient = check_coefficient("balance_coefficient", balance_coefficient, 0.3)
+        self.distill_coefficient = check_coefficient("distill_coefficient", distill_coefficient, 0.3)
+        self.state = RouterState(num_experts, frozen=torch.tensor(False, device="cpu"))
+        self._gates: list[StableGate] = []  # a list, or the layer's gate would be a module of this router too
+
+    def make_gate(self, d_model: int) -> nn.Module:
+        """A `StableGate`, which this router freezes when stage 2 begins."""
+        gate = StableGate(d_model, self.num_experts, self.top_k, self.vocab_size, self.light_dim)
+        self._gates = [gate]
+        return gate
+
+    def prepare_step(self) -> None:
+        if bool(self.state.frozen):
+            return
+        if self.freeze_step is not None:
+            freeze_step = self.freeze_step
+        elif self.total_steps is not None:
+            freeze_step = max(1, round(self.total_steps / 10))
+        else:
+            raise ValueError(
+                "stable-moe cannot know when to freeze its routes: tell the length of training, "
+                "sinkroute.set_step(model, step, total_steps=...), or give the router freeze_step"
+            )
+        if self.step >= freeze_step:
+            for gate in self._gates:
+                gate.freeze()
+            self.state.frozen.fill_(True)
+
+    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+        choice = self.serve(logits_TE, token_mask)
+        main_TE, light_TE = logits_TE[:, : self.num_experts], logits_TE[:, self.num_experts :]
+        loss = self.balance_coefficient * self._balance_loss(main_TE, choice.experts_TK, token_mask)
+        if light_TE.shape[1]:
+            log_light_TK = F.log_softmax(light_TE, dim=-1).gather(1, choice.experts_TK)
+            loss = loss - self.distill_coefficient * mean_over_tokens(log_light_TK.mean(1), token_mask)
+            loss = torch.where(self.state.frozen, 0.0, loss)
+        return choice._replace(aux_loss=loss)
+
+    def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+        main_TE, light_TE = logits_TE[:, : self.num_experts], logits_TE[:, self.num_experts :]
+        if light_TE.shape[1] == 0:
+            return self.score_topk(main_TE)
+        # Chosen on the device: whether the routes are frozen is state, and to ask for it would wait.
+        experts_TK = self.choose(torch.where(self.state.frozen, light_TE, main_TE).detach())
+        # In stage 2 no loss reaches the light router: a gradient of 0 rather than none.
+        return Choice(experts_TK, self.weigh(main_TE, experts_TK) + 0 * light_TE.gather(1, experts_TK))
+
+    def _balance_loss(self, main_TE: Tensor, experts_TK: Tensor, token_mask: Tensor | None) -> Tensor:
+        load_E = self._count(experts_TK, None if token_mask is None else token_mask[:, None]).to(main_TE.dtype)
+        mean = load_E.mean().clamp(min=1 / self.num_experts)  # that of one choice: without any, the excess is 0
+        excess_TK = ((load_E - load_E.mean()) / mean)[experts_TK]
+        scores_TK = weigh(main_TE, experts_TK, self.score, normalise=False)
+        return mean_over_tokens((excess_TK * scores_TK).sum(1), token_mask)

@@ -1,0 +1,64 @@
+"""The router of V-MoE (Riquelme et al., arXiv 2106.05974, section 2 and appendix A.2): a little noise, two losses.
+
+    h_ij = z_ij + ε_ij / E,    ε_ij ~ N(0, 1)
+
+In training the experts are the top-k of h, the weights their scores in h, and
+
+    importance_j = Σ_i s_ij                              s the scores of z, without noise
+    load_j       = Σ_i Φ((z_ij − h_i(k)) · E)            h_i(k) the k-th largest h_i
+    loss         = importance_coefficient · CV(importance)² + load_coefficient · CV(load)²
+
+Φ is the standard normal distribution function: load_j expects how many tokens would pass their threshold h_i(k) to
+expert j if the noise were drawn again. Serving is plain top-k of z.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from sinkroute.routing.losses.importance import cv_squared
+from sinkroute.routing.losses.registry import check_coefficient
+from sinkroute.routing.masked import mean_over_tokens
+from sinkroute.routing.router import Choice, CommonOptions, Router
+from sinkroute.routing.routers.ssr import refuse_groups
+
+__all__ = ["VMoENoiseRouter"]
+
+
+class VMoENoiseRouter(Router):
+    """Top-k of logits with Gaussian noise of standard deviation 1/E, and two losses.
+
+    Args:
+        importance_coefficient: of the loss on the experts' total scores; 0.005 is the published value.
+        load_coefficient: of the loss on the smooth load; 0.005 is the published value.
+        common: see `Router`. V-MoE has `norm_topk=False`. Without groups.
+
+    Raises:
+        TypeError, ValueError: a coefficient that is no number, negative or not finite; groups.
+    """
+
+    needs_step = True
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        *,
+        importance_coefficient: float = 0.005,
+        load_coefficient: float = 0.005,
+        **common: Unpack[CommonOptions],
+    ) -> None:
+        super().__init__(num_experts, top_k, **common)
+        refuse_groups(self)
+        self.importance_coefficient = check_coefficient("importance_coefficient", importance_coefficient, 0.005)
+        self.load_coefficient = check_coefficient("load_coefficient", load_coefficient, 0.005)
+        self.add_loss("importance", importance_coefficient)
+
+    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+        noisy_TE = logits_TE + self.draw_normal(logits_TE) / self.num_experts
+        threshold_T1 = torch.topk(noisy_TE, self.top_k, dim=-1).values[:, -1:]
+        chance_TE = torch.special.ndtr((logits_TE - threshold_T1) * self.num_experts)
+        load = cv_squared(mean_over_tokens(chance_TE, token_mask))
+        return self.score_topk(noisy_TE)._replace(aux_loss=self.load_coefficient * load)

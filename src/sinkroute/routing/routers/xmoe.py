@@ -1,0 +1,105 @@
+"""XMoE: scores on a low-dimensional hypersphere (Chi et al., arXiv 2204.09179, section 3.2).
+
+    z_ij = cos(W x_i, e_j) / τ,    W: D → E/2,    τ learned, 0.3 at first
+
+A dot product pulls tokens towards the experts' embeddings, in a space of as many dimensions as there are experts; the
+paper calls that collapse. A cosine in few dimensions pulls less. Then softmax top-k with the load-balancing loss of the
+Switch Transformer, coefficient 0.01.
+
+Of the released code (microsoft/torchscale) these are other: there the projection has 16 dimensions, the tokens' side is
+not normalised, and there is no temperature. What is here is the paper's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from sinkroute._errors import require_numbers
+from sinkroute.routing.router import CommonOptions, Router
+
+__all__ = ["CosineGate", "XMoERouter"]
+
+# Both are those of the released code.
+_LEAST_TEMPERATURE = 1e-4
+_LEAST_NORM = 1e-4
+
+
+class CosineGate(nn.Module):
+    """Tokens (T, D) to logits (T, E): the cosine of a projected token and each expert's embedding, over a temperature.
+
+    Args:
+        d_model: D.
+        num_experts: E.
+        dim: of the projection.
+        temperature: τ at first.
+
+    Attributes:
+        project: the projection, (dim, D), without bias.
+        embeddings: (E, dim).
+        temperature: 0-d.
+    """
+
+    def __init__(self, d_model: int, num_experts: int, dim: int, temperature: float) -> None:
+        super().__init__()
+        self.project = nn.Linear(d_model, dim, bias=False)
+        self.embeddings = nn.Parameter(nn.init.orthogonal_(torch.empty(num_experts, dim), gain=0.32))
+        self.temperature = nn.Parameter(torch.tensor(float(temperature)))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        # In the dtype of the tokens, which the layer has lifted to float32: a gate in low precision is lifted too.
+        dtype = x_TD.dtype
+        tokens_TP = F.normalize(F.linear(x_TD, self.project.weight.to(dtype)), dim=-1, eps=_LEAST_NORM)
+        experts_EP = F.normalize(self.embeddings.to(dtype), dim=-1, eps=_LEAST_NORM)
+        return tokens_TP @ experts_EP.t() / self.temperature.to(dtype).clamp(min=_LEAST_TEMPERATURE)
+
+
+class XMoERouter(Router):
+    """Top-k with a gate of cosines, and the load-balancing loss.
+
+    Args:
+        dim: of the gate's projection. None: half of E, rounded up, and 2 at least: on a line a cosine is 1 or −1 and
+            learns nothing.
+        temperature: τ at first; 0.3 is the published value.
+        coefficient: of the loss; 0.01 is the published value.
+        common: see `Router`.
+
+    Raises:
+        TypeError, ValueError: a number that is none, or out of range.
+
+    >>> import sinkroute
+    >>> gate = sinkroute.create_router("xmoe", num_experts=16, top_k=2).make_gate(d_model=64)
+    >>> gate.project.weight.shape, bool((gate(torch.randn(10, 64)).abs() <= 1 / 0.3 + 1e-4).all())
+    (torch.Size([8, 64]), True)
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        *,
+        dim: int | None = None,
+        temperature: float = 0.3,
+        coefficient: float = 0.01,
+        **common: Unpack[CommonOptions],
+    ) -> None:
+        super().__init__(num_experts, top_k, **common)
+        require_numbers(temperature=temperature)
+        if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < 1):
+            raise ValueError(f"dim must be an integer of 1 or more, got {dim!r}; leave it out for half of num_experts")
+        if not (temperature >= _LEAST_TEMPERATURE and math.isfinite(temperature)):
+            raise ValueError(
+                f"temperature must be a finite number of {_LEAST_TEMPERATURE:g} or more, got {temperature}; "
+                "0.3 is the published value"
+            )
+        self.dim, self.temperature, self.coefficient = dim, temperature, coefficient
+        self.add_loss("load-balance", coefficient)
+
+    def make_gate(self, d_model: int) -> nn.Module:
+        """A `CosineGate`."""
+        dim = max(2, math.ceil(self.num_experts / 2)) if self.dim is None else self.dim
+        return CosineGate(d_model, self.num_experts, dim, self.temperature)
