@@ -7,8 +7,8 @@ attached before a step that is timed with it and removed after. A step's time is
 same turn; a repeat is the median of those ratios; the table shows the median repeat with the smallest and the largest.
 "nothing, again" is a step without a monitor: what the benchmark calls a difference where there is none.
 
-A ratio cannot show less than that noise. So the hooks are also timed by themselves, all layers, on what the routers of
-a step were given and gave, and so is the reading of the numbers, which happens once in a window of many steps.
+A ratio cannot show less than that noise. So the hooks of all layers are also timed from their begin to their end within
+whole steps (on a GPU that is the host's part), and so is the reading of the numbers, once in a window of many steps.
 """
 
 from __future__ import annotations
@@ -128,11 +128,7 @@ def measure(benchmark: Benchmark, router: RouterConfig) -> dict[str, Any]:
         for kind, values in paired.items():
             ratios[kind].append(statistics.median(values))
     step_ms = 1e3 * statistics.median(plain)
-    calls = router_calls(model, step)
-    hooks_ms = {}
-    for tier, monitor in monitors.items():
-        with monitor:
-            hooks_ms[tier] = milliseconds(lambda: replay(calls), device)
+    hooks_ms = {tier: hooks_in_steps(model, monitor, step) for tier, monitor in monitors.items()}
     return {
         "step_ms": step_ms,
         "ratios": ratios,
@@ -142,25 +138,31 @@ def measure(benchmark: Benchmark, router: RouterConfig) -> dict[str, Any]:
     }
 
 
-def router_calls(model: nn.Module, step: Callable[[], None]) -> list[tuple[Any, ...]]:
-    """(router, args, kwargs, routes) of every call in one step."""
-    calls: list[tuple[Any, ...]] = []
-    handles = [
-        part.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
-        for part in model.modules()
-        if isinstance(part, Router)
-    ]
-    step()
-    for handle in handles:
+def hooks_in_steps(model: nn.Module, monitor: LoadMonitor, step: Callable[[], None], times: int = 40) -> float:
+    """Milliseconds that the hooks of all layers take in a step, as part of it: the median over steps."""
+    routers = [part for part in model.modules() if isinstance(part, Router)]
+    begun, spent = 0.0, 0.0
+
+    def begin(*_: Any) -> None:
+        nonlocal begun
+        begun = clock()
+
+    def end(*_: Any) -> None:
+        nonlocal spent
+        spent += clock() - begun
+
+    # Hooks run in the order in which they were registered.
+    before = [router.register_forward_hook(begin) for router in routers]
+    by_step = []
+    with monitor:
+        after = [router.register_forward_hook(end) for router in routers]
+        for _ in range(times):
+            spent = 0.0
+            step()
+            by_step.append(spent)
+    for handle in before + after:
         handle.remove()
-    return calls
-
-
-def replay(calls: list[tuple[Any, ...]]) -> None:
-    """All hooks of a step, and nothing else."""
-    for router, args, kwargs, routes in calls:
-        for hook in router._forward_hooks.values():
-            hook(router, args, kwargs, routes)
+    return 1e3 * statistics.median(by_step)
 
 
 def main() -> None:
@@ -173,7 +175,7 @@ def main() -> None:
         caption=f"{about['gpu'] or about['cpu']}, 1 thread, {clock.__name__}, torch {about['torch']}; "
         f"{benchmark.repeats} repeats of {benchmark.pairs} alternating steps",
     )
-    for column in ("step", "monitor", "median", "smallest", "largest", "hooks alone", "one metrics()"):
+    for column in ("step", "monitor", "median", "smallest", "largest", "of it hooks", "one metrics()"):
         table.add_column(column, justify="left" if column in ("step", "monitor") else "right")
     for branch, result in results.items():
         for kind, values in result["ratios"].items():

@@ -121,6 +121,19 @@ def test_a_strength_of_noise_that_changes_every_step_is_compiled_twice_at_most()
     assert graphs.count <= 2
 
 
+def test_the_load_of_the_batch_is_the_same_graph_for_all_micro_batches_but_the_first():
+    graphs, compiled_router, router = Graphs(), make("global-load-balance"), make("global-load-balance")
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compiled = torch.compile(compiled_router, fullgraph=True, backend=graphs)
+        for step in range(2):
+            for micro_batch in range(5):
+                for either in (compiled_router, router):
+                    sinkroute.set_step(either, step, micro_batch)
+                batch = logits(router, seed=micro_batch)
+                assert_same(compiled(batch), router(batch))
+    assert graphs.count == 2
+
+
 @pytest.mark.parametrize("name", ["sinkhorn", "base", "expert-choice", "ssr-l", "ssr-s", "ssr-b", "ssr-ec", "ssr-bias"])
 def test_a_step_that_solves_breaks_the_graph_once(name):
     options = {"probability": 1.0} if name.startswith("ssr") else {}

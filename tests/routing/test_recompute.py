@@ -147,15 +147,15 @@ def gate_gradient(run, name="load-balance", **options):
 def test_a_layer_that_is_used_twice_keeps_the_gradients_of_both_losses():
     def plain(layer):
         first = layer(random(TOKENS, D))
-        loss = 2 * layer.routes.aux_loss
+        loss = layer.routes.aux_loss
         second = layer(first)
-        (second.sum() + loss + 3 * layer.routes.aux_loss).backward()
+        (second.sum() + 2 * loss + 3 * layer.routes.aux_loss).backward()
 
     def repeated(layer):
         first = checkpoint(layer, random(TOKENS, D).requires_grad_(), use_reentrant=True)
-        loss = 2 * layer.routes.aux_loss
+        loss = layer.routes.aux_loss
         second = checkpoint(layer, first, use_reentrant=True)
-        (second.sum() + loss + 3 * layer.routes.aux_loss).backward()
+        (second.sum() + 2 * loss + 3 * layer.routes.aux_loss).backward()
 
     torch.testing.assert_close(gate_gradient(repeated), gate_gradient(plain), rtol=0, atol=1e-6)
 

@@ -145,8 +145,10 @@ def test_a_changed_value_does_not_change_what_it_is_reset_to():
     state = RouterState(3, bias_E=start)
     state.bias_E += 1
     assert start.tolist() == [0, 0, 0]
+    start += 2
+    state.note(torch.tensor([1, 2, 3]), {})
     state.reset_parameters()
-    assert state.bias_E.tolist() == [0, 0, 0]
+    assert state.bias_E.tolist() == [0, 0, 0] and state.saved_load_E.tolist() == [0, 0, 0]
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------

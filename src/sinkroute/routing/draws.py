@@ -13,6 +13,9 @@ import hashlib
 import torch
 from torch import Tensor
 
+from sinkroute.transport import native
+from sinkroute.transport.passes.compiled import threads_for
+
 __all__ = ["hash63", "normal_like", "uniform"]
 
 
@@ -42,12 +45,20 @@ def normal_like(reference: Tensor, seed: Tensor) -> Tensor:
         seed: 0-d int64 on the CPU, 0 or more. A tensor, because a number would be part of a compiled graph, and every
             step would be compiled anew.
 
-    The numbers differ between device types (CPU and CUDA have different generators), never between calls.
+    On a CPU with the compiled kernels each number is a function of the seed and its place in the flattened tensor
+    alone, the same on every such machine: 32 bits of Threefry through the normal quantile, in float32 and widened or
+    narrowed from there (native/noise.c says how close to normal that is). Elsewhere it is torch's generator that is
+    seeded, so that the numbers differ between device types, and between CPUs with the kernels and without; never
+    between calls.
     """
     return torch.ops.sinkroute.normal_like(reference, seed)
 
 
 def _normal_like(reference: Tensor, seed: Tensor) -> Tensor:
+    if reference.device.type == "cpu" and (kernels := native.load()) is not None:
+        noise = torch.empty(reference.shape, dtype=torch.float32, device="cpu")
+        kernels.normal(int(seed), noise.numel(), noise.data_ptr(), threads_for(noise))
+        return noise.to(reference.dtype)
     generator = torch.Generator(device=reference.device)
     generator.manual_seed(int(seed))
     return torch.randn(reference.shape, dtype=reference.dtype, device=reference.device, generator=generator)
@@ -57,4 +68,6 @@ def _normal_like(reference: Tensor, seed: Tensor) -> Tensor:
 _library = torch.library.Library("sinkroute", "FRAGMENT")
 _library.define("normal_like(Tensor reference, Tensor seed) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.impl("normal_like", _normal_like, "CompositeExplicitAutograd")
-torch.library.register_fake("sinkroute::normal_like", lambda reference, seed: torch.empty_like(reference), lib=_library)
+torch.library.register_fake(
+    "sinkroute::normal_like", lambda reference, seed: reference.new_empty(reference.shape), lib=_library
+)

@@ -23,6 +23,7 @@ from sinkroute.routing.ranks import Group, Ranks
 from sinkroute.routing.routes import Routes
 from sinkroute.routing.scores import GroupScore, Score, limit_to_groups, scores, weigh
 from sinkroute.routing.state import RouterState, recomputing
+from sinkroute.routing.topk import top_experts
 from sinkroute.transport import Plan
 
 __all__ = ["Choice", "CommonOptions", "Router"]
@@ -158,6 +159,7 @@ class Router(nn.Module):
         self.state = None
         self._keyless_passes = 0
         self._noise_seed = torch.zeros((), dtype=torch.int64, device="cpu")  # there always: no parameter, no buffer
+        self._noise_key: tuple[int, ...] | None = None  # of that seed
         self._step_load_E: Tensor | None = None
         self._step_loads: dict[int, Tensor] = {}
         self._loss_leaves: dict[int, deque[Tensor]] = {}
@@ -253,10 +255,10 @@ class Router(nn.Module):
         return Choice(experts_TK, self.weigh(logits_TE, experts_TK))
 
     def choose(self, selection_TE: Tensor) -> Tensor:
-        """(T, K) int64: the K largest of each row, in its best groups."""
+        """(T, K) int64: the K largest of each row, in its best groups; see `top_experts`."""
         if self.top_groups < self.groups:
             selection_TE = limit_to_groups(selection_TE, self.groups, self.top_groups, self.group_score)
-        return torch.topk(selection_TE, self.top_k, dim=-1).indices
+        return top_experts(selection_TE, self.top_k)
 
     def choose_in(self, plan: Plan) -> Tensor:
         """(T, K) int64: the K largest entries of each row of a plan, in its best groups."""
@@ -299,7 +301,9 @@ class Router(nn.Module):
         load_E = self.batch_ranks.sum(load_E.clone())
         if self.step_was_set:
             load_E = load_E if self._step_load_E is None else load_E + self._step_load_E
-            self._step_load_E = self._step_loads[self.micro_batch] = load_E
+            self._step_load_E = load_E
+            if not torch.compiler.is_compiling():  # nothing compiled looks it up, and each index would be a graph
+                self._step_loads[self.micro_batch] = load_E
         return load_E
 
     def _keep_gradient(self, aux_loss: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -359,13 +363,19 @@ class Router(nn.Module):
         Ranks of a group have other tokens; those outside it that hold the same tokens (tensor parallelism) must draw
         the same.
         """
+        return normal_like(reference.detach(), self.noise_seed())
+
+    def noise_seed(self) -> Tensor:
+        """Of `draw_normal`'s noise: 0-d int64 on the CPU."""
         if not torch.compiler.is_compiling():  # there it is of the last set_step
             self._update_noise_seed()
-        return normal_like(reference.detach(), self._noise_seed)
+        return self._noise_seed
 
     def _update_noise_seed(self) -> None:
-        rank = self.batch_ranks.rank
-        self._noise_seed.fill_(hash63("noise", self.seed, self.layer or 0, self.step, self.micro_batch, rank))
+        key = (self.seed, self.layer or 0, self.step, self.micro_batch, self.batch_ranks.rank)
+        if key != self._noise_key:
+            self._noise_seed.fill_(hash63("noise", *key))
+            self._noise_key = key
 
     def _note_keyless_pass(self) -> None:
         if self.step_was_set or torch.compiler.is_compiling():

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["GroupScore", "Score", "limit_to_groups", "scores", "weigh"]
+__all__ = ["GroupScore", "Score", "limit_to_groups", "scores", "weigh", "weigh_chosen"]
 
 Score = Literal["softmax", "sigmoid"]
 GroupScore = Literal["max", "top2-sum"]
@@ -37,12 +37,17 @@ def weigh(logits_TE: Tensor, experts_TK: Tensor, score: Score, normalise: bool) 
     [[0.75]]
     """
     chosen_TK = logits_TE.gather(-1, experts_TK)
+    if score == "softmax" and not normalise:
+        return torch.exp(chosen_TK - torch.logsumexp(logits_TE, dim=-1, keepdim=True))
+    return weigh_chosen(chosen_TK, score, normalise)
+
+
+def weigh_chosen(chosen_TK: Tensor, score: Score, normalise: bool) -> Tensor:
+    """`weigh` where the logits of the chosen experts say all: of a softmax, the scores only if renormalised."""
     if normalise:
         # The softmax over the chosen is the full softmax renormalised over them, in one step and without 0/0; so is
         # that of the logarithms for the sigmoid.
         return torch.softmax(chosen_TK if score == "softmax" else F.logsigmoid(chosen_TK), dim=-1)
-    if score == "softmax":
-        return torch.exp(chosen_TK - torch.logsumexp(logits_TE, dim=-1, keepdim=True))
     return torch.sigmoid(chosen_TK)
 
 

@@ -175,6 +175,29 @@ def test_noise_moves_neither_gradient_nor_scale_of_the_scores():
     torch.testing.assert_close(clean.grad, shifted.grad, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("name", ["ssr-l", "ssr-s", "ssr-b", "ssr-bias", "ssr-fold"])
+@pytest.mark.parametrize(("noise", "noise_scale"), [(0.3, "per-expert"), (2.0, "absolute"), ("learned", "per-expert")])
+@pytest.mark.parametrize(
+    ("score", "top_k", "norm_topk"), [("softmax", 2, True), ("sigmoid", 3, True), ("sigmoid", 1, False)]
+)
+def test_noise_drawn_for_few_routes_as_noise_on_all_scores(name, noise, noise_scale, score, top_k, norm_topk):
+    options = {"noise": noise, "noise_scale": noise_scale, "score": score, "norm_topk": norm_topk, "probability": 0}
+    router, gradient_TK = ssr(name, 40, top_k, **options), scores(300, top_k, seed=4)
+    sinkroute.set_step(router, 3)
+    if name == "ssr-bias":
+        router.state.bias_E.copy_(torch.linspace(-1, 1, 40))
+    few_TE, all_TE = (scores(300, 40).requires_grad_() for _ in range(2))
+    routes, expected = router(few_TE), router.gate_topk(router._noisy(all_TE))
+    assert torch.equal(routes.experts, expected.experts_TK) and torch.equal(routes.weights, expected.weights_TK)
+    (routes.weights * gradient_TK).sum().backward()
+    learned = [parameter.grad.clone() for parameter in router.parameters()]
+    router.zero_grad()
+    (expected.weights_TK * gradient_TK).sum().backward()
+    assert torch.equal(few_TE.grad, all_TE.grad) and few_TE.grad.abs().max() > 1e-2
+    for one, parameter in zip(learned, router.parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-7)
+
+
 # -- the plan --------------------------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,9 @@ from sinkroute.routing.adaptive import Adaptive
 from sinkroute.routing.metrics import max_violation
 from sinkroute.routing.router import Choice, CommonOptions, Router
 from sinkroute.routing.schedules import Constant, Schedule, check_bounds, make_schedule
+from sinkroute.routing.scores import weigh_chosen
 from sinkroute.routing.state import RouterState
+from sinkroute.routing.topk import noisy_topk
 from sinkroute.transport import Plan, solve
 
 __all__ = ["Inference", "SSRLinearRouter", "SSROptions", "SSRRouter", "SSRSoftmaxRouter"]
@@ -191,7 +193,14 @@ class SSRRouter(Router):
 
     def gate_topk(self, logits_TE: Tensor) -> Choice:
         """The choice on the steps between Sinkhorn steps, noise included in the logits."""
-        return self.score_topk(logits_TE)
+        bias_E = self.gate_bias()
+        if bias_E is None:
+            return self.score_topk(logits_TE)
+        return self.choose_by(logits_TE.detach() + bias_E.to(logits_TE.dtype), logits_TE)
+
+    def gate_bias(self) -> Tensor | None:
+        """(E,) what is added to the logits for that choice, without weighing; None: nothing."""
+        return None
 
     def choose_on_plan(self, plan: Plan, token_mask: Tensor | None) -> PlanChoice:
         """The choice on Sinkhorn steps."""
@@ -239,7 +248,9 @@ class SSRRouter(Router):
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         if self.sinkhorn_now:
             return self.sinkhorn_topk(logits_TE, token_mask, noisy=self.noise_branch in ("both", "sinkhorn"))
-        return self.gate_topk(self._noisy(logits_TE) if self.noise_branch in ("both", "softmax") else logits_TE)
+        return (
+            self.noisy_gate_topk(logits_TE) if self.noise_branch in ("both", "softmax") else self.gate_topk(logits_TE)
+        )
 
     def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         if self.inference in ("sinkhorn", "both"):
@@ -249,6 +260,16 @@ class SSRRouter(Router):
     def serve_topk(self, logits_TE: Tensor) -> Choice:
         """The choice when serving without a plan."""
         return self.score_topk(logits_TE)
+
+    def noisy_gate_topk(self, logits_TE: Tensor) -> Choice:
+        """`gate_topk` of logits with noise. Where nobody looks at all of them, no more is drawn than can matter."""
+        std = self._noise_std()
+        quiet = not isinstance(std, Tensor) and std == 0
+        if quiet or self.top_groups < self.groups or (self.score == "softmax" and not self.norm_topk):
+            return self.gate_topk(self._noisy(logits_TE))
+        experts_TK, noise_TK = noisy_topk(logits_TE, self.top_k, std, self.noise_seed(), self.gate_bias())
+        noisy_TK = logits_TE.gather(-1, experts_TK) + std * noise_TK
+        return Choice(experts_TK, weigh_chosen(noisy_TK, self.score, self.norm_topk))
 
     @uncompiled  # the solver's loop ends when the data say so
     def sinkhorn_topk(self, logits_TE: Tensor, token_mask: Tensor | None, noisy: bool) -> Choice:
@@ -297,15 +318,19 @@ class SSRRouter(Router):
     @property
     def noise_std(self) -> float:
         """Standard deviation of the noise at this step."""
-        strength = self.noise_now if self.raw_noise is None else F.softplus(self.raw_noise.detach()).item()
+        std = self._noise_std()
+        return std.item() if isinstance(std, Tensor) else std
+
+    def _noise_std(self) -> float | Tensor:
+        strength: float | Tensor = self.noise_now if self.raw_noise is None else F.softplus(self.raw_noise)
         return strength / self.num_experts if self.noise_scale == "per-expert" else strength
 
     def _noisy(self, scores_TE: Tensor) -> Tensor:
-        if self.raw_noise is None and self.noise_now == 0:
-            return scores_TE
-        strength: float | Tensor = self.noise_now if self.raw_noise is None else F.softplus(self.raw_noise)
-        std = strength / self.num_experts if self.noise_scale == "per-expert" else strength
-        return scores_TE + std * self.draw_normal(scores_TE)
+        std = self._noise_std()
+        if isinstance(std, Tensor):
+            return scores_TE + std * self.draw_normal(scores_TE)
+        # In place: of three matrices T × E two would be made for nothing.
+        return scores_TE if std == 0 else self.draw_normal(scores_TE).mul_(std).add_(scores_TE)
 
 
 def _learned(text: str) -> float | None:

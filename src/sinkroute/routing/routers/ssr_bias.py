@@ -62,8 +62,8 @@ class SSRBiasRouter(SSRKeptRouter):
     def state_values(self) -> dict[str, Tensor]:
         return super().state_values() | {"bias_E": torch.zeros(self.num_experts, device="cpu")}
 
-    def gate_topk(self, logits_TE: Tensor) -> Choice:
-        return self.choose_by(logits_TE.detach() + self.state.bias_E.to(logits_TE.dtype), logits_TE)
+    def gate_bias(self) -> Tensor:
+        return self.state.bias_E
 
     def serve_topk(self, logits_TE: Tensor) -> Choice:
         return self.gate_topk(logits_TE) if self.serve_with == "bias" else self.score_topk(logits_TE)

@@ -176,8 +176,7 @@ class StableMoERouter(Router):
             return self.score_topk(main_TE)
         # Chosen on the device: whether the routes are frozen is state, and to ask for it would wait.
         experts_TK = self.choose(torch.where(self.state.frozen, light_TE, main_TE).detach())
-        # In stage 2 no loss reaches the light router: a gradient of 0 rather than none.
-        return Choice(experts_TK, self.weigh(main_TE, experts_TK) + 0 * light_TE.gather(1, experts_TK))
+        return Choice(experts_TK, self.weigh(main_TE, experts_TK))
 
     def _balance_loss(self, main_TE: Tensor, experts_TK: Tensor, token_mask: Tensor | None) -> Tensor:
         load_E = self._count(experts_TK, None if token_mask is None else token_mask[:, None]).to(main_TE.dtype)

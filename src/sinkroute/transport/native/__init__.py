@@ -188,4 +188,10 @@ def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.costs.restype = None
     kernels.topk.argtypes = [scores, address, number, integer, integer, address, address, integer]
     kernels.topk.restype = None
+    kernels.noisy_topk.argtypes = [
+        *(address, integer, integer, integer, address, integer, ctypes.c_float, integer, address, address, integer)
+    ]
+    kernels.noisy_topk.restype = None
+    kernels.normal.argtypes = [integer, integer, address, integer]
+    kernels.normal.restype = None
     return kernels

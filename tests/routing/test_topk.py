@@ -1,0 +1,155 @@
+"""The K best experts: exact whatever is tied, and the noise that decides among them drawn for few."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sinkroute.routing.draws import normal_like
+from sinkroute.routing.topk import noisy_topk, top_experts
+from sinkroute.transport import native
+
+needs_kernels = pytest.mark.skipif(native.load() is None, reason="no compiler here")
+SPECIAL = [0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), 1e-45, -1e-45, 1e-39, 3e38, -3e38]
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_sorting(values_TE, k):
+    return torch.from_numpy(np.argsort(-values_TE.double().numpy(), axis=1, kind="stable")[:, :k].copy())
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: None)
+
+
+@st.composite
+def rows(draw):
+    """Values (some kind of ties, or none) and k."""
+    experts = draw(st.integers(1, 70) | st.sampled_from([128, 256, 300]))
+    tokens, seed = draw(st.integers(0, 20)), draw(st.integers(0, 10**6))
+    values_TE = random(tokens, experts, seed=seed)
+    kind = draw(st.sampled_from(["plain", "bfloat16", "integers", "special", "limited", "ascending"]))
+    if kind == "bfloat16":
+        values_TE = values_TE.bfloat16().float()
+    elif kind == "integers":
+        values_TE = values_TE.round()
+    elif kind == "special":
+        picks_TE = torch.randint(len(SPECIAL), values_TE.shape, generator=torch.Generator().manual_seed(seed))
+        values_TE = torch.tensor(SPECIAL)[picks_TE]
+    elif kind == "limited":
+        values_TE[:, experts // 4 :] = float("-inf")
+    elif kind == "ascending":
+        values_TE = values_TE.sort(dim=1).values
+    k = draw(st.integers(1, min(experts, 12)) | st.integers(1, experts))
+    form = draw(st.sampled_from(["contiguous", "rows apart", "columns apart"]))
+    if form == "rows apart":
+        values_TE = torch.cat([values_TE, torch.full((tokens, 3), 9.0)], 1)[:, :experts]
+    elif form == "columns apart":
+        values_TE = values_TE.t().contiguous().t()
+    return values_TE, k
+
+
+# -- the plain choice ------------------------------------------------------------------------------------------------
+
+
+@given(rows())
+@settings(max_examples=300, deadline=None)
+def test_the_choice_is_that_of_a_stable_sort(rows):
+    values_TE, k = rows
+    assert torch.equal(top_experts(values_TE, k), by_sorting(values_TE, k))
+
+
+@given(rows())
+@settings(max_examples=100, deadline=None)
+def test_float64_is_chosen_from_alike(rows):
+    values_TE, k = rows
+    assert torch.equal(top_experts(values_TE.double(), k), by_sorting(values_TE, k))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 20])
+@pytest.mark.parametrize("experts", [20, 100])
+def test_without_kernels_ties_are_the_same(without_kernels, k, experts):
+    values_TE = (2 * random(200, experts)).round()
+    assert torch.equal(top_experts(values_TE, k), by_sorting(values_TE, k))
+
+
+def test_numbers_that_float32_cannot_tell_apart_are_told_apart_in_float64():
+    assert top_experts(torch.tensor([[1.0, 1 + 1e-12]], dtype=torch.float64), 1).tolist() == [[1]]
+
+
+def test_half_precision_is_chosen_from_too():
+    values_TE = random(50, 40).bfloat16()
+    assert torch.equal(top_experts(values_TE, 3), by_sorting(values_TE, 3))
+
+
+@pytest.mark.parametrize("k", [1, 4, 20, 40])
+def test_rows_with_nan_get_different_experts_that_exist(k):
+    values_TE = random(100, 40)
+    values_TE[random(100, 40, seed=1) < 0.5] = float("nan")
+    values_TE[0] = float("nan")
+    for chosen in top_experts(values_TE, k).tolist() + noisy_topk(values_TE, k, 0.1, torch.tensor(1))[0].tolist():
+        assert len(set(chosen)) == k and set(chosen) <= set(range(40))
+
+
+def test_several_threads_choose_alike():
+    values_TE, seed, results = random(5000, 64), torch.tensor(3), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            results.append(
+                (top_experts(values_TE, 3), *noisy_topk(values_TE, 3, 0.1, seed), normal_like(values_TE, seed))
+            )
+        finally:
+            torch.set_num_threads(1)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_compiled_code_breaks_ties_alike():
+    values_TE = random(50, 20).round()
+    compiled = torch.compile(lambda values_TE: top_experts(values_TE, 4), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(values_TE), by_sorting(values_TE, 4))
+
+
+def test_transformed_functions_and_meta_tensors_can_be_chosen_from():
+    values_TE = random(5, 6)
+    gradient_TE = torch.func.grad(lambda values_TE: values_TE.gather(1, top_experts(values_TE, 2)).sum())(values_TE)
+    assert torch.equal(gradient_TE.nonzero()[:, 1].view(5, 2), by_sorting(values_TE, 2).sort(1).values)
+    assert top_experts(values_TE.to("meta"), 2).shape == (5, 2)
+
+
+# -- with noise ------------------------------------------------------------------------------------------------------
+
+
+@given(rows(), st.sampled_from([0.0, 1e-3, 0.02, 0.3, 5.0]), st.integers(0, 2**63 - 1), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_noise_for_few_chooses_as_noise_for_all(rows, std, seed, biased):
+    values_TE, k = rows
+    seed, bias_E = torch.tensor(seed), random(values_TE.shape[1], seed=5) if biased else None
+    noise_TE = normal_like(values_TE, seed)
+    noisy_TE = values_TE + std * noise_TE
+    expected_TK = by_sorting(noisy_TE if bias_E is None else noisy_TE + bias_E, k)
+    experts_TK, noise_TK = noisy_topk(values_TE, k, std, seed, bias_E)
+    assert torch.equal(experts_TK, expected_TK) and torch.equal(noise_TK, noise_TE.gather(1, expected_TK))
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_without_kernels_noise_decides_too(without_kernels, biased):
+    values_TE, seed, bias_E = random(60, 12), torch.tensor(8), random(12, seed=5) if biased else None
+    noise_TE = normal_like(values_TE, seed)
+    experts_TK, noise_TK = noisy_topk(values_TE, 3, 0.5, seed, bias_E)
+    assert torch.equal(experts_TK, by_sorting(values_TE + 0.5 * noise_TE + (bias_E if biased else 0), 3))
+    assert torch.equal(noise_TK, noise_TE.gather(1, experts_TK))
+
+
+@needs_kernels
+def test_a_strength_that_is_a_tensor_is_that_number():
+    values_TE, seed = random(60, 12), torch.tensor(8)
+    by_tensor = noisy_topk(values_TE, 3, torch.tensor(0.25, requires_grad=True), seed)
+    by_number = noisy_topk(values_TE, 3, 0.25, seed)
+    assert torch.equal(by_tensor[0], by_number[0]) and torch.equal(by_tensor[1], by_number[1])
+    assert not by_tensor[1].requires_grad
