@@ -291,6 +291,8 @@ def _report(arguments: list[str], console: Console) -> int:
 
 
 def _bench(arguments: list[str], console: Console) -> int:
+    # torch's count of memory warns of tensors that it did not see made. To be set before torch is loaded.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from sinkroute.lab.bench import Bench, run_bench
 
     return run_bench(tyro.cli(Bench, args=arguments, prog="sinkroute bench"), console)

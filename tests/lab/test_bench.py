@@ -111,34 +111,63 @@ def test_every_router_can_be_passed_through(name: str) -> None:
 # -- time ----------------------------------------------------------------------------------------------------------
 
 
-def test_ratios_survive_a_machine_that_becomes_slower(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
+class Clock:
+    """A time that passes only where it is told to, on a machine that becomes slower: 1 % each tenth of a second."""
 
-    def work(seconds: float) -> Callable[[], None]:
+    def __init__(self) -> None:
+        self.now, self.called = 0.0, []
+
+    def work(self, name: str, seconds: float) -> Callable[[], None]:
         def call() -> None:
-            nonlocal now
-            now += seconds * 1.01 ** (now / 0.1)  # 1 % slower with each tenth of a second, 2.7 times within 10
+            self.called.append(name)
+            self.now += seconds * 1.01 ** (self.now / 0.1)
 
         return call
 
-    monkeypatch.setattr("sinkroute.lab.bench.timing.time", SimpleNamespace(perf_counter=lambda: now))
-    calls = {"one": work(0.005), "two": work(0.010), "one again": work(0.005)}
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("sinkroute.lab.bench.timing.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def test_ratios_survive_a_machine_that_becomes_slower(clock: Clock) -> None:
+    calls = {name: clock.work(name, seconds) for name, seconds in (("one", 0.005), ("two", 0.010), ("again", 0.005))}
     found = compare(calls, "one", CPU, repeats=3, seconds=4, seed=0)
+    assert clock.now > 3 and found.turns > 20
     assert found.ratios["one"] == [1.0, 1.0, 1.0]
-    # Within a turn of some 20 ms times drift by 0.2 %.
+    # Within a turn of 20 ms times drift by 0.2 %, over all by a third.
     assert found.ratios["two"] == pytest.approx([2.0, 2.0, 2.0], rel=0.01)
-    assert found.ratios["one again"] == pytest.approx([1.0, 1.0, 1.0], rel=0.01)
-    assert found.turns > 20 and 6 < found.milliseconds < 12
+    assert found.ratios["again"] == pytest.approx([1.0, 1.0, 1.0], rel=0.01)
+    assert 5 < found.milliseconds < 8
 
 
-def test_every_turn_has_each_call_once_in_changing_order() -> None:
-    called: list[str] = []
-    calls = {name: lambda name=name: (called.append(name), time.sleep(1e-3)) for name in "abc"}
-    found = compare(calls, "a", CPU, repeats=2, seconds=0.2, seed=0)
-    turns = [called[at : at + 3] for at in range(0, len(called), 3)]
-    assert found.turns > 5 and len(turns) in (2 * found.turns + 1, 2 * found.turns + 2)
+def test_every_turn_has_each_call_once_in_changing_order(clock: Clock) -> None:
+    found = compare({name: clock.work(name, 0.01) for name in "abc"}, "a", CPU, repeats=2, seconds=1, seed=0)
+    turns = [clock.called[at : at + 3] for at in range(0, len(clock.called), 3)]
+    assert len(turns) == 2 * found.turns + 2
     assert all(set(turn) == set("abc") for turn in turns)
-    assert len({tuple(turn) for turn in turns}) > 2
+    assert len({tuple(turn) for turn in turns}) > 3
+
+
+def test_what_is_far_slower_takes_one_turn_of_each_repeat(clock: Clock) -> None:
+    calls = {"a": clock.work("a", 0.01), "b": clock.work("b", 0.01), "slow": clock.work("slow", 0.1)}
+    found = compare(calls, "a", CPU, repeats=4, seconds=4, seed=0)
+    assert clock.called.count("slow") == 2 + 4  # the two turns that measure what a turn takes, and the repeats
+    assert clock.called.count("a") == clock.called.count("b") == 2 + 4 * found.turns and found.turns > 20
+    assert found.ratios["slow"] == pytest.approx([10.0] * 4, rel=0.02)
+
+
+def test_the_time_that_is_given_is_kept(clock: Clock) -> None:
+    calls = {name: clock.work(name, 0.001 * (1 + at)) for at, name in enumerate("abcdef")}
+    compare(calls, "a", CPU, repeats=5, seconds=3, seed=0)
+    assert 2 < clock.now < 3.6
+
+
+def test_long_turns_are_repeated_three_times_and_measured_once_before(clock: Clock) -> None:
+    found = compare({name: clock.work(name, 2.0) for name in "ab"}, "a", CPU, repeats=5, seconds=1, seed=0)
+    assert (found.turns, len(found.ratios["b"]), len(clock.called)) == (1, 3, 2 * 4)
 
 
 def test_a_router_that_is_slowed_down_is_seen_as_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

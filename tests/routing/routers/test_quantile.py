@@ -143,10 +143,13 @@ def test_ema_is_the_share_of_the_old_bias_that_stays(options):
 
 
 @both_scopes
-def test_masked_tokens_are_in_no_quantile(options):
-    logits_TE, mask = random(20, 4), torch.arange(20) % 5 != 1
-    masked_E = after_step(quantile_router(4, 2, **options), logits_TE, masks=[mask])
-    assert torch.equal(masked_E, after_step(quantile_router(4, 2, **options), logits_TE[mask]))
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_masked_tokens_are_in_no_quantile(options, top_k):
+    logits_TE, mask = random(40, 4), torch.arange(40) % 5 < 2
+    padded, alone = quantile_router(4, top_k, **options), quantile_router(4, top_k, **options)
+    for _ in range(2):
+        masked_E = after_step(padded, logits_TE, masks=[mask])
+        assert torch.equal(masked_E, after_step(alone, logits_TE[mask]))
 
 
 @both_scopes

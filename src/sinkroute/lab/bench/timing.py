@@ -2,6 +2,7 @@
 
 Machines drift, so nothing is compared across time: the calls alternate, in an order that is shuffled at each turn, and
 a call's time is set against the baseline's of the same turn. A repeat is the median of those ratios over its turns.
+Calls that are several times slower than the baseline take part in a repeat's first turn only: they need no third digit.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 __all__ = ["Comparison", "compare", "seconds_of"]
 
 MOST_TURNS = 60  # of a repeat
+SLOW = 4  # times the baseline's time
 Call = Callable[[], object]
 
 
@@ -24,7 +26,7 @@ class Comparison(NamedTuple):
     """What `compare` measured.
 
     Attributes:
-        turns: calls of each kind in a repeat.
+        turns: of a repeat.
         milliseconds: of the baseline, the median of all its calls.
         ratios: name → time relative to the baseline, one a repeat.
     """
@@ -70,21 +72,23 @@ def compare(
         pause: called before each call: what it raises ends the comparison.
     """
     for _ in range(2):  # the first turn also compiles kernels and fetches memory; where that is not seen, it will do
-        turn = 0.0
-        for call in calls.values():
+        first: dict[str, float] = {}
+        for name, call in calls.items():
             pause()
-            turn += seconds_of(call, device)
-        if turn > seconds / 10:
+            first[name] = seconds_of(call, device)
+        if sum(first.values()) > seconds / 10:
             break
-    repeats = min(repeats, max(3, int(seconds / turn)))
-    turns = max(1, min(MOST_TURNS, int(seconds / repeats / turn)))
-    order, names = random.Random(seed), list(calls)
-    ratios: dict[str, list[float]] = {name: [] for name in names}
+    quick = [name for name in calls if first[name] < SLOW * first[baseline]]
+    turn, rest = sum(first[name] for name in quick), sum(first.values())
+    repeats = min(repeats, max(3, int(seconds / rest)))
+    turns = max(1, min(MOST_TURNS, 1 + int((seconds / repeats - rest) / turn)))
+    order = random.Random(seed)
+    ratios: dict[str, list[float]] = {name: [] for name in calls}
     base: list[float] = []
     for _ in range(repeats):
-        paired: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(turns):
-            taken = {}
+        paired: dict[str, list[float]] = {name: [] for name in calls}
+        for at in range(turns):
+            taken, names = {}, list(calls) if at == 0 else quick
             for name in order.sample(names, len(names)):
                 pause()
                 taken[name] = seconds_of(calls[name], device)

@@ -19,6 +19,7 @@ from sinkroute.routing.draws import hash63
 from sinkroute.routing.router import Choice, CommonOptions, Router
 from sinkroute.routing.routers.ssr import refuse_groups
 from sinkroute.routing.schedules import Linear, ScheduleLike, check_bounds, make_schedule
+from sinkroute.routing.topk import top_experts
 
 __all__ = ["SMoEDropoutRouter"]
 
@@ -107,5 +108,5 @@ class SMoEDropoutRouter(Router):
         return self._topk(logits_TE, self.serving_top_k or self.top_k)
 
     def _topk(self, logits_TE: Tensor, k: int) -> Choice:
-        experts_TK = torch.topk(logits_TE, k, dim=-1).indices
+        experts_TK = top_experts(logits_TE, k)
         return Choice(experts_TK, self.weigh(logits_TE, experts_TK))
