@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from numbers import Real
 
-__all__ = ["NonFiniteScores", "SinkrouteError", "require_numbers", "unknown_name"]
+__all__ = ["NonFiniteScores", "SinkrouteError", "require_count", "require_numbers", "unknown_name"]
 
 
 class SinkrouteError(Exception):
@@ -27,6 +27,21 @@ def require_numbers(**values: object) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+
+
+def require_count(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise a `ValueError` unless `value` is an int (no bool) within the bounds.
+
+    >>> require_count("dim", 2.5, 1)
+    Traceback (most recent call last):
+    ValueError: dim must be an integer of 1 or more, got 2.5
+    >>> require_count("serving_top_k", 9, 1, 8)
+    Traceback (most recent call last):
+    ValueError: serving_top_k must be an integer from 1 to 8, got 9
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        bounds = f"of {least} or more" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be an integer {bounds}, got {value!r}")
 
 
 def unknown_name(kind: str, name: object, choices: Iterable[str]) -> ValueError:

@@ -68,6 +68,13 @@ def test_every_router_is_among_what_is_timed() -> None:
     assert {variant.router for variant in variants_of(list_routers()).values()} == set(list_routers())
 
 
+def test_without_noise_the_papers_two_are_timed_as_well() -> None:
+    options = {name: variant.options for name, variant in variants_of(["ssr-l", "ssr-b"]).items()}
+    assert options["ssr-l, softmax step"] == options["ssr-b, softmax step"] == {"probability": 0.0}
+    assert options["ssr-l, Sinkhorn step, no noise"] == {"probability": 1.0, "noise": 0.0}
+    assert "ssr-b, softmax step, no noise" not in options
+
+
 def test_the_time_at_p_is_the_weighted_mean_of_the_branches() -> None:
     variants = variants_of(["ssr-s"])
     ratios = {name: [1.0, 2.0] for name in variants} | {"ssr-s, Sinkhorn step": [11.0, 22.0]}
@@ -75,7 +82,8 @@ def test_the_time_at_p_is_the_weighted_mean_of_the_branches() -> None:
     # 0.99 · 1 + 0.01 · 11 and 0.99 · 2 + 0.01 · 22
     assert found["ssr-s, p = 0.01"] == pytest.approx([1.1, 2.2])
     assert found["ssr-s, no noise, p = 0.001"] == pytest.approx([1.0, 2.0])
-    assert list(found)[:3] == ["softmax", AGAIN, "ssr-s, softmax step"]
+    assert list(found)[:4] == ["softmax", AGAIN, "ssr-s, softmax step", "ssr-s, Sinkhorn step"]
+    assert list(found)[4] == "ssr-s, p = 0.001"
 
 
 # -- one pass ------------------------------------------------------------------------------------------------------
@@ -90,6 +98,18 @@ def test_a_pass_goes_back_to_the_logits_and_leaves_no_gradient() -> None:
     call()
     assert gradients[0].shape == (32, 4) and gradients[0].abs().sum() > 0
     assert logits_TE.grad is None
+
+
+def test_a_loss_is_backpropagated_with_the_weights() -> None:
+    gradients = {}
+    for name in ("softmax", "load-balance"):
+        logits_TE = Size(32, 4, 2).logits(4, 0, CPU)
+        call = pass_of(create_router(name, num_experts=4, top_k=2), logits_TE)
+        logits_TE.register_hook(lambda gradient_TE, name=name: gradients.update({name: gradient_TE}))
+        call()
+    routes = create_router("load-balance", num_experts=4, top_k=2)(logits_TE)
+    (of_the_loss_TE,) = torch.autograd.grad(routes.aux_loss, logits_TE)
+    torch.testing.assert_close(gradients["load-balance"] - gradients["softmax"], of_the_loss_TE, rtol=1e-4, atol=1e-7)
 
 
 def test_each_pass_is_another_training_step() -> None:
@@ -166,8 +186,8 @@ def test_the_time_that_is_given_is_kept(clock: Clock) -> None:
 
 
 def test_long_turns_are_repeated_three_times_and_measured_once_before(clock: Clock) -> None:
-    found = compare({name: clock.work(name, 2.0) for name in "ab"}, "a", CPU, repeats=5, seconds=1, seed=0)
-    assert (found.turns, len(found.ratios["b"]), len(clock.called)) == (1, 3, 2 * 4)
+    found = compare({name: clock.work(name, 0.02) for name in "ab"}, "a", CPU, repeats=5, seconds=0.01, seed=0)
+    assert (found.turns, len(found.ratios["b"]), len(clock.called)) == (3, 3, 2 * (1 + 3 * 3))
 
 
 def test_a_router_that_is_slowed_down_is_seen_as_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,12 +23,14 @@ def test_each_expert_takes_its_best_real_tokens(tokens, experts, per_token, seed
     values_TE = torch.randn(tokens, experts, generator=generator)
     mask = torch.rand(tokens, generator=generator) < 0.7 if masked else None
     real = [t for t in range(tokens) if mask is None or mask[t]]
-    capacity = min(len(real), max(1, math.floor(len(real) * per_token / experts + 1e-9)))
-    expected = {
-        (token, expert)
-        for expert in range(experts)
-        for token in sorted(real, key=lambda t: -values_TE[t, expert].item())[:capacity]
-    }
+    ranked = [sorted(real, key=lambda t: -values_TE[t, expert].item()) for expert in range(experts)]
+    in_all = max(math.floor(len(real) * per_token + 1e-9), experts)
+    sizes = [min(in_all // experts, len(real))] * experts
+    if sizes[0] < len(real):
+        wanted = sorted(range(experts), key=lambda expert: -values_TE[ranked[expert][sizes[0]], expert].item())
+        for expert in wanted[: in_all % experts]:
+            sizes[expert] += 1
+    expected = {(token, expert) for expert in range(experts) for token in ranked[expert][: sizes[expert]]}
     experts_TK, chosen_TK = take_best_tokens(values_TE, per_token, mask, least_width=1)
     found = {
         (token, expert)

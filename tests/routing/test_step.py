@@ -154,8 +154,56 @@ def test_a_second_end_of_the_same_step_does_nothing():
 def test_end_step_before_the_first_step_does_nothing():
     model = Layers()
     model()
-    sinkroute.end_step(model)
+    with pytest.warns(UserWarning, match="end_step has no step to end: call sinkroute.set_step"):
+        sinkroute.end_step(model)
     assert model.biases() == ([0, 0], [0, 0])
+
+
+def test_a_step_that_is_taken_once_more_counts_once_more():
+    # As after a resume from a checkpoint of a step that had ended.
+    model = Layers()
+    for _ in range(2):
+        sinkroute.set_step(model, 0)
+        model()
+        sinkroute.end_step(model)
+    once = Layers()
+    sinkroute.set_step(once, 0)
+    once()
+    sinkroute.end_step(once)
+    assert model.biases() == tuple([2 * bias for bias in biases] for biases in once.biases()) != ([0, 0], [0, 0])
+
+
+def numbered(*layers):
+    """Routers of which some are told their layer."""
+    return nn.ModuleList(sinkroute.create_router("ssr-l", num_experts=4, top_k=2, layer=layer) for layer in layers)
+
+
+@pytest.mark.parametrize("layers", [(None, 0), (1, None), (None, None, 2, None), (3, None, None, 3)])
+def test_no_router_gets_a_number_that_another_was_given(layers):
+    model = numbered(*layers)
+    sinkroute.set_step(model, 0)
+    own = [router.layer for router in model if not router.layer_is_given]
+    assert len(set(own)) == len(own) and not set(own) & set(layers)
+    assert [router.layer for router in model if router.layer_is_given] == [x for x in layers if x is not None]
+
+
+def test_a_router_that_was_numbered_elsewhere_gets_no_number_twice():
+    first, second = numbered(None, None)
+    sinkroute.set_step(second, 0)
+    model = nn.ModuleList([first, second])
+    for _ in range(2):
+        sinkroute.set_step(model, 0)
+        found = [router.layer for router in model]
+        assert len(set(found)) == 2
+    assert found == [router.layer for router in model]
+
+
+def test_a_step_that_one_router_refuses_moves_none():
+    model = numbered(None, None)
+    model.append(sinkroute.create_router("ssr-l", num_experts=4, top_k=2, probability="cosine(1, 0)"))
+    with pytest.raises(ValueError, match="total_steps"):
+        sinkroute.set_step(model, 3)
+    assert [router.step for router in model] == [0, 0, 0]
 
 
 def test_set_step_ends_the_step_before_but_not_its_own():

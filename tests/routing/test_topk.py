@@ -137,6 +137,15 @@ def test_noise_for_few_chooses_as_noise_for_all(rows, std, seed, biased):
     assert torch.equal(experts_TK, expected_TK) and torch.equal(noise_TK, noise_TE.gather(1, expected_TK))
 
 
+def test_rare_noise_lifts_an_expert_from_far_below():
+    # Two numbers of 2e5 · 63 pairs are 7 apart about five times: P(N(0, 2) > 7) = 3.7e-7 each.
+    values_TE, seed = torch.full((200_000, 64), -7.0), torch.tensor(2)
+    values_TE[:, 0] = 0
+    expected_T = (values_TE + normal_like(values_TE, seed)).argmax(1)
+    assert 1 <= expected_T.count_nonzero() < 20
+    assert torch.equal(noisy_topk(values_TE, 1, 1.0, seed)[0][:, 0], expected_T)
+
+
 @pytest.mark.parametrize("biased", [True, False])
 def test_without_kernels_noise_decides_too(without_kernels, biased):
     values_TE, seed, bias_E = random(60, 12), torch.tensor(8), random(12, seed=5) if biased else None

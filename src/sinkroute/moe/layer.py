@@ -37,6 +37,7 @@ class MoE(nn.Module):
             taken.
 
     Raises:
+        TypeError: `router` is neither a name nor a router.
         ValueError: sizes that do not fit each other or the router; an unknown name.
 
     >>> import sinkroute
@@ -63,6 +64,11 @@ class MoE(nn.Module):
         super().__init__()
         if isinstance(router, str):
             router = create_router(router, num_experts=num_experts, top_k=top_k, **(router_options or {}))
+        elif not isinstance(router, Router):
+            raise TypeError(
+                f"router must be a name or a Router, got {router!r} ({type(router).__name__}); take one of "
+                'sinkroute.list_routers(), such as "softmax", or make one with sinkroute.create_router'
+            )
         elif router_options:
             raise ValueError(f"router_options={router_options} go with a router's name; this router is made already")
         if (router.num_experts, router.top_k) != (num_experts, top_k):
@@ -90,15 +96,17 @@ class MoE(nn.Module):
         Args:
             x: tokens, any leading shape, which may hold no token at all.
             token_mask: the leading shape, bool, True for real tokens. Padding is counted nowhere and comes out as 0.
-            token_ids: the leading shape, int64: what the tokens are, for gates that look at that ("hash",
-                "stable-moe"); others ignore it.
+            token_ids: the leading shape, any integers: what the tokens are, for gates that look at that. "hash" needs
+                them, "stable-moe" from the step on with which its routes are frozen; others ignore them.
 
         Raises:
-            TypeError: a mask that is not bool.
+            TypeError: `x` is no float tensor, a mask that is no bool tensor, ids that are no integer tensor.
             ValueError: a last dimension other than D, a mask or ids whose shape is not the leading shape of `x`, or no
                 ids for a gate that needs them.
         """
         check_tokens(x, token_mask, self.d_model)
+        if token_ids is not None:
+            _check_ids(token_ids, x)
         x_TD = x.reshape(-1, self.d_model)
         mask_T = None if token_mask is None else token_mask.reshape(-1)
         if mask_T is not None:
@@ -129,17 +137,16 @@ class MoE(nn.Module):
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         # The meta device has no autocast.
         with nullcontext() if x_TD.is_meta else torch.autocast(x_TD.device.type, enabled=False):
-            if getattr(self.gate, "needs_token_ids", False):
-                if token_ids is None:
+            # Only gates that take ids say whether they need them.
+            needs_ids = getattr(self.gate, "needs_token_ids", None)
+            if needs_ids is not None:
+                if needs_ids and token_ids is None:
                     raise ValueError(
                         f"{type(self.router).__name__} routes by what a token is: call the layer with token_ids=, "
-                        "int64 of the leading shape of x"
+                        "integers of the leading shape of x"
                     )
-                if token_ids.numel() != len(x_TD):
-                    raise ValueError(
-                        f"token_ids must hold one id per token, {len(x_TD)}, got shape {tuple(token_ids.shape)}"
-                    )
-                return self.gate(x_TD.to(dtype), token_ids.reshape(-1))
+                # int64: a remainder, or an index, of fewer bits would go wrong.
+                return self.gate(x_TD.to(dtype), None if token_ids is None else token_ids.reshape(-1).long())
             if not isinstance(self.gate, nn.Linear) or self.gate.weight.dtype == dtype:
                 return self.gate(x_TD.to(dtype))
             # A gate in low precision: its weights are lifted, which its own forward would not do.
@@ -156,14 +163,42 @@ def check_tokens(x: Tensor, token_mask: Tensor | None, d_model: int) -> None:
     """Refuse tokens (..., D), or a mask for them, of a wrong form.
 
     Raises:
-        TypeError: a mask that is not bool.
+        TypeError: `x` is no float tensor, a mask that is no bool tensor.
         ValueError: a last dimension other than D, a mask whose shape is not the leading shape of `x`.
     """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a float tensor, got {_kind(x)}; pass tokens (..., {d_model}), not their ids")
     if x.ndim == 0 or x.shape[-1] != d_model:
         raise ValueError(f"x must have a last dimension of d_model={d_model}, got shape {tuple(x.shape)}")
     if token_mask is None:
         return
+    if not isinstance(token_mask, Tensor):
+        raise TypeError(
+            f"token_mask must be a bool tensor with True for real tokens, got {_kind(token_mask)}; "
+            "use torch.as_tensor(mask, dtype=torch.bool)"
+        )
     if token_mask.dtype != torch.bool:
         raise TypeError(f"token_mask must be bool with True for real tokens, got {token_mask.dtype}; use mask.bool()")
     if token_mask.shape != x.shape[:-1]:
         raise ValueError(f"token_mask must have shape {tuple(x.shape[:-1])} like x, got {tuple(token_mask.shape)}")
+
+
+def _check_ids(token_ids: Tensor, x: Tensor) -> None:
+    if (
+        not isinstance(token_ids, Tensor)
+        or token_ids.is_floating_point()
+        or token_ids.is_complex()
+        or token_ids.dtype == torch.bool
+    ):
+        raise TypeError(
+            f"token_ids must be an integer tensor, got {_kind(token_ids)}; pass the ids of the tokens, as torch.int64"
+        )
+    if token_ids.shape != x.shape[:-1]:
+        raise ValueError(
+            f"token_ids must have shape {tuple(x.shape[:-1])} like x, got {tuple(token_ids.shape)}; "
+            "pass one id per token"
+        )
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"{value!r} ({type(value).__name__})"

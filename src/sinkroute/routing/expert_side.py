@@ -20,7 +20,8 @@ def take_best_tokens(
 
     Args:
         values_TE: (T, E), finite where the token is real.
-        per_token: c, experts that a token gets on average. An expert takes ⌊T_real · c / E⌋ tokens, 1 at least.
+        per_token: c, experts that a token gets on average. Together the experts take ⌊T_real · c⌋ tokens, E at least;
+            where they cannot take equally many, those take one more whose next token has the largest value.
         token_mask: (T,) bool, True for real tokens.
         least_width: least K' of what is returned.
 
@@ -34,11 +35,15 @@ def take_best_tokens(
     """
     tokens, experts = values_TE.shape
     real = tokens if token_mask is None else int(token_mask.sum())
-    capacity = min(real, max(1, math.floor(real * per_token / experts + 1e-9)))
+    capacity, more = divmod(max(math.floor(real * per_token + 1e-9), experts), experts)
+    capacity, more = (capacity, more) if capacity < real else (real, 0)
     if token_mask is not None:
         values_TE = values_TE.masked_fill(~token_mask[:, None], -math.inf)
-    taken_CE = torch.topk(values_TE, capacity, dim=0).indices
-    chosen_TE = torch.zeros_like(values_TE, dtype=torch.bool).scatter_(0, taken_CE, True)
+    best_CE, taken_CE = torch.topk(values_TE, min(capacity + 1, tokens), dim=0)
+    chosen_TE = torch.zeros_like(values_TE, dtype=torch.bool).scatter_(0, taken_CE[:capacity], True)
+    if more:
+        lucky_M = torch.topk(best_CE[capacity], more).indices
+        chosen_TE[taken_CE[capacity, lucky_M], lucky_M] = True
     width = max(least_width, int(chosen_TE.sum(1).max()) if tokens else 0)
     experts_TK = torch.topk(values_TE.masked_fill(~chosen_TE, -math.inf), width, dim=1).indices
     return experts_TK, chosen_TE.gather(1, experts_TK)

@@ -7,6 +7,7 @@ beside the model's weights to serve say so.)
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import deque
 from typing import Any, NamedTuple, TypedDict, get_args
@@ -86,7 +87,8 @@ class Router(nn.Module):
         top_groups: a token chooses experts of so many groups. None: of all.
         group_score: a group is as good as its best expert (`"max"`) or its best two together (`"top2-sum"`).
         route_scale: factor of all weights (`routed_scaling_factor`).
-        losses: auxiliary losses beside those of the method: names, or name → coefficient. See `LOSSES`.
+        losses: auxiliary losses beside those of the method: names, or name → coefficient. See `LOSSES`. One that the
+            method has already is computed once, with this coefficient.
         process_group: the ranks whose tokens are balanced together: a `ProcessGroup` or `"world"`. None: for a plan,
             which is solved in every forward pass, this rank alone; for what is counted over a batch (biases, moving
             averages, the global loss), all ranks. Ranks outside a given group are taken to hold the same tokens as
@@ -138,7 +140,7 @@ class Router(nn.Module):
             if choice not in get_args(choices):
                 raise unknown_name(name, choice, get_args(choices))
         if groups < 1 or num_experts % groups:
-            raise ValueError(f"groups must divide num_experts={num_experts}, got {groups}")
+            raise ValueError(f"groups must divide num_experts={num_experts}, got {groups}; 1 means no groups")
         top_groups = groups if top_groups is None else top_groups
         if not 1 <= top_groups <= groups or top_groups * (num_experts // groups) < top_k:
             raise ValueError(
@@ -146,6 +148,12 @@ class Router(nn.Module):
                 f"({num_experts // groups} in a group), got {top_groups}"
             )
         require_numbers(route_scale=route_scale)
+        if not math.isfinite(route_scale):
+            raise ValueError(f"route_scale must be a finite number, got {route_scale}; 1.0 leaves weights as they are")
+        if norm_topk not in (True, False, None):
+            raise TypeError(f"norm_topk must be True, False or None, got {norm_topk!r}")
+        if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int)):
+            raise TypeError(f"layer must be an int or None, got {layer!r}")
         self.num_experts, self.top_k = num_experts, top_k
         self.norm_topk = top_k > 1 if norm_topk is None else norm_topk
         self.score, self.groups, self.top_groups, self.group_score = score, groups, top_groups, group_score
@@ -161,7 +169,7 @@ class Router(nn.Module):
         self._noise_seed = torch.zeros((), dtype=torch.int64, device="cpu")  # there always: no parameter, no buffer
         self._noise_key: tuple[int, ...] | None = None  # of that seed
         self._step_load_E: Tensor | None = None
-        self._step_loads: dict[int, Tensor] = {}
+        self._step_loads: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._loss_leaves: dict[int, deque[Tensor]] = {}
 
     def extra_repr(self) -> str:
@@ -170,6 +178,25 @@ class Router(nn.Module):
     def add_loss(self, name: str, coefficient: float) -> None:
         """For methods that are a loss: compute it too, with this coefficient."""
         self.losses = {name: check_coefficient("coefficient", coefficient, LOSSES[name].coefficient), **self.losses}
+
+    def refuse_groups(self) -> None:
+        """For methods that cannot keep a token's experts in some groups; called when they are made.
+
+        Raises:
+            ValueError: the router's tokens may choose from some groups only.
+        """
+        if self.top_groups < self.groups:
+            raise ValueError(
+                f"top_groups={self.top_groups} of groups={self.groups}: {type(self).__name__} cannot keep a token's "
+                "experts in some groups; take ssr-l or ssr-s, or all groups"
+            )
+
+    def check_step(self, step: int, total_steps: int | None) -> None:
+        """Refuse a step for which `prepare_step` would fail, before any router of a model is moved.
+
+        Raises:
+            ValueError: a schedule that is not told how long the training is, or leaves its bounds.
+        """
 
     def make_gate(self, d_model: int) -> nn.Module:
         """The module that turns tokens (T, D) into the logits (T, E) that this router takes: a bias-free linear map."""
@@ -205,7 +232,7 @@ class Router(nn.Module):
         if self.training:
             if self.state is not None and not recomputing():
                 self.state.note(load_E, self.step_sums(all_TX, choice, token_mask))
-            aux_loss = self._auxiliary_loss(logits_TE, choice, load_E, token_mask)
+            aux_loss = self._auxiliary_loss(logits_TE, choice, counted_TK, load_E, token_mask)
             if aux_loss is not None:
                 aux_loss, weights_TK = self._keep_gradient(aux_loss, weights_TK)
         return Routes(
@@ -282,11 +309,17 @@ class Router(nn.Module):
     # -- losses ------------------------------------------------------------------------------------------------------
 
     def _auxiliary_loss(
-        self, logits_TE: Tensor, choice: Choice, load_E: Tensor, token_mask: Tensor | None
+        self, logits_TE: Tensor, choice: Choice, chosen_TK: Tensor | None, load_E: Tensor, token_mask: Tensor | None
     ) -> Tensor | None:
         total = choice.aux_loss
         inputs = LossInputs(
-            logits_TE, choice.experts_TK, load_E, token_mask, self.score, lambda: self.batch_load(load_E)
+            logits_TE,
+            choice.experts_TK,
+            None if chosen_TK is None else chosen_TK.expand_as(choice.experts_TK),
+            load_E,
+            token_mask,
+            self.score,
+            lambda: self.batch_load(load_E),
         )
         for name, coefficient in self.losses.items():
             loss = coefficient * LOSSES[name].function(inputs)
@@ -295,16 +328,20 @@ class Router(nn.Module):
 
     def batch_load(self, load_E: Tensor) -> Tensor:
         """(E,) int64: the load over all ranks and the micro-batches of this step up to this one. A collective call."""
-        known = self._step_loads.get(self.micro_batch) if recomputing() else None
-        if known is not None:
-            return known
-        load_E = self.batch_ranks.sum(load_E.clone())
+        if recomputing():
+            known = self._step_loads.get(self.micro_batch, [])
+            # Several passes under one key: a repetition has the load of its own pass. One pass: nothing to compare,
+            # and a device need not be waited for.
+            for own_E, batch_E in reversed(known):
+                if len(known) == 1 or torch.equal(own_E, load_E):
+                    return batch_E
+        batch_E = self.batch_ranks.sum(load_E.clone())
         if self.step_was_set:
-            load_E = load_E if self._step_load_E is None else load_E + self._step_load_E
-            self._step_load_E = load_E
+            batch_E = batch_E if self._step_load_E is None else batch_E + self._step_load_E
+            self._step_load_E = batch_E
             if not torch.compiler.is_compiling():  # nothing compiled looks it up, and each index would be a graph
-                self._step_loads[self.micro_batch] = load_E
-        return load_E
+                self._step_loads.setdefault(self.micro_batch, []).append((load_E, batch_E))
+        return batch_E
 
     def _keep_gradient(self, aux_loss: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Keep the loss's gradient alive under reentrant activation checkpointing.

@@ -227,10 +227,18 @@ def _parse(name: str, text: str) -> Schedule:
         raise unknown_name(f"schedule of {name}:", kind, SCHEDULES)
     try:
         if kind == "piecewise":
-            pieces = dict(part.split(":") for part in inside)
-            return Piecewise({int(step): float(value) for step, value in pieces.items()})
-        numbers: list[float | int] = [float(part) for part in inside[:2]] + [int(part) for part in inside[2:]]
-        return SCHEDULES[kind](*numbers)
+            pairs = [part.split(":") for part in inside]
+            pieces = {int(step): float(value) for step, value in pairs}
+            if len(pieces) < len(pairs):
+                raise ValueError("a step stands there twice")
+            return Piecewise(pieces)
+        least, most = (1, 1) if kind == "constant" else (2, 3)
+        if not least <= len(inside) <= most:
+            raise ValueError(f"{len(inside)} numbers")
+        numbers: list[float] = [float(part) for part in inside]
+        if len(numbers) == 3 and numbers[2] != int(numbers[2]):
+            raise ValueError(f"steps must be whole, got {inside[2]}")
+        return SCHEDULES[kind](*numbers[:2], *map(int, numbers[2:]))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{name}: cannot read {text!r} ({error}); "

@@ -121,6 +121,8 @@ class RouterState(nn.Module):
             # What was counted since the last end was of no step: a trial before training, a pass after `end_step`.
             self._clear()
             self.current = step
+        elif step == self.ended:  # the same step once more, as after a resume
+            self.ended = -1
 
     def end(self) -> None:
         """The counts of the current step have gone into the values."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -46,14 +48,12 @@ def set_step(module: nn.Module, step: int, micro_batch: int = 0, *, total_steps:
     if total_steps is not None and _count("total_steps", total_steps) == 0:
         raise ValueError("total_steps must be an integer of 1 or more, got 0; leave it out if it is not known")
     routers = _routers(module)
+    for router in routers:
+        router.check_step(step, total_steps)
     # A router is in the step that it was told last, before a resume too; a new one ends that.
-    _end_step([router for router in routers if router.state is not None and router.state.current != step])
-    layers = [router.layer for router in routers]
-    # Two alike: routers were copied or added after the first call. Their draws must differ, so all are numbered anew.
-    again = len(set(layers)) < len(layers)
-    for position, router in enumerate(routers):
-        if router.layer is None or (again and not router.layer_is_given):
-            router.layer = position
+    _end_step([router for router in routers if _is_over(router, step)])
+    _number(routers)
+    for router in routers:
         router.set_step(step, micro_batch, total_steps)
 
 
@@ -73,7 +73,13 @@ def end_step(module: nn.Module) -> None:
     >>> router.state.bias_E.tolist()
     [-0.0010000000474974513, 0.0010000000474974513]
     """
-    _end_step(_routers(module))
+    routers = _routers(module)
+    if any(router.state is not None and router.state.current == -1 for router in routers):
+        warnings.warn(
+            "end_step has no step to end: call sinkroute.set_step(model, step) before every training step",
+            stacklevel=2,
+        )
+    _end_step(routers)
 
 
 @torch.no_grad()
@@ -89,6 +95,25 @@ def _end_step(routers: list[Router]) -> None:
         totals = ranks.sum(torch.cat(parts)).split([len(part) for part in parts])
         for (router, _), total in zip(members, totals, strict=True):
             router.end_step(total)
+
+
+def _is_over(router: Router, step: int) -> bool:
+    """Whether the step that the router counts has to be ended before `step` begins."""
+    state = router.state
+    return state is not None and state.current not in (-1, step, state.ended)
+
+
+def _number(routers: list[Router]) -> None:
+    """Give every router a layer of its own; a number that it was given, or has from an earlier call, stays."""
+    given = {router.layer for router in routers if router.layer_is_given}
+    taken: set[int | None] = set()
+    for position, router in enumerate(routers):
+        if router.layer_is_given:
+            continue
+        if router.layer is None or router.layer in taken | given:  # new, or a copy of one that was numbered
+            numbers = itertools.chain([position], itertools.count())
+            router.layer = next(number for number in numbers if number not in taken | given)
+        taken.add(router.layer)
 
 
 def _routers(module: nn.Module) -> list[Router]:

@@ -163,6 +163,14 @@ def test_noise_differs_with_every_part_of_its_key_and_repeats_with_the_same(monk
     assert not torch.equal(route(), route(**change))
 
 
+def test_a_router_draws_anew_at_every_step_and_again_at_the_same():
+    router, weights = ssr(probability=0.0, noise=1.0), []
+    for step in (1, 2, 1):
+        sinkroute.set_step(router, step)
+        weights.append(router(scores()).weights)
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[1])
+
+
 def test_noise_moves_neither_gradient_nor_scale_of_the_scores():
     # The noisy scores are z + n: their weights have the gradient of softmax at z + n, and nothing else.
     clean = scores(dtype=torch.float64).requires_grad_()

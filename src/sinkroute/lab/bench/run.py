@@ -38,8 +38,8 @@ class Bench:
     """Routers beside softmax; by default all."""
     quick: bool = False
     """Three sizes, a few seconds each, for a first impression."""
-    seconds: float = 20.0
-    """How long the timing of a size may take (it takes at least one turn of all routers per repeat)."""
+    seconds: float = 12.0
+    """How long the timing of a size may take (where passes are long it takes longer, for a few of each router)."""
     repeats: int = 5
     """Repeats; each gives one ratio per router."""
     threads: int = 1
@@ -57,7 +57,7 @@ def settings_of(bench: Bench) -> dict[str, Any]:
     return {
         "logits": "unit-variance Gaussian + a Gaussian offset per expert",
         "routers": list(bench.routers or list_routers()),
-        "seconds": min(bench.seconds, 5.0) if bench.quick else bench.seconds,
+        "seconds": min(bench.seconds, 4.0) if bench.quick else bench.seconds,
         "repeats": bench.repeats,
         "threads": bench.threads,
         "seed": bench.seed,

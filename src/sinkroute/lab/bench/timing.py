@@ -17,7 +17,7 @@ import torch
 
 __all__ = ["Comparison", "compare", "seconds_of"]
 
-MOST_TURNS = 60  # of a repeat
+LEAST_TURNS, MOST_TURNS = 3, 60  # of a repeat
 SLOW = 4  # times the baseline's time
 Call = Callable[[], object]
 
@@ -67,7 +67,7 @@ def compare(
         baseline: the name of the call that the others are set against.
         device: where the calls work.
         repeats: each gives one ratio per call; 3 will do where the turns are long.
-        seconds: how long all of it may take; sets the turns of a repeat, of which there is one at least.
+        seconds: how long all of it may take; sets the turns of a repeat, of which there are three at least.
         seed: of the order of calls.
         pause: called before each call: what it raises ends the comparison.
     """
@@ -81,7 +81,7 @@ def compare(
     quick = [name for name in calls if first[name] < SLOW * first[baseline]]
     turn, rest = sum(first[name] for name in quick), sum(first.values())
     repeats = min(repeats, max(3, int(seconds / rest)))
-    turns = max(1, min(MOST_TURNS, 1 + int((seconds / repeats - rest) / turn)))
+    turns = max(LEAST_TURNS, min(MOST_TURNS, 1 + int((seconds / repeats - rest) / turn)))
     order = random.Random(seed)
     ratios: dict[str, list[float]] = {name: [] for name in calls}
     base: list[float] = []

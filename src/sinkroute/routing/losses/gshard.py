@@ -21,7 +21,11 @@ __all__ = ["gshard_loss"]
 
 
 def gshard_loss(
-    logits_TE: Tensor, experts_TK: Tensor, token_mask: Tensor | None = None, score: Score = "softmax"
+    logits_TE: Tensor,
+    experts_TK: Tensor,
+    token_mask: Tensor | None = None,
+    score: Score = "softmax",
+    chosen_TK: Tensor | None = None,
 ) -> Tensor:
     """E · Σ_j f_j P_j over the real tokens, without coefficient; 0 (with a gradient of 0) if there is no real token.
 
@@ -30,11 +34,15 @@ def gshard_loss(
         experts_TK: (T, K) int64, a token's experts, its first choice first.
         token_mask: (T,) bool, True for real tokens.
         score: "softmax", or "sigmoid" (over the sum of a token's sigmoids).
+        chosen_TK: (T, K) bool, which places are choices of real tokens; None: all of real tokens.
 
     >>> gshard_loss(torch.zeros(2, 4), torch.tensor([[0, 1], [0, 2]])).item()  # even scores, whatever the load
     1.0
     """
     first_T = experts_TK[:, 0]
-    counted_T = torch.ones_like(first_T) if token_mask is None else token_mask.long()
+    if chosen_TK is not None:
+        counted_T = chosen_TK[:, 0].long()
+    else:
+        counted_T = torch.ones_like(first_T) if token_mask is None else token_mask.long()
     first_load_E = counted_T.new_zeros(logits_TE.shape[1]).scatter_add(0, first_T, counted_T)
     return load_balance_loss(logits_TE, first_load_E, token_mask, score)

@@ -21,6 +21,7 @@ class LossInputs:
     Attributes:
         logits_TE: (T, E) float32 or float64, 0 where masked.
         experts_TK: (T, K) int64, the choices, best first.
+        chosen_TK: (T, K) bool, False for places of `experts_TK` that are no choice (padding among them); None: all are.
         load_E: (E,) int64, choices of real tokens.
         token_mask: (T,) bool, True for real tokens, or None.
         score: what the model makes of logits.
@@ -29,6 +30,7 @@ class LossInputs:
 
     logits_TE: Tensor
     experts_TK: Tensor
+    chosen_TK: Tensor | None
     load_E: Tensor
     token_mask: Tensor | None
     score: Score

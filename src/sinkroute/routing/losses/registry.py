@@ -28,7 +28,7 @@ class Loss(NamedTuple):
 
 LOSSES: dict[str, Loss] = {
     "load-balance": Loss(lambda i: load_balance_loss(i.logits_TE, i.load_E, i.token_mask, i.score), 0.01),
-    "gshard": Loss(lambda i: gshard_loss(i.logits_TE, i.experts_TK, i.token_mask, i.score), 0.01),
+    "gshard": Loss(lambda i: gshard_loss(i.logits_TE, i.experts_TK, i.token_mask, i.score, i.chosen_TK), 0.01),
     "global-load-balance": Loss(global_load_balance_loss, 0.01),
     "importance": Loss(lambda i: importance_loss(i.logits_TE, i.token_mask, i.score), 0.005),
     "z-loss": Loss(lambda i: z_loss(i.logits_TE, i.token_mask), 1e-3),
@@ -42,6 +42,7 @@ def read_losses(losses: LossesLike) -> dict[str, float]:
     """The option as name → coefficient.
 
     Raises:
+        TypeError: it is none of these.
         ValueError: an unknown name, a coefficient that is negative or not finite.
 
     >>> read_losses(["z-loss"]), read_losses("z-loss: 0.01, load-balance")
@@ -52,8 +53,10 @@ def read_losses(losses: LossesLike) -> dict[str, float]:
         pairs = [(name.strip(), _number(name.strip(), text) if text else None) for name, _, text in parts]
     elif isinstance(losses, Mapping):
         pairs = list(losses.items())
-    else:
+    elif isinstance(losses, Sequence):
         pairs = [(name, None) for name in losses]
+    else:
+        raise TypeError(f'losses must be names, such as ["z-loss"], or name → coefficient, got {losses!r}')
     found = {}
     for name, coefficient in pairs:
         if name not in LOSSES:

@@ -18,7 +18,6 @@ from typing_extensions import Unpack
 from sinkroute._uncompiled import uncompiled
 from sinkroute.routing.rounding import best_rounding
 from sinkroute.routing.router import Choice, CommonOptions, Router
-from sinkroute.routing.routers.ssr import refuse_groups
 from sinkroute.transport import balanced_topk
 
 __all__ = ["BaseRouter"]
@@ -43,7 +42,7 @@ class BaseRouter(Router):
         if common.get("norm_topk") is None:
             common["norm_topk"] = False
         super().__init__(num_experts, top_k, **common)
-        refuse_groups(self)
+        self.refuse_groups()
 
     @uncompiled  # which tokens move is known from the data only
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:

@@ -19,7 +19,6 @@ from sinkroute._errors import require_numbers
 from sinkroute._uncompiled import uncompiled
 from sinkroute.routing.expert_side import take_best_tokens
 from sinkroute.routing.router import Choice, CommonOptions, Router
-from sinkroute.routing.routers.ssr import refuse_groups
 from sinkroute.routing.scores import scores
 
 __all__ = ["ExpertChoiceRouter"]
@@ -51,7 +50,7 @@ class ExpertChoiceRouter(Router):
         if common.get("norm_topk") is None:
             common["norm_topk"] = False
         super().__init__(num_experts, top_k, **common)
-        refuse_groups(self)
+        self.refuse_groups()
         if capacity_factor is not None:
             require_numbers(capacity_factor=capacity_factor)
             if not 0 < capacity_factor <= num_experts:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from sinkroute._errors import require_count
 from sinkroute.routing.draws import hash63
 from sinkroute.routing.router import CommonOptions, Router
 
@@ -49,13 +50,22 @@ class HashGate(nn.Module):
 
     def __init__(self, num_experts: int, top_k: int, vocab_size: int, seed: int) -> None:
         super().__init__()
-        self.num_experts = num_experts
-        blocks = -(-vocab_size // num_experts)
-        generator = torch.Generator("cpu").manual_seed(seed)
-        shuffled_BE = torch.rand(blocks, num_experts, generator=generator, device="cpu").argsort(1)
+        self.num_experts, self.seed = num_experts, seed
+        rows = -(-vocab_size // num_experts) * num_experts
+        self.register_buffer("table_VK", torch.empty(rows, top_k, dtype=torch.int64))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The random hash; what `balance` did is lost. (By this name, what fills models that come from the meta device
+        finds it.)"""
+        rows, top_k = self.table_VK.shape
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        noise_BE = torch.rand(rows // self.num_experts, self.num_experts, generator=generator, device="cpu")
+        shuffled_BE = noise_BE.argsort(1)
         # Choice k of an id is the first choice of the id k places on in its block: distinct, and as balanced.
         choices = [shuffled_BE.roll(-k, dims=1).flatten() for k in range(top_k)]
-        self.register_buffer("table_VK", torch.stack(choices, dim=1).to(torch.get_default_device()))
+        self.table_VK.copy_(torch.stack(choices, dim=1))
 
     def forward(self, x_TD: Tensor, token_ids: Tensor) -> Tensor:
         experts_TK = self.table_VK[token_ids % len(self.table_VK)]
@@ -104,10 +114,10 @@ class HashRouter(Router):
 
     Args:
         vocab_size: rows of the hash table; ids are taken modulo it.
-        common: see `Router`.
+        common: see `Router`. Without groups.
 
     Raises:
-        ValueError: `vocab_size` is not an integer of 1 or more.
+        ValueError: `vocab_size` is not an integer of 1 or more; groups.
 
     >>> import sinkroute
     >>> layer = sinkroute.MoE(d_model=8, d_hidden=8, num_experts=4, top_k=2, router="hash")
@@ -120,8 +130,8 @@ class HashRouter(Router):
         self, num_experts: int, top_k: int, *, vocab_size: int = 32_768, **common: Unpack[CommonOptions]
     ) -> None:
         super().__init__(num_experts, top_k, **common)
-        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
-            raise ValueError(f"vocab_size must be an integer of 1 or more, got {vocab_size!r}")
+        self.refuse_groups()
+        require_count("vocab_size", vocab_size, 1)
         self.vocab_size = vocab_size
 
     def make_gate(self, d_model: int) -> nn.Module:

@@ -25,7 +25,6 @@ from sinkroute.routing.losses.importance import cv_squared
 from sinkroute.routing.losses.registry import check_coefficient
 from sinkroute.routing.masked import mean_over_tokens
 from sinkroute.routing.router import Choice, CommonOptions, Router
-from sinkroute.routing.routers.ssr import refuse_groups
 
 __all__ = ["NoisyRouter", "smooth_load_loss"]
 
@@ -67,7 +66,7 @@ class NoisyRouter(Router):
         **common: Unpack[CommonOptions],
     ) -> None:
         super().__init__(num_experts, top_k, **common)
-        refuse_groups(self)
+        self.refuse_groups()
         self.importance_coefficient = check_coefficient("importance_coefficient", importance_coefficient, 0.1)
         self.load_coefficient = check_coefficient("load_coefficient", load_coefficient, 0.1)
 
@@ -76,9 +75,7 @@ class NoisyRouter(Router):
 
         All zeros at first, as in the paper: then noise alone chooses, and the load is even from the start.
         """
-        gate = nn.Linear(d_model, 2 * self.num_experts, bias=False)
-        nn.init.zeros_(gate.weight)
-        return gate
+        return _ZeroGate(d_model, 2 * self.num_experts, bias=False)
 
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         clean_TE, raw_TE = logits_TE[:, : self.num_experts], logits_TE[:, self.num_experts :]
@@ -92,6 +89,17 @@ class NoisyRouter(Router):
         load = smooth_load_loss(clean_TE, noisy_TE, width_TE, self.top_k, token_mask)
         aux_loss = self.importance_coefficient * importance + self.load_coefficient * load
         return choice._replace(aux_loss=aux_loss)
+
+
+class _ZeroGate(nn.Linear):
+    """A linear map of zeros, which stays so when its values are reset."""
+
+    def reset_parameters(self) -> None:
+        # Drawn first as in any linear map: from the same seed, the other layers are what they are with other routers.
+        super().reset_parameters()
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 def smooth_load_loss(

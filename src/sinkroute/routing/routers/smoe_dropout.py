@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from sinkroute._errors import require_count
 from sinkroute.routing.draws import hash63
 from sinkroute.routing.router import Choice, CommonOptions, Router
-from sinkroute.routing.routers.ssr import refuse_groups
 from sinkroute.routing.schedules import Linear, ScheduleLike, check_bounds, make_schedule
 from sinkroute.routing.topk import top_experts
 
@@ -32,14 +33,14 @@ class SMoEDropoutRouter(Router):
     Args:
         training_k: experts per token in training, rounded: a number, a schedule (`sinkroute.routing.schedules`) or a
             function of the step, from 1 to E. None: `"linear(top_k, num_experts)"` over the whole training, whose
-            length `sinkroute.set_step(model, step, total_steps=...)` has to tell.
+            length `sinkroute.set_step(model, step, total_steps=...)` tells; until then `top_k`, with a warning.
         serving_top_k: experts per token in `eval()`. None: `top_k`.
         common: see `Router`. Here `norm_topk=None` means yes for any K: a gate that does not learn needs no gradient.
             Without groups.
 
     Raises:
-        TypeError, ValueError: a number that is none or out of range; in `set_step`, a schedule that is not told how
-            long it is.
+        TypeError, ValueError: a number that is none or out of range; in `set_step`, a schedule in `training_k` that is
+            not told how long it is.
 
     >>> import sinkroute
     >>> router = sinkroute.create_router("smoe-dropout", num_experts=8, top_k=2)
@@ -52,6 +53,7 @@ class SMoEDropoutRouter(Router):
     """
 
     needs_step = True
+    _warned = False
 
     def __init__(
         self,
@@ -65,21 +67,16 @@ class SMoEDropoutRouter(Router):
         if common.get("norm_topk") is None:
             common["norm_topk"] = True
         super().__init__(num_experts, top_k, **common)
-        refuse_groups(self)
-        if serving_top_k is not None and (
-            isinstance(serving_top_k, bool)
-            or not isinstance(serving_top_k, int)
-            or not 1 <= serving_top_k <= num_experts
-        ):
-            raise ValueError(
-                f"serving_top_k must be an integer from 1 to num_experts={num_experts}, got {serving_top_k!r}"
-            )
+        self.refuse_groups()
+        if serving_top_k is not None:
+            require_count("serving_top_k", serving_top_k, 1, num_experts)
         self.training_k, self.serving_top_k = training_k, serving_top_k
         growth = Linear(top_k, num_experts) if training_k is None else training_k
         self._schedule = make_schedule("training_k", growth, least=1, most=num_experts)
         self.k_now = top_k
-        with contextlib.suppress(ValueError):  # a schedule that spans the training: set_step says how long that is
-            self.prepare_step()
+        if training_k is not None:
+            with contextlib.suppress(ValueError):  # a schedule that spans the training: set_step says how long that is
+                self.prepare_step()
 
     def make_gate(self, d_model: int) -> nn.Module:
         """A linear map with a bias, uniform within 1/√D, that is not trained.
@@ -87,17 +84,23 @@ class SMoEDropoutRouter(Router):
         It is drawn from the router's seed and layer. The layers of a model must not be alike: a router that was not
         told its layer takes a number from torch's generator instead, as any initial weight does.
         """
-        gate = nn.Linear(d_model, self.num_experts)
-        layer = int(torch.randint(2**62, (), device="cpu")) if self.layer is None else self.layer
-        generator = torch.Generator("cpu").manual_seed(hash63("gate", self.seed, layer))
-        bound = 1 / math.sqrt(d_model)
-        for parameter in gate.parameters():
-            drawn = torch.rand(parameter.shape, generator=generator, device="cpu", dtype=torch.float32)
-            parameter.data.copy_((2 * drawn - 1) * bound)
-            parameter.requires_grad_(False)
-        return gate
+        return _FixedGate(d_model, self.num_experts, self.seed, self.layer)
+
+    def check_step(self, step: int, total_steps: int | None) -> None:
+        total_steps = self.total_steps if total_steps is None else total_steps
+        if self.training_k is not None or total_steps is not None:
+            check_bounds("training_k", self._schedule(step, total_steps), 1, self.num_experts)
 
     def prepare_step(self) -> None:
+        if self.training_k is None and self.total_steps is None:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"smoe-dropout stays at top_k={self.top_k} experts per token, as it does not know how long training "
+                    "is: tell it, sinkroute.set_step(model, step, total_steps=...), or give the router training_k",
+                    stacklevel=4,  # at who calls sinkroute.set_step
+                )
+            return
         k = check_bounds("training_k", self._schedule(self.step, self.total_steps), 1, self.num_experts)
         self.k_now = round(k)
 
@@ -110,3 +113,26 @@ class SMoEDropoutRouter(Router):
     def _topk(self, logits_TE: Tensor, k: int) -> Choice:
         experts_TK = top_experts(logits_TE, k)
         return Choice(experts_TK, self.weigh(logits_TE, experts_TK))
+
+
+class _FixedGate(nn.Linear):
+    """A linear map that is drawn from a key of its own, and not trained."""
+
+    _key: int | None = None
+
+    def __init__(self, d_model: int, num_experts: int, seed: int, layer: int | None) -> None:
+        super().__init__(d_model, num_experts)
+        layer = int(torch.randint(2**62, (), device="cpu")) if layer is None else layer
+        self._key = hash63("gate", seed, layer)
+        self.requires_grad_(False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self._key is None:  # nn.Linear is being made: the layer is not known yet
+            super().reset_parameters()
+            return
+        generator, bound = torch.Generator("cpu").manual_seed(self._key), 1 / math.sqrt(self.in_features)
+        for parameter in self.parameters():
+            drawn = torch.rand(parameter.shape, generator=generator, device="cpu", dtype=torch.float32)
+            parameter.copy_((2 * drawn - 1) * bound)

@@ -89,7 +89,8 @@ class SSRRouter(Router):
             or `"adaptive(high=..., low=..., floor=..., ceiling=...)"`: as the gate's imbalance asks for (`Adaptive`).
         noise: α, the strength of the Gaussian noise in training; 0 turns it off. The paper's best lie about 0.3 to 1.
             A number, a schedule, a function of the step, or `"learned"`: softplus of a parameter, 0.3 at first
-            (`"learned(1.0)"`: another value). Beware that a loss only ever wants less noise.
+            (`"learned(1.0)"`: another value). A loss only ever wants less noise; weight decay pulls α to softplus(0) =
+            0.69, so keep `raw_noise` out of it.
         noise_branch: open: which branch gets noise. Default both: a perplexity that is sensitive to α, as the paper's
             is, cannot come from noise on 0.1 % of the steps.
         noise_scale: open: `"per-expert"`, a standard deviation of α/E (the V-MoE convention, arXiv 2106.05974), or
@@ -104,7 +105,8 @@ class SSRRouter(Router):
             the plan without noise; or `"both"`.
         tol: the relative column error at which the solver stops.
         max_passes: the solver's limit; None: its own.
-        common: see `Router`. With `process_group`, the plan is that of all its ranks' tokens.
+        common: see `Router`. With `process_group`, the plan is that of all its ranks' tokens. (Loads after the top-k,
+            where a member of the family balances these, are those of this rank.)
 
     Raises:
         ValueError: a number out of range or an unknown choice.
@@ -146,6 +148,11 @@ class SSRRouter(Router):
         ):
             if value not in get_args(choices):
                 raise unknown_name(name, value, get_args(choices))
+        if weights == "scores" and plan_gradient != "none":
+            raise ValueError(
+                f'plan_gradient={plan_gradient!r} is of the plan\'s weights, and with weights="scores" there are none; '
+                "leave one of them out"
+            )
         # No tokens: the solver only checks its numbers, now and not at the first step that needs a plan.
         solve(torch.empty(0, num_experts, device="cpu"), reg, tol=tol, max_passes=max_passes)
         self.reg, self.tol, self.max_passes = reg, tol, max_passes
@@ -171,8 +178,9 @@ class SSRRouter(Router):
         if values or sums:
             self.state = RouterState(num_experts, sums=sums, **values)
         self.sinkhorn_now, self.noise_now = False, 0.0
-        with contextlib.suppress(ValueError):  # a schedule that spans the training: set_step says how long that is
-            self.prepare_step()
+        self._measured: tuple[float, bool] | None = None
+        self.register_load_state_dict_post_hook(_prepare_again)
+        _prepare_again(self)
 
     def extra_repr(self) -> str:
         probability = self.probability if isinstance(self.probability, (str, Adaptive)) else self._rate
@@ -212,15 +220,19 @@ class SSRRouter(Router):
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
+    def check_step(self, step: int, total_steps: int | None) -> None:
+        total_steps = self.total_steps if total_steps is None else total_steps
+        if self._rate is not None:
+            check_bounds("probability", self._rate(step, total_steps), 0, 1)
+        check_bounds("noise", self._noise_schedule(step, total_steps), 0, math.inf)
+
     def prepare_step(self) -> None:
         if self.adaptive is not None:
-            assert self.state is not None
-            firing = self.state.firing  # on the meta device there is no value yet
-            probability = self.adaptive.rate(not firing.is_meta and bool(firing))
+            probability = self.adaptive.rate(self.measured()[1])
         else:
             assert self._rate is not None
-            probability = check_bounds("probability", self._rate(self.step, self.total_steps), 0, 1)
-        self.noise_now = check_bounds("noise", self._noise_schedule(self.step, self.total_steps), 0, math.inf)
+            probability = self._rate(self.step, self.total_steps)
+        self.noise_now = self._noise_schedule(self.step, self.total_steps)
         self.probability_now = probability
         self.sinkhorn_now = self.draw_uniform("branch", per_layer=self.draw == "layer") < probability
 
@@ -237,20 +249,36 @@ class SSRRouter(Router):
             return
         assert self.state is not None
         gate_load_E = sums["gate_load"]
-        if gate_load_E.sum() == 0:  # no token in the whole batch: nothing was measured
+        tokens, max_vio = torch.stack([gate_load_E.sum(), max_violation(gate_load_E)]).tolist()
+        if tokens == 0:  # in the whole batch: nothing was measured
             return
-        ema = self.adaptive.average(float(self.state.max_vio), float(max_violation(gate_load_E)))
-        self.state.max_vio.fill_(ema)
-        self.state.firing.fill_(self.adaptive.fires(ema, bool(self.state.firing)))
+        ema, firing = self.measured()
+        # Rounded as it is saved, or a resumed run would go on with another number.
+        ema = torch.tensor(self.adaptive.average(ema, max_vio), dtype=torch.float32, device="cpu").item()
+        self._measured = (ema, self.adaptive.fires(ema, firing))
+        self.state.max_vio.fill_(self._measured[0])
+        self.state.firing.fill_(self._measured[1])
+
+    def measured(self) -> tuple[float, bool]:
+        """The moving average of MaxVio (−1: there is none yet), and whether Sinkhorn steps are being fired."""
+        if self._measured is None:  # made or loaded just now; a device is asked this once
+            assert self.state is not None
+            if self.state.firing.is_meta:  # there is no value yet
+                return -1.0, False
+            self._measured = (float(self.state.max_vio), bool(self.state.firing))
+        return self._measured
 
     # -- routes ------------------------------------------------------------------------------------------------------
 
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         if self.sinkhorn_now:
             return self.sinkhorn_topk(logits_TE, token_mask, noisy=self.noise_branch in ("both", "sinkhorn"))
-        return (
-            self.noisy_gate_topk(logits_TE) if self.noise_branch in ("both", "softmax") else self.gate_topk(logits_TE)
-        )
+        if self.noise_branch in ("both", "softmax"):
+            return self.noisy_gate_topk(logits_TE)
+        choice = self.gate_topk(logits_TE)
+        if self.raw_noise is not None:  # a gradient of 0 rather than none, as below
+            choice = choice._replace(weights_TK=choice.weights_TK + 0 * self.raw_noise)
+        return choice
 
     def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         if self.inference in ("sinkhorn", "both"):
@@ -365,16 +393,15 @@ def read_cost(cost: str) -> Cost:
 
 
 def refuse_groups(router: Router) -> None:
-    """For methods that choose for all tokens at once.
+    router.refuse_groups()
 
-    Raises:
-        ValueError: the router's tokens may choose from some groups only.
-    """
-    if router.top_groups < router.groups:
-        raise ValueError(
-            f"top_groups={router.top_groups} of groups={router.groups}: {type(router).__name__} cannot keep a token's "
-            "experts in some groups; take ssr-l or ssr-s, or all groups"
-        )
+
+def _prepare_again(router: SSRRouter, _: object = None) -> None:
+    """Once a router is made, and when its state was loaded: what was decided from the state before is no longer so."""
+    router._measured = None
+    with contextlib.suppress(ValueError):  # a schedule that spans the training: set_step says how long that is
+        router.check_step(router.step, None)
+        router.prepare_step()
 
 
 class SSRLinearRouter(SSRRouter):

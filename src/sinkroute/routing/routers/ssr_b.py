@@ -7,11 +7,13 @@ mean. The steps between, and serving, are as in SSR. Ours; not in the paper.
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor
 from typing_extensions import Unpack
 
-from sinkroute.routing.routers.ssr import Cost, PlanChoice, SSROptions, SSRRouter, read_cost, refuse_groups
+from sinkroute._errors import require_numbers
+from sinkroute.routing.routers.ssr import Cost, PlanChoice, SSROptions, SSRRouter, read_cost
 from sinkroute.transport import Plan, balanced_topk
 
 __all__ = ["SSRBalancedRouter", "choose_balanced"]
@@ -49,10 +51,12 @@ class SSRBalancedRouter(SSRRouter):
         balance_tol: float = 0.01,
         **options: Unpack[SSROptions],
     ) -> None:
+        require_numbers(balance_tol=balance_tol)
+        if not (balance_tol >= 0 and math.isfinite(balance_tol)):
+            raise ValueError(f"balance_tol must be a finite number of 0 or more, got {balance_tol}; 0.01 is 1 %")
         self.cost, self.balance_tol = read_cost(cost), balance_tol
         super().__init__(num_experts, top_k, **options)
-        refuse_groups(self)
-        balanced_topk(torch.empty(0, num_experts, device="cpu"), top_k, balance_tol)  # checks its number, now
+        self.refuse_groups()
 
     def choose_on_plan(self, plan: Plan, token_mask: Tensor | None) -> PlanChoice:
         return choose_balanced(plan, self.top_k, self.balance_tol, token_mask)

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from sinkroute.routing.expert_side import take_best_tokens
-from sinkroute.routing.routers.ssr import Cost, PlanChoice, SSROptions, SSRRouter, read_cost, refuse_groups
+from sinkroute.routing.routers.ssr import Cost, PlanChoice, SSROptions, SSRRouter, read_cost
 from sinkroute.transport import Plan
 
 __all__ = ["SSRExpertChoiceRouter"]
@@ -28,7 +28,7 @@ class SSRExpertChoiceRouter(SSRRouter):
     def __init__(self, num_experts: int, top_k: int, *, cost: Cost = "linear", **options: Unpack[SSROptions]) -> None:
         self.cost = read_cost(cost)
         super().__init__(num_experts, top_k, **options)
-        refuse_groups(self)
+        self.refuse_groups()
 
     def choose_on_plan(self, plan: Plan, token_mask: Tensor | None) -> PlanChoice:
         experts_TK, chosen_TK = take_best_tokens(plan.matrix().detach(), self.top_k, token_mask, self.top_k)

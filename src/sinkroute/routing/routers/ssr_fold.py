@@ -15,6 +15,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from sinkroute.routing.router import Choice
 from sinkroute.routing.routers.ssr_kept import SSRKeptRouter
 
 __all__ = ["SSRFoldRouter"]
@@ -25,12 +26,23 @@ class SSRFoldRouter(SSRKeptRouter):
 
     The gate is the one that `make_gate` made, or one that was given to `bind_gate`; it has a bias.
 
+    The bias is the gate's: float32 only if the gate is, and subject to the optimiser's weight decay, which it should
+    be kept out of.
+
     Args:
         see `SSRKeptRouter`.
     """
 
+    _warned = False
+
     def make_gate(self, d_model: int) -> nn.Module:
-        """A linear map with a bias of 0, which this router moves."""
+        """A linear map with a bias of 0, which this router moves.
+
+        Raises:
+            ValueError: the router has a gate already.
+        """
+        if self.__dict__.get("_gate"):
+            raise ValueError("this ssr-fold router has a gate already; make one router per layer")
         gate = nn.Linear(d_model, self.num_experts)
         nn.init.zeros_(gate.bias)
         self.bind_gate(gate)
@@ -50,14 +62,17 @@ class SSRFoldRouter(SSRKeptRouter):
             )
         self._gate = [gate]  # in a list: the gate is the layer's module, not one more of this router
 
-    def keep(self, potentials_E: Tensor, known: Tensor) -> None:
-        gates: list[nn.Linear] = self.__dict__.get("_gate", [])
-        if not gates:
+    def step_sums(self, logits_TE: Tensor, choice: Choice, token_mask: Tensor | None) -> dict[str, Tensor]:
+        if choice.bias_E is not None and "_gate" not in self.__dict__ and not self._warned:
+            self._warned = True
             warnings.warn(
                 "ssr-fold has found potentials, but has no gate to add them to; use router.make_gate(d_model) or "
                 "router.bind_gate(gate)",
                 stacklevel=2,
             )
-        for gate in gates:
+        return super().step_sums(logits_TE, choice, token_mask)
+
+    def keep(self, potentials_E: Tensor, known: Tensor) -> None:
+        for gate in self.__dict__.get("_gate", []):
             move_E = torch.where(known, self.rate * potentials_E, torch.zeros_like(potentials_E))
             gate.bias.add_(move_E.to(gate.bias.dtype))

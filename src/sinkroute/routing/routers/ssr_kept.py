@@ -6,6 +6,7 @@ is remembered is their mean, weighted by tokens, so that all ranks remember the 
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -14,7 +15,7 @@ from typing_extensions import Unpack
 
 from sinkroute._errors import require_numbers, unknown_name
 from sinkroute.routing.router import Choice
-from sinkroute.routing.routers.ssr import PlanChoice, SSROptions, SSRRouter, refuse_groups
+from sinkroute.routing.routers.ssr import PlanChoice, SSROptions, SSRRouter
 from sinkroute.routing.routers.ssr_b import choose_balanced
 from sinkroute.transport import Plan
 
@@ -51,9 +52,12 @@ class SSRKeptRouter(SSRRouter):
             raise ValueError(f"rate must be above 0 and at most 1, got {rate}; 1 takes new potentials as they are")
         if balance not in get_args(Balance):
             raise unknown_name("balance", balance, get_args(Balance))
+        require_numbers(balance_tol=balance_tol)
+        if not (balance_tol >= 0 and math.isfinite(balance_tol)):
+            raise ValueError(f"balance_tol must be a finite number of 0 or more, got {balance_tol}; 0.01 is 1 %")
         self.rate, self.balance, self.balance_tol = rate, balance, balance_tol
         super().__init__(num_experts, top_k, **options)
-        refuse_groups(self)
+        self.refuse_groups()
 
     def keep(self, potentials_E: Tensor, known: Tensor) -> None:
         """Remember (E,) float64 potentials; `known` is a 0-d bool tensor, False if the step had no plan."""
@@ -71,8 +75,10 @@ class SSRKeptRouter(SSRRouter):
         sums = super().step_sums(logits_TE, choice, token_mask)
         if choice.bias_E is None:
             return sums
-        real = torch.tensor(float(len(logits_TE))) if token_mask is None else token_mask.sum()
-        tokens = real.to(choice.bias_E.device, torch.float64).view(1)
+        if token_mask is None:
+            tokens = choice.bias_E.new_full((1,), len(logits_TE), dtype=torch.float64)
+        else:
+            tokens = token_mask.sum().double().view(1)
         return sums | {"potentials": choice.bias_E.double() * tokens, "tokens": tokens}
 
     def finish_step(self, load_E: Tensor, sums: dict[str, Tensor]) -> None:

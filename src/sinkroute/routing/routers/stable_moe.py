@@ -15,15 +15,20 @@ experts. The paper is top-1; for K > 1 the cross-entropy is the mean over a toke
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from sinkroute._errors import require_count
+from sinkroute._values import holds_values
 from sinkroute.routing.losses.registry import check_coefficient
 from sinkroute.routing.masked import mean_over_tokens
+from sinkroute.routing.orthogonal import fill_orthogonal
 from sinkroute.routing.router import Choice, CommonOptions, Router
-from sinkroute.routing.routers.ssr import refuse_groups
 from sinkroute.routing.scores import weigh
 from sinkroute.routing.state import RouterState
 
@@ -34,7 +39,7 @@ _NEVER = -1e4
 
 
 class StableGate(nn.Module):
-    """Tokens (T, D) and their ids (T,) to main and light logits, (T, 2·E).
+    """Tokens (T, D) and their ids (T,) to main and light logits, (T, 2·E); without ids to main logits, (T, E).
 
     Args:
         d_model: D.
@@ -47,23 +52,44 @@ class StableGate(nn.Module):
         centroids: (E, D), of the main router.
         embeddings, light_centroids: (V, light_dim) and (E, light_dim), the light router.
         frozen_VK: (V, K) int64, what the light router chose when it was frozen, best first; −1 before. A buffer.
+        is_frozen: whether it is frozen: known without a device, which would have to be waited for.
+
+    Raises:
+        ValueError: in the forward pass, no ids although the routes are frozen.
     """
 
-    needs_token_ids = True
+    needs_token_ids = False  # it takes them
     frozen_VK: Tensor
 
     def __init__(self, d_model: int, num_experts: int, top_k: int, vocab_size: int, light_dim: int) -> None:
         super().__init__()
-        # The published initial values: small centroids, so that all gates are near 1/2 at first.
-        self.centroids = nn.Parameter(nn.init.orthogonal_(torch.empty(num_experts, d_model), gain=0.1))
-        self.embeddings = nn.Parameter(nn.init.normal_(torch.empty(vocab_size, light_dim)))
-        self.light_centroids = nn.Parameter(nn.init.orthogonal_(torch.empty(num_experts, light_dim), gain=0.1))
-        self.register_buffer("frozen_VK", torch.full((vocab_size, top_k), -1))
+        self.centroids = nn.Parameter(torch.empty(num_experts, d_model))
+        self.embeddings = nn.Parameter(torch.empty(vocab_size, light_dim))
+        self.light_centroids = nn.Parameter(torch.empty(num_experts, light_dim))
+        self.register_buffer("frozen_VK", torch.empty(vocab_size, top_k, dtype=torch.int64))
+        self.reset_parameters()
 
-    def forward(self, x_TD: Tensor, token_ids: Tensor) -> Tensor:
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The published initial values, and nothing frozen: small centroids, so that all gates are near 1/2 at first."""
+        fill_orthogonal(self.centroids, gain=0.1)
+        nn.init.normal_(self.embeddings)
+        fill_orthogonal(self.light_centroids, gain=0.1)
+        self.frozen_VK.fill_(-1)
+        self.is_frozen = False
+
+    def forward(self, x_TD: Tensor, token_ids: Tensor | None = None) -> Tensor:
         # In the dtype of the tokens, which the layer has lifted to float32: a gate in low precision is lifted too.
-        dtype, row_T = x_TD.dtype, token_ids % len(self.embeddings)
+        dtype = x_TD.dtype
         main_TE = F.linear(x_TD, self.centroids.to(dtype))
+        if token_ids is None:
+            if self.is_frozen:
+                raise ValueError(
+                    "token_ids is None, but the routes of stable-moe are frozen by what a token is: call the layer "
+                    "with token_ids=, integers of the leading shape of x"
+                )
+            return main_TE
+        row_T = token_ids % len(self.embeddings)
         light_TE = F.linear(F.embedding(row_T, self.embeddings).to(dtype), self.light_centroids.to(dtype))
         # Frozen are the choices, not the weights that led to them: these would go on moving by an optimiser's momentum
         # and weight decay. They stay in the graph with a gradient of 0, as data-parallel wrappers demand.
@@ -76,18 +102,45 @@ class StableGate(nn.Module):
     def freeze(self) -> None:
         """From now on every id has the experts that the light router chooses for it now."""
         light_VE = self.embeddings.float() @ self.light_centroids.float().t()
-        self.frozen_VK.copy_(torch.topk(light_VE, self.frozen_VK.shape[1], dim=-1).indices)
+        chosen_VK = torch.topk(light_VE, self.frozen_VK.shape[1], dim=-1).indices
+        # What is frozen stays: a data-parallel wrapper may have filled the buffer, which `is_frozen` does not see.
+        self.frozen_VK.copy_(torch.where(self.frozen_VK >= 0, self.frozen_VK, chosen_VK))
+        self.is_frozen = True
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.is_frozen = holds_values(self.frozen_VK) and bool(self.frozen_VK[0, 0] >= 0)
+
+
+class _StableState(RouterState):
+    """`frozen`, and a copy of it in Python, `is_frozen`: asking the device in every step would wait for it."""
+
+    is_frozen = False
+
+    def freeze(self) -> None:
+        self.frozen.fill_(True)
+        self.is_frozen = True
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.is_frozen = False
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.is_frozen = holds_values(self.frozen) and bool(self.frozen)
 
 
 class StableMoERouter(Router):
     """Routes that are learned first and kept afterwards.
 
     The gate (`make_gate`) looks at the ids of tokens: call the layer with `token_ids`. It gives 2·E numbers per token,
-    main and light logits. Given main logits alone, the router stays in stage 1.
+    main and light logits. Given main logits alone (which is what the gate makes of tokens without ids, until it is
+    frozen), the router stays in stage 1.
 
     Args:
         freeze_step: the step with which stage 2 begins. None: after a tenth of the training, as published;
-            `sinkroute.set_step(model, step, total_steps=...)` has to tell how long that is.
+            `sinkroute.set_step(model, step, total_steps=...)` tells how long that is. Until it does, the router stays
+            in stage 1, with a warning.
         balance_coefficient, distill_coefficient: of the losses of stage 1; 0.3 are the published values.
         vocab_size: rows of the light router's table; ids are taken modulo it. Give it the size of the vocabulary, or
             words share rows.
@@ -99,13 +152,13 @@ class StableMoERouter(Router):
         state: holds `frozen`, 0-d bool: whether stage 2 has begun.
 
     Raises:
-        TypeError, ValueError: a number that is none or out of range; in `set_step`, neither `freeze_step` nor
-            `total_steps` is known.
+        TypeError, ValueError: a number that is none or out of range.
     """
 
     logit_parts = 2
     needs_step = True
-    state: RouterState
+    state: _StableState
+    _warned = False
 
     def __init__(
         self,
@@ -123,42 +176,49 @@ class StableMoERouter(Router):
         if common.get("norm_topk") is None:
             common["norm_topk"] = False
         super().__init__(num_experts, top_k, **common)
-        refuse_groups(self)
-        for name, value, least in (
-            ("freeze_step", 0 if freeze_step is None else freeze_step, 0),
-            ("vocab_size", vocab_size, 1),
-            ("light_dim", light_dim, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of {least} or more, got {value!r}")
+        self.refuse_groups()
+        if freeze_step is not None:
+            require_count("freeze_step", freeze_step, 0)
+        require_count("vocab_size", vocab_size, 1)
+        require_count("light_dim", light_dim, 1)
         self.freeze_step, self.vocab_size, self.light_dim = freeze_step, vocab_size, light_dim
         self.balance_coefficient = check_coefficient("balance_coefficient", balance_coefficient, 0.3)
         self.distill_coefficient = check_coefficient("distill_coefficient", distill_coefficient, 0.3)
-        self.state = RouterState(num_experts, frozen=torch.tensor(False, device="cpu"))
+        self.state = _StableState(num_experts, frozen=torch.tensor(False, device="cpu"))
         self._gates: list[StableGate] = []  # a list, or the layer's gate would be a module of this router too
 
     def make_gate(self, d_model: int) -> nn.Module:
-        """A `StableGate`, which this router freezes when stage 2 begins."""
+        """A `StableGate`, which this router freezes when stage 2 begins.
+
+        Raises:
+            ValueError: the router has a gate already.
+        """
+        if self._gates:
+            raise ValueError("this stable-moe router has a gate already; make one router per layer")
         gate = StableGate(d_model, self.num_experts, self.top_k, self.vocab_size, self.light_dim)
         self._gates = [gate]
         return gate
 
     def prepare_step(self) -> None:
-        if bool(self.state.frozen):
+        if self.state.is_frozen:
             return
         if self.freeze_step is not None:
             freeze_step = self.freeze_step
         elif self.total_steps is not None:
             freeze_step = max(1, round(self.total_steps / 10))
         else:
-            raise ValueError(
-                "stable-moe cannot know when to freeze its routes: tell the length of training, "
-                "sinkroute.set_step(model, step, total_steps=...), or give the router freeze_step"
-            )
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    "stable-moe does not freeze its routes, as it does not know how long training is: tell it, "
+                    "sinkroute.set_step(model, step, total_steps=...), or give the router freeze_step",
+                    stacklevel=4,  # at who calls sinkroute.set_step
+                )
+            return
         if self.step >= freeze_step:
             for gate in self._gates:
                 gate.freeze()
-            self.state.frozen.fill_(True)
+            self.state.freeze()
 
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         choice = self.serve(logits_TE, token_mask)

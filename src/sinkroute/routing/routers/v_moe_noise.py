@@ -22,7 +22,6 @@ from sinkroute.routing.losses.importance import cv_squared
 from sinkroute.routing.losses.registry import check_coefficient
 from sinkroute.routing.masked import mean_over_tokens
 from sinkroute.routing.router import Choice, CommonOptions, Router
-from sinkroute.routing.routers.ssr import refuse_groups
 
 __all__ = ["VMoENoiseRouter"]
 
@@ -51,7 +50,7 @@ class VMoENoiseRouter(Router):
         **common: Unpack[CommonOptions],
     ) -> None:
         super().__init__(num_experts, top_k, **common)
-        refuse_groups(self)
+        self.refuse_groups()
         self.importance_coefficient = check_coefficient("importance_coefficient", importance_coefficient, 0.005)
         self.load_coefficient = check_coefficient("load_coefficient", load_coefficient, 0.005)
         self.add_loss("importance", importance_coefficient)

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from sinkroute._errors import require_numbers
+from sinkroute._errors import require_count, require_numbers
+from sinkroute.routing.orthogonal import fill_orthogonal
 from sinkroute.routing.router import CommonOptions, Router
 
 __all__ = ["CosineGate", "XMoERouter"]
@@ -41,25 +42,38 @@ class CosineGate(nn.Module):
     Attributes:
         project: the projection, (dim, D), without bias.
         embeddings: (E, dim).
-        temperature: 0-d.
+        temperature: 0-d. Below 10⁻⁴ it acts as 10⁻⁴, with the gradient that it has there.
     """
 
     def __init__(self, d_model: int, num_experts: int, dim: int, temperature: float) -> None:
         super().__init__()
         self.project = nn.Linear(d_model, dim, bias=False)
-        self.embeddings = nn.Parameter(nn.init.orthogonal_(torch.empty(num_experts, dim), gain=0.32))
-        self.temperature = nn.Parameter(torch.tensor(float(temperature)))
+        self.embeddings = nn.Parameter(torch.empty(num_experts, dim))
+        self.temperature = nn.Parameter(torch.empty(()))
+        self._initial_temperature = float(temperature)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Embeddings as in the released code, the temperature that was given. (The projection resets itself.)"""
+        fill_orthogonal(self.embeddings, gain=0.32)
+        nn.init.constant_(self.temperature, self._initial_temperature)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         # In the dtype of the tokens, which the layer has lifted to float32: a gate in low precision is lifted too.
         dtype = x_TD.dtype
         tokens_TP = F.normalize(F.linear(x_TD, self.project.weight.to(dtype)), dim=-1, eps=_LEAST_NORM)
         experts_EP = F.normalize(self.embeddings.to(dtype), dim=-1, eps=_LEAST_NORM)
-        return tokens_TP @ experts_EP.t() / self.temperature.to(dtype).clamp(min=_LEAST_TEMPERATURE)
+        # Clamped in value alone: a clamp's own gradient is 0 below the bound, and the temperature would never come back.
+        learned = self.temperature.to(dtype)
+        temperature = learned.detach().clamp(min=_LEAST_TEMPERATURE) + (learned - learned.detach())
+        return tokens_TP @ experts_EP.t() / temperature
 
 
 class XMoERouter(Router):
     """Top-k with a gate of cosines, and the load-balancing loss.
+
+    The cosines are in the gate (`make_gate`). Given the logits of another gate, the router is plain top-k with the
+    load-balancing loss: `"load-balance"` with this coefficient.
 
     Args:
         dim: of the gate's projection. None: half of E, rounded up, and 2 at least: on a line a cosine is 1 or −1 and
@@ -89,8 +103,8 @@ class XMoERouter(Router):
     ) -> None:
         super().__init__(num_experts, top_k, **common)
         require_numbers(temperature=temperature)
-        if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < 1):
-            raise ValueError(f"dim must be an integer of 1 or more, got {dim!r}; leave it out for half of num_experts")
+        if dim is not None:
+            require_count("dim", dim, 1)
         if not (temperature >= _LEAST_TEMPERATURE and math.isfinite(temperature)):
             raise ValueError(
                 f"temperature must be a finite number of {_LEAST_TEMPERATURE:g} or more, got {temperature}; "
