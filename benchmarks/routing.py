@@ -48,7 +48,8 @@ def main() -> int:
         measure_peers(peers, console.print, seconds=min(benchmark.seconds, 10), seed=benchmark.seed)
     except KeyboardInterrupt:
         code = 130
-    write_json(content, path)
+    finally:
+        write_json(content, path)
     for package, sizes in peers.items():
         for size, figures in sizes.items():
             console.print(peer_table(package, size, figures))
