@@ -483,6 +483,38 @@ def test_a_bias_of_a_gate_that_is_no_linear_map_is_refused():
         make(router=router, gate_bias=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("router", sinkroute.list_routers())
+def test_a_layer_from_the_meta_device_gets_its_values_from_reset_parameters(router, dtype):
+    options = {"layer": 3, "vocab_size": 40} if router in ("hash", "stable-moe") else {"layer": 3}
+    with torch.device("meta"):
+        layer = make(router=router, dtype=dtype, bias=True, router_options=options)
+    layer.to_empty(device="cpu")
+    for value in (*layer.parameters(), *layer.gate.buffers()):
+        value.data.fill_(float("nan") if value.is_floating_point() else 2**40)
+    for part in layer.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    fresh = make(router=router, dtype=dtype, bias=True, router_options=options)
+    assert list(layer.state_dict()) == list(fresh.state_dict())
+    for name, value in fresh.state_dict().items():
+        loaded = layer.state_dict()[name]
+        assert loaded.dtype == value.dtype and torch.isfinite(loaded).all()
+        if router == "ssr-fold" and name == "gate.bias":
+            continue  # a plain linear map's
+        if (
+            not value.is_floating_point()
+            or value.unique().numel() == 1
+            or (router == "smoe-dropout" and "gate" in name)
+        ):
+            assert torch.equal(loaded, value), name  # constants, tables, draws from a key
+        elif value.ndim == 2:
+            assert loaded.float().std().item() == pytest.approx(value.float().std().item(), rel=0.5)
+    x, ids = random(6, D, dtype=dtype), torch.arange(6)
+    sinkroute.set_step(layer, 0, total_steps=100)
+    assert torch.isfinite(layer(x, token_ids=ids)).all() and torch.isfinite(layer.eval()(x, token_ids=ids)).all()
+
+
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "state_dict"])
 def test_a_layer_that_has_run_can_be_copied_and_saved(way):
     layer, x = make(router="ssr-s", shared_hidden=4), random(6, D)
@@ -566,9 +598,44 @@ def test_a_layer_that_does_not_fit_together_is_refused(options, message):
         make(**options)
 
 
+@pytest.mark.parametrize("router", [None, 3, torch.nn.Linear(D, EXPERTS), sinkroute.MoE])
+def test_what_is_no_router_is_refused(router):
+    with pytest.raises(TypeError, match=r"router must be a name or a Router, got .*sinkroute\.create_router"):
+        make(router=router)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (torch.zeros(6).long(), ValueError, r"token_ids must have shape \(2, 3\) like x, got \(6,\); pass one id per"),
+        (torch.zeros(3, 2).long(), ValueError, r"token_ids must have shape \(2, 3\) like x, got \(3, 2\)"),
+        (torch.zeros(2, 3), TypeError, r"token_ids must be an integer tensor, got a tensor of torch\.float32; pass"),
+        (torch.zeros(2, 3).bool(), TypeError, r"token_ids must be an integer tensor, got a tensor of torch\.bool"),
+        ([[1, 2, 3]] * 2, TypeError, r"token_ids must be an integer tensor, got \[\[1.*\(list\); pass the ids"),
+    ],
+)
+@pytest.mark.parametrize("router", ["hash", "stable-moe", "softmax"])
+def test_ids_of_a_wrong_form_are_refused(router, ids, error, message):
+    with pytest.raises(error, match=message):
+        make(router=router)(torch.zeros(2, 3, D), token_ids=ids)
+
+
 @pytest.mark.parametrize(
     ("x", "mask", "error", "message"),
     [
+        (
+            torch.zeros(3, D).long(),
+            None,
+            TypeError,
+            r"x must be a float tensor, got a tensor of torch\.int64; pass tok",
+        ),
+        ([1.0] * D, None, TypeError, r"x must be a float tensor, got \[1\.0.*\(list\); pass tokens \(\.\.\., 20\)"),
+        (
+            torch.zeros(2, D),
+            [True, False],
+            TypeError,
+            r"token_mask must be a bool tensor.*\(list\); use torch\.as_tens",
+        ),
         (torch.zeros(3, D + 1), None, ValueError, r"last dimension of d_model=20, got shape \(3, 21\)"),
         (torch.zeros(2, 3, D), torch.ones(6).bool(), ValueError, r"token_mask must have shape \(2, 3\).*got \(6,\)"),
         (

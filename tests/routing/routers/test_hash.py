@@ -119,9 +119,28 @@ def test_a_size_that_is_none_is_refused(vocab_size):
         make(vocab_size=vocab_size)
 
 
-def test_the_layer_asks_for_ids_of_the_right_number():
+def test_the_layer_asks_for_ids():
     layer = sinkroute.MoE(4, 4, 4, 1, "hash")
     with pytest.raises(ValueError, match=r"HashRouter routes by what a token is: call the layer with token_ids="):
         layer(torch.zeros(3, 4))
-    with pytest.raises(ValueError, match=r"token_ids must hold one id per token, 3, got shape \(2,\)"):
-        layer(torch.zeros(3, 4), token_ids=torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_ids_of_any_integer_type_go_to_the_experts_of_those_of_int64(dtype):
+    layer, ids = sinkroute.MoE(4, 4, 4, 1, "hash"), torch.arange(120)
+    for of in (ids, ids.to(dtype)):
+        layer(torch.zeros(120, 4), token_ids=of)
+        assert torch.equal(layer.routes.experts, layer.gate.table_VK[ids])
+
+
+def test_groups_are_refused():
+    with pytest.raises(ValueError, match=r"top_groups=1 of groups=2: HashRouter cannot keep a token's experts"):
+        make(groups=2, top_groups=1)
+
+
+def test_resetting_the_gate_gives_it_its_random_table_again():
+    gate = make(4, 2, vocab_size=20).make_gate(3)
+    before = gate.table_VK.clone()
+    gate.balance(torch.arange(20.0))
+    gate.reset_parameters()
+    assert torch.equal(gate.table_VK, before)

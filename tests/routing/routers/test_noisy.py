@@ -136,6 +136,14 @@ def test_the_gate_gives_logits_and_widths_and_starts_at_zero():
     assert gate.weight.shape == (12, 10) and gate.bias is None and not gate.weight.any()
 
 
+def test_resetting_the_gate_makes_it_zero_again():
+    layer = sinkroute.MoE(6, 8, 4, 2, "noisy", gate_bias=True)
+    torch.nn.init.ones_(layer.gate.weight)
+    torch.nn.init.ones_(layer.gate.bias)
+    layer.gate.reset_parameters()
+    assert not layer.gate.weight.any() and not layer.gate.bias.any()
+
+
 def test_an_untrained_gate_loads_experts_evenly_and_learns_from_the_weights():
     router = noisy_router(4, 2, importance_coefficient=0, load_coefficient=0)
     gate = router.make_gate(3)

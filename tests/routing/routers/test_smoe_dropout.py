@@ -1,6 +1,7 @@
 """SMoE-Dropout: a gate that never changes, and experts that become more."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -45,9 +46,45 @@ def test_a_schedule_of_ones_own_needs_no_length_of_training(training_k, ks):
         assert router.k_now == k
 
 
-def test_a_training_whose_length_nobody_told_is_refused():
+def test_a_training_whose_length_nobody_told_stays_at_top_k_with_one_warning():
+    router = make()
+    with pytest.warns(UserWarning, match=r"top_k=2 .*total_steps=\.\.\.\), or give the router training_k") as caught:
+        sinkroute.set_step(router, 0)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(1, 10):
+            sinkroute.set_step(router, step)
+            assert router(random(3, 16)).experts.shape == (3, 2)
+    sinkroute.set_step(router, 100, total_steps=200)  # told at last
+    assert router.k_now == 9
+
+
+def test_a_schedule_that_was_asked_for_is_refused_without_a_length_before_anything_moves():
+    model = torch.nn.ModuleList([make(training_k=3), make(training_k="linear(4, 8)")])
     with pytest.raises(ValueError, match=r"tell the length of training: sinkroute\.set_step\(model, step, total_steps"):
-        sinkroute.set_step(make(), 0)
+        sinkroute.set_step(model, 7)
+    assert model[0].step == 0
+    sinkroute.set_step(model, 7, total_steps=14)
+    assert [router.k_now for router in model] == [3, 6]
+
+
+def test_a_function_that_leaves_the_bounds_is_refused_at_the_step_where_it_does():
+    router = make(training_k=lambda step: 15 + step)
+    sinkroute.set_step(router, 1)
+    with pytest.raises(ValueError, match=r"training_k must be between 1 and 16, got 17"):
+        sinkroute.set_step(router, 2)
+
+
+def test_resetting_the_gate_gives_it_its_values_again():
+    for layer in (None, 3):
+        gate = make(layer=layer).make_gate(5)
+        before = copy.deepcopy(gate.state_dict())
+        for parameter in gate.parameters():
+            parameter.data.fill_(float("nan"))
+        gate.reset_parameters()
+        assert all(torch.equal(value, before[name]) for name, value in gate.state_dict().items())
+        assert list(before) == ["weight", "bias"] and isinstance(gate, torch.nn.Linear)
 
 
 @pytest.mark.parametrize("training_k", [0, 17, "linear(0, 8)", float("nan")])
@@ -58,7 +95,7 @@ def test_a_k_that_cannot_be_is_refused(training_k):
 
 @pytest.mark.parametrize("serving_top_k", [0, 17, True, 2.0])
 def test_a_serving_k_that_cannot_be_is_refused(serving_top_k):
-    with pytest.raises(ValueError, match=r"serving_top_k must be an integer from 1 to num_experts=16, got"):
+    with pytest.raises(ValueError, match=r"serving_top_k must be an integer from 1 to 16, got"):
         make(serving_top_k=serving_top_k)
 
 

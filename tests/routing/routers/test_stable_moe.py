@@ -1,6 +1,8 @@
 """StableMoE: two losses, and routes that never change once they are frozen."""
 
 import copy
+import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -130,16 +132,80 @@ def test_stage_2_begins_after_a_tenth_of_the_training_or_when_told(options, tota
         assert bool(router.state.frozen) == (step >= first)
 
 
-def test_a_training_whose_length_nobody_told_is_refused_until_it_does_not_matter():
-    router = make()
-    with pytest.raises(
-        ValueError, match=r"cannot know when to freeze.*total_steps=\.\.\.\), or give the router freeze_step"
-    ):
-        sinkroute.set_step(router, 0)
-    frozen = make(freeze_step=0)
+def test_a_training_whose_length_nobody_told_stays_in_stage_1_with_one_warning():
+    layer = make_layer()
+    with pytest.warns(UserWarning, match=r"total_steps=\.\.\.\), or give the router freeze_step") as caught:
+        sinkroute.set_step(layer, 0)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(1, 100):
+            sinkroute.set_step(layer, step)
+    assert not layer.router.state.frozen and (layer.gate.frozen_VK == -1).all()
+    sinkroute.set_step(layer, 100, total_steps=1000)  # told at last
+    assert layer.router.state.frozen and (layer.gate.frozen_VK >= 0).all()
+
+
+def test_a_router_whose_routes_are_frozen_need_not_know_how_long_training_is():
+    router, frozen = make(), make(freeze_step=0)
     sinkroute.set_step(frozen, 0)
     router.load_state_dict(frozen.state_dict())
-    sinkroute.set_step(router, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sinkroute.set_step(router, 1)
+
+
+def test_steps_do_not_ask_the_device_whether_the_routes_are_frozen(monkeypatch):
+    layer = make_layer(freeze_step=2)
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: pytest.fail("a device would be waited for"))
+    for step in range(4):
+        sinkroute.set_step(layer, step)
+    assert layer.router.state.frozen.item() is True
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "state_dict"])
+def test_a_frozen_layer_stays_frozen_as_it_was_when_it_is_copied_or_loaded(way):
+    layer = make_layer(2, freeze_step=1)
+    sinkroute.set_step(layer, 1)
+    if way == "deepcopy":
+        other = copy.deepcopy(layer)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(layer))
+    else:
+        other = make_layer(2, freeze_step=1)
+        other.load_state_dict(layer.state_dict())
+    other.gate.embeddings.data.neg_()
+    for step in (2, 3):
+        sinkroute.set_step(other, step)
+    assert torch.equal(other.gate.frozen_VK, layer.gate.frozen_VK)
+
+
+def test_a_frozen_layer_into_which_an_earlier_state_is_loaded_freezes_anew():
+    layer, earlier = make_layer(freeze_step=1), make_layer(freeze_step=1)
+    sinkroute.set_step(layer, 1)
+    layer.load_state_dict(earlier.state_dict())
+    layer(random(3, D))  # without ids, as nothing is frozen
+    layer.gate.embeddings.data.neg_()
+    light_VE = layer.gate.embeddings @ layer.gate.light_centroids.t()
+    sinkroute.set_step(layer, 1)
+    assert torch.equal(layer.gate.frozen_VK, light_VE.topk(1).indices)
+
+
+def test_rows_that_came_frozen_by_a_broadcast_of_buffers_are_not_frozen_again():
+    gate = make_layer(freeze_step=1).gate
+    gate.frozen_VK[:7] = 3
+    gate.freeze()
+    light_VE = gate.embeddings @ gate.light_centroids.t()
+    assert (gate.frozen_VK[:7] == 3).all() and torch.equal(gate.frozen_VK[7:], light_VE.topk(1).indices[7:])
+
+
+def test_setting_a_step_between_forward_and_backward_pass_changes_no_gradient():
+    # As pipelined schedules do: what the graph holds must not be written to.
+    layer, x_TD, ids = make_layer(freeze_step=1), random(9, D), torch.arange(9)
+    sinkroute.set_step(layer, 1)
+    loss = layer(x_TD, token_ids=ids).square().sum() + layer.routes.aux_loss
+    sinkroute.set_step(layer, 1, micro_batch=1)
+    loss.backward()
 
 
 def train(layer, step, optimiser):
@@ -232,6 +298,46 @@ def test_the_gate_gives_products_with_centroids_of_tokens_and_of_ids():
     torch.testing.assert_close(logits_TX[:, E:], gate.embeddings[ids % 30] @ gate.light_centroids.t())
     assert torch.equal(logits_TX[0, E:], logits_TX[2, E:]) and torch.equal(logits_TX[1, E:], logits_TX[3, E:])
     assert gate.embeddings.shape == (30, 50)
+
+
+def test_tokens_without_ids_are_routed_by_the_main_logits_until_the_routes_are_frozen():
+    layer, x_TD = make_layer(2, freeze_step=1), random(6, D)
+    for training in (True, False):
+        layer.train(training)(x_TD)
+        values, experts_TK = (x_TD @ layer.gate.centroids.t()).topk(2)
+        assert torch.equal(layer.routes.experts, experts_TK)
+        torch.testing.assert_close(layer.routes.weights, torch.sigmoid(values))
+    sinkroute.set_step(layer.train(), 1)
+    for training in (True, False):
+        with pytest.raises(ValueError, match=r"token_ids is None, but the routes of stable-moe are frozen.*token_ids="):
+            layer.train(training)(x_TD)
+
+
+def test_a_second_gate_of_one_router_is_refused():
+    router = make()
+    sinkroute.MoE(D, 4, E, 1, router)
+    with pytest.raises(ValueError, match="this stable-moe router has a gate already; make one router per layer"):
+        sinkroute.MoE(D, 4, E, 1, router)
+
+
+def test_resetting_makes_a_frozen_layer_a_new_one():
+    layer = make_layer(2, freeze_step=1)
+    sinkroute.set_step(layer, 1)
+    torch.manual_seed(0)
+    layer.gate.reset_parameters()
+    layer.router.state.reset_parameters()
+    for name, value in make_layer(2).gate.state_dict().items():
+        assert torch.equal(layer.gate.state_dict()[name], value)
+    layer(random(3, D))  # without ids
+    sinkroute.set_step(layer, 1)
+    assert (layer.gate.frozen_VK >= 0).all()
+
+
+def test_the_initial_values_are_the_published_ones():
+    gate = make(experts=6, vocab_size=2000, light_dim=10).make_gate(20)
+    for matrix in (gate.centroids, gate.light_centroids):
+        torch.testing.assert_close(matrix @ matrix.t(), 0.01 * torch.eye(6))
+    assert gate.embeddings.std().item() == pytest.approx(1, abs=0.03)
 
 
 def test_gradients_of_the_gate_are_those_of_finite_differences():

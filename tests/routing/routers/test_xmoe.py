@@ -68,6 +68,31 @@ def test_a_temperature_that_is_learned_away_leaves_finite_logits(value):
     assert gate(random(20, 10)).abs().max() <= 1.001e4
 
 
+@pytest.mark.parametrize("value", [1e-9, -1000.0])
+def test_a_temperature_below_its_bound_has_the_gradient_of_the_bound_and_comes_back(value):
+    gate, x_TD = make().make_gate(10), random(20, 10)
+    grads = []
+    for temperature in (1e-4, value):
+        gate.temperature.data.fill_(temperature)
+        logits_TE = gate(x_TD)
+        gate.temperature.grad = None
+        torch.nn.functional.cross_entropy(logits_TE, logits_TE.argmin(1)).backward()  # all of it is wrong: cool down
+        grads.append(gate.temperature.grad.item())
+    assert grads[0] == grads[1] < 0
+
+
+def test_resetting_gives_the_values_that_a_new_gate_has():
+    torch.manual_seed(5)
+    gate = make(temperature=0.25).make_gate(10)
+    torch.testing.assert_close(gate.embeddings.t() @ gate.embeddings, 0.32**2 * torch.eye(3))
+    with torch.no_grad():
+        gate.embeddings.fill_(float("nan"))
+        gate.temperature.fill_(9.0)
+    gate.reset_parameters()
+    torch.testing.assert_close(gate.embeddings.t() @ gate.embeddings, 0.32**2 * torch.eye(3))
+    assert gate.temperature == 0.25
+
+
 def test_a_gate_in_bfloat16_computes_in_the_dtype_of_the_tokens():
     gate, x_TD = make().make_gate(10).bfloat16(), random(20, 10)
     logits_TE = gate(x_TD)

@@ -76,6 +76,7 @@ class SMoEDropoutRouter(Router):
         self.k_now = top_k
         if training_k is not None:
             with contextlib.suppress(ValueError):  # a schedule that spans the training: set_step says how long that is
+                self.check_step(self.step, None)
                 self.prepare_step()
 
     def make_gate(self, d_model: int) -> nn.Module:
@@ -96,13 +97,12 @@ class SMoEDropoutRouter(Router):
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"smoe-dropout stays at top_k={self.top_k} experts per token, as it does not know how long training "
-                    "is: tell it, sinkroute.set_step(model, step, total_steps=...), or give the router training_k",
+                    f"smoe-dropout stays at top_k={self.top_k} experts per token, as it does not know how long "
+                    "training is: tell it, sinkroute.set_step(model, step, total_steps=...), or give the router training_k",
                     stacklevel=4,  # at who calls sinkroute.set_step
                 )
             return
-        k = check_bounds("training_k", self._schedule(self.step, self.total_steps), 1, self.num_experts)
-        self.k_now = round(k)
+        self.k_now = round(self._schedule(self.step, self.total_steps))
 
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         return self._topk(logits_TE, self.k_now)

@@ -71,7 +71,7 @@ class StableGate(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The published initial values, and nothing frozen: small centroids, so that all gates are near 1/2 at first."""
+        """The published initial values, nothing frozen: small centroids, so that all gates are near 1/2 at first."""
         fill_orthogonal(self.centroids, gain=0.1)
         nn.init.normal_(self.embeddings)
         fill_orthogonal(self.light_centroids, gain=0.1)

@@ -63,7 +63,7 @@ class CosineGate(nn.Module):
         dtype = x_TD.dtype
         tokens_TP = F.normalize(F.linear(x_TD, self.project.weight.to(dtype)), dim=-1, eps=_LEAST_NORM)
         experts_EP = F.normalize(self.embeddings.to(dtype), dim=-1, eps=_LEAST_NORM)
-        # Clamped in value alone: a clamp's own gradient is 0 below the bound, and the temperature would never come back.
+        # Clamped in value alone: the gradient of a clamp is 0 below its bound, and τ would never come back.
         learned = self.temperature.to(dtype)
         temperature = learned.detach().clamp(min=_LEAST_TEMPERATURE) + (learned - learned.detach())
         return tokens_TP @ experts_EP.t() / temperature
