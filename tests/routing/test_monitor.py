@@ -831,3 +831,12 @@ def test_a_model_in_distributed_data_parallel_keeps_its_names_and_counts(ranks):
     for result in ranks:
         assert list(result[6]) == ["0"]
         assert (result[6]["0"]["tokens"], result[6]["0"]["passes"]) == (17, 2)
+
+
+def test_a_monitor_made_in_inference_mode_watches_training_too():
+    layer = sinkroute.MoE(8, 8, 4, 2, router="softmax")
+    with torch.inference_mode():
+        monitor = sinkroute.LoadMonitor(layer)
+    layer(torch.randn(5, 8)).sum().backward()
+    [found] = monitor.metrics().values()
+    assert sum(found["load"]) == 10

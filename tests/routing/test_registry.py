@@ -103,3 +103,23 @@ def test_a_value_out_of_range_is_refused_when_the_router_is_made(name, options, 
 def test_a_type_that_is_no_number_is_refused_when_the_router_is_made():
     with pytest.raises(TypeError, match="max_passes must be an int or None, got float"):
         sinkroute.create_router("ssr-s", num_experts=4, top_k=2, max_passes=10.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"losses": None}, r'losses must be names, such as \["z-loss"\], or name → coefficient, got None'),
+        ({"losses": 5}, r"losses must be names.*got 5"),
+        ({"norm_topk": "no"}, r"norm_topk must be True, False or None, got 'no'"),
+        ({"layer": 1.5}, r"layer must be an int or None, got 1\.5"),
+        ({"process_group": "all"}, r'process_group must be a ProcessGroup, "world" or None, got \'all\''),
+    ],
+)
+def test_an_option_of_a_wrong_type_is_named(options, message):
+    with pytest.raises(TypeError, match=message):
+        sinkroute.create_router("softmax", num_experts=4, top_k=2, **options)
+
+
+def test_a_route_scale_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="route_scale must be a finite number, got nan"):
+        sinkroute.create_router("softmax", num_experts=4, top_k=2, route_scale=float("nan"))

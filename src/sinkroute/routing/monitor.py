@@ -306,15 +306,16 @@ class _Counts:
     """What one router did in one mode, in tensors on its device: never replaced by a pass, only added to."""
 
     def __init__(self, num_experts: int, names: tuple[str, ...], device: torch.device) -> None:
-        self.load_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        # Counts too: float64 holds them exactly up to 2^53.
-        self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
-        self.plan_error_max = torch.zeros((), dtype=torch.float64, device=device)
+        # In inference mode they would become tensors that nothing outside it may add to.
+        with torch.inference_mode(False):
+            self.load_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
+            # Counts too: float64 holds them exactly up to 2^53.
+            self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
+            self.plan_error_max = torch.zeros((), dtype=torch.float64, device=device)
 
     @uncompiled
     def move(self, device: torch.device) -> None:
-        # In inference mode they would become tensors that nothing outside it may add to.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # as above
             self.load_E = self.load_E.to(device)
             self.sums = {name: value.to(device) for name, value in self.sums.items()}
             self.plan_error_max = self.plan_error_max.to(device)

@@ -20,7 +20,9 @@ class Routes:
         load: (E,) int64, how many choices of real tokens each expert got; sums to K times the real tokens where every
             token chooses K.
         branch: which rule chose: `"softmax"`, `"sinkhorn"`, `"assignment"` or `"expert-choice"`.
-        aux_loss: 0-d, to be added to the training loss (its coefficient is in it already), or None.
+        aux_loss: 0-d, to be added to the training loss (its coefficient is in it already), or None. Of a training pass
+            without a graph it is a leaf that requires a gradient: that is how it gets one under reentrant activation
+            checkpointing.
         plan_error: 0-d, the largest relative deviation of a column of the transport plan, or None without a plan.
         plan_passes: passes over the scores that the solver made, or None without a plan.
         chosen: (T, K) bool, False at places that are no choice, padding and those that are filled up: their weight is 0

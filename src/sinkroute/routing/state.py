@@ -5,7 +5,8 @@
   from the meta device.
 - Counts are int64. They are of the whole batch: summed over the micro-batches of a step as these come, over the ranks
   when the step ends. A forward pass that is repeated for activation checkpointing counts once, evaluation never.
-- All of it is in the `state_dict`, the counts of an unfinished step too, so that a resumed run continues alike. The
+- All of it is in the `state_dict`, the counts of an unfinished step too, so that a resumed run continues alike. (Not
+  what the loss of the global batch has seen of an unfinished step: with that one, save between steps.) The
   counts themselves are no buffers: DistributedDataParallel would overwrite them with those of rank 0 before every
   forward pass. Their copies for the `state_dict` are, since tools for checkpoints look for parameters and buffers only.
 """

@@ -63,3 +63,15 @@ def test_without_a_real_token_loss_and_gradient_are_0(tokens):
     routes = sinkroute.create_router("gshard", num_experts=4, top_k=2)(logits_TE, torch.zeros(tokens, dtype=torch.bool))
     routes.aux_loss.backward()
     assert routes.aux_loss.item() == 0 and not logits_TE.grad.any()
+
+
+def test_a_token_that_no_expert_took_has_no_first_choice():
+    # Expert choice fills such a token's places up; they are no choices.
+    logits_TE = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    router = sinkroute.create_router("expert-choice", num_experts=4, top_k=1, losses={"gshard": 1.0})
+    routes = router(logits_TE)
+    firsts = [row[0] for row, chosen in zip(routes.experts.tolist(), routes.chosen.tolist(), strict=True) if chosen[0]]
+    assert 0 < len(firsts) < 40
+    share_E = torch.tensor([firsts.count(expert) / len(firsts) for expert in range(4)])
+    expected = 4 * (share_E * logits_TE.softmax(1).mean(0)).sum()
+    torch.testing.assert_close(routes.aux_loss, expected)

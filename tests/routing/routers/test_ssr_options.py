@@ -161,3 +161,37 @@ def test_members_that_choose_for_all_tokens_at_once_refuse_groups(name):
 def test_weights_of_the_plan_sum_to_one_whatever_the_route_scale():
     routes = ssr(probability=1, noise=0, route_scale=2.5)(scores())
     torch.testing.assert_close(routes.weights.sum(1), torch.full((40,), 2.5))
+
+
+# -- what does not go together ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise_branch", ["softmax", "sinkhorn", "both"])
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_learned_noise_has_a_gradient_in_whatever_branch_it_is(noise_branch, probability):
+    router = ssr(noise="learned", probability=probability, noise_branch=noise_branch)
+    router(scores().requires_grad_()).weights.square().sum().backward()
+    assert router.raw_noise.grad is not None
+
+
+def test_a_gradient_through_weights_that_are_not_the_plans_is_refused():
+    with pytest.raises(ValueError, match=r"plan_gradient='full' is of the plan's weights.*leave one of them out"):
+        ssr(weights="scores", plan_gradient="full")
+
+
+@pytest.mark.parametrize("name", ["ssr-b", "ssr-bias", "ssr-fold"])
+@pytest.mark.parametrize(("value", "error"), [(-3, ValueError), (math.nan, ValueError), ("x", TypeError)])
+def test_a_tolerance_that_is_none_is_refused_when_the_router_is_made(name, value, error):
+    with pytest.raises(error, match="balance_tol must be"):
+        ssr(name, balance_tol=value)
+
+
+def test_what_was_decided_before_a_state_was_loaded_is_decided_again():
+    rule = "adaptive(high=0.5, low=0.1, floor=0, ceiling=1)"
+    trained, fresh = ssr(probability=rule, noise=0), ssr(probability=rule, noise=0)
+    sinkroute.set_step(trained, 0)
+    trained(scores() + torch.tensor([9.0, 0, 0, 0, 0, 0]))
+    sinkroute.end_step(trained)
+    sinkroute.set_step(fresh, 1)
+    fresh.load_state_dict(trained.state_dict())
+    assert fresh(scores()).branch == "sinkhorn"

@@ -98,7 +98,8 @@ class SMoEDropoutRouter(Router):
                 self._warned = True
                 warnings.warn(
                     f"smoe-dropout stays at top_k={self.top_k} experts per token, as it does not know how long "
-                    "training is: tell it, sinkroute.set_step(model, step, total_steps=...), or give the router training_k",
+                    "training is: tell it, sinkroute.set_step(model, step, total_steps=...), or give the router "
+                    "training_k",
                     stacklevel=4,  # at who calls sinkroute.set_step
                 )
             return
