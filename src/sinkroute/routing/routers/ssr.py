@@ -392,10 +392,6 @@ def read_cost(cost: str) -> Cost:
     return "softmax" if cost == "softmax" else "linear"
 
 
-def refuse_groups(router: Router) -> None:
-    router.refuse_groups()
-
-
 def _prepare_again(router: SSRRouter, _: object = None) -> None:
     """Once a router is made, and when its state was loaded: what was decided from the state before is no longer so."""
     router._measured = None
