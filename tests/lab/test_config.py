@@ -121,9 +121,17 @@ def test_differences_name_dotted_keys_old_and_new() -> None:
 def test_every_preset_can_be_read() -> None:
     folder = find_preset("demo").parent
     presets = sorted(path.stem for path in folder.glob("*.yaml"))
-    assert presets == ["demo", "wikipedia-ssr"]
+    assert presets == ["demo", "selective", "wikipedia-ssr"]
     for name in presets:
-        read_yaml(DemoConfig if name == "demo" else Config, find_preset(name))
+        read_yaml(Config if name == "wikipedia-ssr" else DemoConfig, find_preset(name))
+
+
+def test_every_router_of_a_comparison_can_be_made() -> None:
+    from sinkroute.routing import create_router
+
+    for preset in ("demo", "selective"):
+        for router in read_yaml(DemoConfig, find_preset(preset)).methods.values():
+            create_router(router.name, num_experts=8, top_k=2, **router.options)
 
 
 def test_the_demo_compares_the_six_methods_and_sees_at_least_twenty_sinkhorn_steps() -> None:

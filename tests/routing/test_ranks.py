@@ -141,8 +141,7 @@ def every_router_with_an_idle_rank():
     for name in sinkroute.list_routers():
         options = {"losses": {"global-load-balance": 1.0}, "process_group": "world"}
         options |= {"probability": 1.0} if name.startswith("ssr") else {}
-        router = make(name, **options)
-        layer = sinkroute.MoE(D, 4, E, K, router=router)
+        layer = sinkroute.MoE(D, 4, E, K, router=name, router_options=options)
         for step in range(3):
             sinkroute.set_step(layer, step, total_steps=3)
             idle = rank == world - 1 and step > 0

@@ -16,8 +16,8 @@ def fill_orthogonal(weight: Tensor, gain: float) -> None:
 
     >>> weight = torch.empty(2, 8, dtype=torch.bfloat16)
     >>> fill_orthogonal(weight, gain=0.5)
-    >>> (weight.float() @ weight.float().t()).round(decimals=2).tolist()
-    [[0.25, 0.0], [0.0, 0.25]]
+    >>> bool(((weight.float() @ weight.float().t()) - 0.25 * torch.eye(2)).abs().max() < 0.01)
+    True
     """
     precise = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
     weight.copy_(nn.init.orthogonal_(precise, gain=gain))
