@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from sinkroute.moe.experts import loop_linear
 from sinkroute.moe.opaque import opaque_linear
@@ -65,4 +66,4 @@ def test_any_strides_are_taken(form):
 def test_torch_finds_nothing_wrong_with_the_operations(operation):
     second = {"expert_linear": random(3, 5, 7), "expert_outer": random(9, 5, seed=1)}[operation].requires_grad_()
     overload = getattr(torch.ops.sinkroute, operation).default
-    torch.library.opcheck(overload, (random(9, 7).requires_grad_(), second, ends(4, 0, 5)))
+    library.opcheck(overload, (random(9, 7).requires_grad_(), second, ends(4, 0, 5)))

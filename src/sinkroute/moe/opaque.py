@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinkroute._operations import define
+
 __all__ = ["opaque_linear"]
 
 
@@ -76,17 +78,17 @@ def _outer_backward(ctx: Any, grad_EFD: Tensor) -> tuple[Tensor, Tensor, None]:
     return linear(x_RD, grad_EFD.contiguous(), ends_E), linear(y_RF, grad_EFD.mT.contiguous(), ends_E), None
 
 
-_library = torch.library.Library("sinkroute", "FRAGMENT")
-for _name, _kernel, _shape, _backward in (
-    ("expert_linear", _linear, lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[1]), _linear_backward),
-    (
-        "expert_outer",
-        _outer,
-        lambda y, x, ends: y.new_empty(ends.shape[0], y.shape[1], x.shape[1]),
-        _outer_backward,
-    ),
-):
-    _library.define(f"{_name}(Tensor a, Tensor b, Tensor ends) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sinkroute::{_name}", _shape, lib=_library)
-    torch.library.register_autograd(f"sinkroute::{_name}", _backward, setup_context=_save, lib=_library)
+define(
+    "expert_linear(Tensor x, Tensor weight, Tensor ends) -> Tensor",
+    _linear,
+    lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[1]),
+    backward=_linear_backward,
+    save=_save,
+)
+define(
+    "expert_outer(Tensor y, Tensor x, Tensor ends) -> Tensor",
+    _outer,
+    lambda y, x, ends: y.new_empty(ends.shape[0], y.shape[1], x.shape[1]),
+    backward=_outer_backward,
+    save=_save,
+)

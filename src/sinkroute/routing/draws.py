@@ -13,6 +13,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from sinkroute._operations import define
 from sinkroute.transport import native
 from sinkroute.transport.passes.compiled import threads_for
 
@@ -65,9 +66,8 @@ def _normal_like(reference: Tensor, seed: Tensor) -> Tensor:
 
 
 # One opaque operation: the compiler cannot trace a generator, and tensors without values have none.
-_library = torch.library.Library("sinkroute", "FRAGMENT")
-_library.define("normal_like(Tensor reference, Tensor seed) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("normal_like", _normal_like, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "sinkroute::normal_like", lambda reference, seed: reference.new_empty(reference.shape), lib=_library
+define(
+    "normal_like(Tensor reference, Tensor seed) -> Tensor",
+    _normal_like,
+    lambda reference, seed: reference.new_empty(reference.shape),
 )

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sinkroute._operations import define
+
 __all__ = ["RouterState", "recomputing"]
 
 
@@ -38,10 +40,7 @@ def _count(total: Tensor, part: Tensor) -> None:
 
 
 # To the compiler one opaque operation, which asks when it runs: a compiled layer may be checkpointed, too.
-_library = torch.library.Library("sinkroute", "FRAGMENT")
-_library.define("count(Tensor(a!) total, Tensor part) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("count", _count, "CompositeExplicitAutograd")
-torch.library.register_fake("sinkroute::count", lambda total, part: None, lib=_library)
+define("count(Tensor(a!) total, Tensor part) -> ()", _count, lambda total, part: None)
 
 
 class RouterState(nn.Module):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sinkroute._operations import define
 from sinkroute._values import holds_values
 from sinkroute.routing.draws import normal_like
 from sinkroute.transport import native
@@ -125,11 +126,8 @@ def _native_topk(
     return experts_TK, noise_TK
 
 
-_library = torch.library.Library("sinkroute", "FRAGMENT")
-_library.define("top_experts(Tensor values, SymInt k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("top_experts", _top_experts, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("sinkroute::top_experts", lib=_library)
-def _fake_top_experts(values: Tensor, k: int) -> Tensor:
-    return values.new_empty(values.shape[0], k, dtype=torch.int64)
+define(
+    "top_experts(Tensor values, SymInt k) -> Tensor",
+    _top_experts,
+    lambda values, k: values.new_empty(values.shape[0], k, dtype=torch.int64),
+)
