@@ -16,7 +16,19 @@ from sinkroute._errors import require_numbers
 from sinkroute.routing.routers.ssr import Cost, PlanChoice, SSROptions, SSRRouter, read_cost
 from sinkroute.transport import Plan, balanced_topk
 
-__all__ = ["SSRBalancedRouter", "choose_balanced"]
+__all__ = ["SSRBalancedRouter", "check_balance_tol", "choose_balanced"]
+
+
+def check_balance_tol(balance_tol: float) -> float:
+    """`balance_tol`, if it can be one.
+
+    Raises:
+        TypeError, ValueError: it is no number, negative or not finite.
+    """
+    require_numbers(balance_tol=balance_tol)
+    if not (balance_tol >= 0 and math.isfinite(balance_tol)):
+        raise ValueError(f"balance_tol must be a finite number of 0 or more, got {balance_tol}; 0.01 is 1 %")
+    return balance_tol
 
 
 def choose_balanced(plan: Plan, top_k: int, tol: float, token_mask: Tensor | None) -> PlanChoice:
@@ -51,10 +63,7 @@ class SSRBalancedRouter(SSRRouter):
         balance_tol: float = 0.01,
         **options: Unpack[SSROptions],
     ) -> None:
-        require_numbers(balance_tol=balance_tol)
-        if not (balance_tol >= 0 and math.isfinite(balance_tol)):
-            raise ValueError(f"balance_tol must be a finite number of 0 or more, got {balance_tol}; 0.01 is 1 %")
-        self.cost, self.balance_tol = read_cost(cost), balance_tol
+        self.cost, self.balance_tol = read_cost(cost), check_balance_tol(balance_tol)
         super().__init__(num_experts, top_k, **options)
         self.refuse_groups()
 

@@ -19,8 +19,7 @@ from typing_extensions import Unpack
 
 from sinkroute._errors import unknown_name
 from sinkroute.routing.router import Choice
-from sinkroute.routing.routers.ssr import SSROptions
-from sinkroute.routing.routers.ssr_kept import Balance, SSRKeptRouter
+from sinkroute.routing.routers.ssr_kept import SSRKeptOptions, SSRKeptRouter
 from sinkroute.routing.state import RouterState
 
 __all__ = ["SSRBiasRouter"]
@@ -32,10 +31,9 @@ class SSRBiasRouter(SSRKeptRouter):
     """SSR-L whose potentials stay as a bias of the choice between solves.
 
     Args:
-        rate, balance, balance_tol: see `SSRKeptRouter`.
         serve_with: the `"bias"` in the choice, or `"plain"`: top-k of the scores alone, whose loads nothing has
             balanced. `fold_into(gate)` makes the bias a part of the gate.
-        options: see `SSRRouter`. Without groups.
+        options: see `SSRKeptRouter`: rate, balance, balance_tol, and those of `SSRRouter`. Without groups.
 
     Attributes:
         state: holds `bias_E` (E,) float32.
@@ -48,16 +46,13 @@ class SSRBiasRouter(SSRKeptRouter):
         num_experts: int,
         top_k: int,
         *,
-        rate: float = 1.0,
-        balance: Balance = "plan",
-        balance_tol: float = 0.01,
         serve_with: ServeWith = "bias",
-        **options: Unpack[SSROptions],
+        **options: Unpack[SSRKeptOptions],
     ) -> None:
         if serve_with not in get_args(ServeWith):
             raise unknown_name("serve_with", serve_with, get_args(ServeWith))
         self.serve_with = serve_with
-        super().__init__(num_experts, top_k, rate=rate, balance=balance, balance_tol=balance_tol, **options)
+        super().__init__(num_experts, top_k, **options)
 
     def state_values(self) -> dict[str, Tensor]:
         return super().state_values() | {"bias_E": torch.zeros(self.num_experts, device="cpu")}

@@ -6,7 +6,6 @@ is remembered is their mean, weighted by tokens, so that all ranks remember the 
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 import torch
@@ -16,12 +15,20 @@ from typing_extensions import Unpack
 from sinkroute._errors import require_numbers, unknown_name
 from sinkroute.routing.router import Choice
 from sinkroute.routing.routers.ssr import PlanChoice, SSROptions, SSRRouter
-from sinkroute.routing.routers.ssr_b import choose_balanced
+from sinkroute.routing.routers.ssr_b import check_balance_tol, choose_balanced
 from sinkroute.transport import Plan
 
-__all__ = ["Balance", "SSRKeptRouter"]
+__all__ = ["SSRKeptOptions", "SSRKeptRouter"]
 
 Balance = Literal["plan", "load"]
+
+
+class SSRKeptOptions(SSROptions, total=False):
+    """The keyword options of routers that keep potentials; see `SSRKeptRouter`."""
+
+    rate: float
+    balance: Balance
+    balance_tol: float
 
 
 class SSRKeptRouter(SSRRouter):
@@ -52,10 +59,7 @@ class SSRKeptRouter(SSRRouter):
             raise ValueError(f"rate must be above 0 and at most 1, got {rate}; 1 takes new potentials as they are")
         if balance not in get_args(Balance):
             raise unknown_name("balance", balance, get_args(Balance))
-        require_numbers(balance_tol=balance_tol)
-        if not (balance_tol >= 0 and math.isfinite(balance_tol)):
-            raise ValueError(f"balance_tol must be a finite number of 0 or more, got {balance_tol}; 0.01 is 1 %")
-        self.rate, self.balance, self.balance_tol = rate, balance, balance_tol
+        self.rate, self.balance, self.balance_tol = rate, balance, check_balance_tol(balance_tol)
         super().__init__(num_experts, top_k, **options)
         self.refuse_groups()
 
