@@ -8,6 +8,7 @@ MultiHeadMoE    the same on parts of tokens
 set_step        tells all routers of a model which training step it is
 end_step        brings what routers remember up to date with the step that is over
 LoadMonitor     counts what the routers of a model do: load, balance, plans, in training and serving
+patch           puts a router into a Hugging Face model, in place, and takes it out again
 set_inference   what SSR routers do when serving: plain top-k, noise, a plan, or both
 """
 
@@ -17,6 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sinkroute.adapters.hf import patch
     from sinkroute.moe import MoE, MultiHeadMoE
     from sinkroute.routing import (
         LoadMonitor,
@@ -43,6 +45,7 @@ __all__ = [
     "create_router",
     "end_step",
     "list_routers",
+    "patch",
     "set_inference",
     "set_step",
     "solve",
@@ -60,6 +63,7 @@ _HOMES = {
     "create_router": "routing",
     "end_step": "routing",
     "list_routers": "routing",
+    "patch": "adapters.hf",
     "set_inference": "routing",
     "set_step": "routing",
     "solve": "transport",

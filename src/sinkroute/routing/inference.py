@@ -7,6 +7,7 @@ from typing import get_args
 from torch import nn
 
 from sinkroute._errors import unknown_name
+from sinkroute.routing.attached import named_routers
 from sinkroute.routing.routers.ssr import Inference, SSRRouter
 
 __all__ = ["INFERENCE_MODES", "set_inference"]
@@ -34,7 +35,7 @@ def set_inference(module: nn.Module, mode: Inference) -> None:
     """
     if mode not in INFERENCE_MODES:
         raise unknown_name("mode", mode, INFERENCE_MODES)
-    routers = [part for part in module.modules() if isinstance(part, SSRRouter)]
+    routers = [router for router in named_routers(module).values() if isinstance(router, SSRRouter)]
     if not routers and mode != "none":
         raise ValueError(f"mode={mode!r} is for routers of the SSR family, and {type(module).__name__} holds none")
     for router in routers:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sinkroute.routing.scores import Score
+from sinkroute.routing.scores import Score, log_scores
 
 __all__ = [
     "coefficient_of_variation",
@@ -93,13 +92,12 @@ def router_entropy(logits_TE: Tensor, score: Score = "softmax") -> Tensor:
 
     Args:
         logits_TE: (..., E) float.
-        score: p is the softmax of the logits, or their sigmoids over the sum of these.
+        score: p is the scores over a token's sum of them.
 
     >>> [round(value, 4) for value in router_entropy(torch.tensor([[0.0, 0.0], [9.0, -9.0]])).tolist()]
     [0.6931, 0.0]
     """
-    # The sigmoids in logarithms: where all underflow, 0/0 would be the share.
-    p_TE = torch.softmax(logits_TE if score == "softmax" else F.logsigmoid(logits_TE), dim=-1)
+    p_TE = torch.softmax(log_scores(logits_TE, score), dim=-1)
     return torch.special.entr(p_TE).sum(-1)
 
 

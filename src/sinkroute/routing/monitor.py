@@ -32,6 +32,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sinkroute._errors import unknown_name
 from sinkroute._uncompiled import uncompiled
+from sinkroute.routing.attached import named_routers
 from sinkroute.routing.metrics import load_metrics, max_violation, router_entropy
 from sinkroute.routing.ranks import Group, Ranks
 from sinkroute.routing.router import Router
@@ -454,7 +455,7 @@ class _Watch:
 
 def _routers(model: nn.Module) -> dict[str, Router]:
     inner = model.module if isinstance(model, (DistributedDataParallel, DataParallel)) else model
-    paths = {path: part for path, part in inner.named_modules() if isinstance(part, Router)}
+    paths = named_routers(inner)
     if not paths:
         raise ValueError(
             f"model {type(model).__name__} holds no sinkroute router: there is nothing to watch; pass the model that "
@@ -468,7 +469,9 @@ def _routers(model: nn.Module) -> dict[str, Router]:
     return named
 
 
-def _inputs(logits_TE: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def _inputs(
+    logits_TE: Tensor, token_mask: Tensor | None = None, *, plain: object = None
+) -> tuple[Tensor, Tensor | None]:
     """What a router was called with, by position or by name."""
     return logits_TE, token_mask
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from typing import Any, NamedTuple, TypedDict, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,8 @@ class Router(nn.Module):
         top_k: K, experts per token, 1 to E.
         norm_topk: whether the weights are renormalised over the chosen K. None: yes for K > 1; no for K = 1, where the
             one weight would be the constant 1 and the gate would get no gradient.
-        score: what the model makes of logits: `"softmax"` over the experts, or `"sigmoid"`, each by itself.
+        score: what the model makes of logits: `"softmax"` over the experts, or `"sigmoid"` or `"sqrtsoftplus"`,
+            each by itself.
         groups: the experts stand in so many groups (DeepSeek-V2 and V3); divides E. 1: no groups.
         top_groups: a token chooses experts of so many groups. None: of all.
         group_score: a group is as good as its best expert (`"max"`) or its best two together (`"top2-sum"`).
@@ -98,6 +100,10 @@ class Router(nn.Module):
 
     Attributes:
         state: what the method remembers from step to step (in the `state_dict`), or None.
+        correction_E: (E,) what the model that the router is plugged into adds in its own choice, without weighing
+            (`e_score_correction_bias`), or None. Plain top-k includes it; methods that choose otherwise do not look.
+        correction_on: whether it is added to the `"scores"` or to the `"logits"`.
+        after_step: called when the state was brought up to date.
 
     Raises:
         TypeError, ValueError: sizes that do not fit, an unknown name, a number out of range.
@@ -108,6 +114,8 @@ class Router(nn.Module):
     state: RouterState | None
     # Whether the method depends on the step: then it warns where set_step is never called.
     needs_step = False
+    # Whether it serves as plain top-k of any gate's logits; not if it has a gate or a bias of its own.
+    serves_plainly = True
 
     def __init__(
         self,
@@ -165,6 +173,9 @@ class Router(nn.Module):
         self.step, self.micro_batch, self.step_was_set = 0, 0, False
         self.total_steps: int | None = None
         self.state = None
+        self.correction_E: Tensor | None = None
+        self.correction_on: Literal["scores", "logits"] = "scores"
+        self.after_step: list[Callable[[], None]] = []
         self._keyless_passes = 0
         self._noise_seed = torch.zeros((), dtype=torch.int64, device="cpu")  # there always: no parameter, no buffer
         self._noise_key: tuple[int, ...] | None = None  # of that seed
@@ -202,13 +213,20 @@ class Router(nn.Module):
         """The module that turns tokens (T, D) into the logits (T, E) that this router takes: a bias-free linear map."""
         return nn.Linear(d_model, self.num_experts, bias=False)
 
-    def forward(self, logits_TE: Tensor, token_mask: Tensor | None = None) -> Routes:
+    def is_plain(self) -> bool:
+        """Whether in this mode and step the method does no more than plain top-k."""
+        return not self.training or (type(self).route is Router.route and not self.losses)
+
+    def forward(self, logits_TE: Tensor, token_mask: Tensor | None = None, *, plain: Choice | None = None) -> Routes:
         """Route T tokens.
 
         Args:
             logits_TE: (T, E) logits of any float dtype; computed with in float32 (float64 stays float64). T may be 0.
             token_mask: (T,) bool, True for real tokens. Padding is in no marginal, load or loss; its logits may be
                 anything.
+            plain: plain top-k of these logits where the model has done it already, finished weights included: taken
+                as it is where the method would do the same (`is_plain`), so that a model that the router is plugged
+                into keeps its own bits.
 
         Raises:
             TypeError: a dtype that is not float, a mask that is not bool.
@@ -219,9 +237,12 @@ class Router(nn.Module):
         logits_TE = all_TX[:, : self.num_experts]
         if self.training and self.needs_step:
             self._note_keyless_pass()
-        choice = self.route(all_TX, token_mask) if self.training else self.serve(all_TX, token_mask)
+        if plain is not None and self.is_plain():
+            choice = plain
+        else:
+            choice, plain = self.route(all_TX, token_mask) if self.training else self.serve(all_TX, token_mask), None
         experts_TK, weights_TK = choice.experts_TK, choice.weights_TK
-        if self.route_scale != 1:
+        if self.route_scale != 1 and plain is None:
             weights_TK = weights_TK * self.route_scale
         counted_TK = choice.chosen_TK
         if token_mask is not None:
@@ -271,6 +292,10 @@ class Router(nn.Module):
 
     def score_topk(self, logits_TE: Tensor) -> Choice:
         """Plain top-k of the scores, weighted by them: how methods serve."""
+        if self.correction_E is not None:
+            values_TE = logits_TE.detach()
+            values_TE = scores(values_TE, self.score) if self.correction_on == "scores" else values_TE
+            return self.choose_by(values_TE + self.correction_E.to(values_TE.dtype), logits_TE)
         if self.top_groups < self.groups and self.group_score == "top2-sum":
             return self.choose_by(scores(logits_TE, self.score), logits_TE)
         # Logits are in the order of their scores, and tell apart what a softmax or sigmoid rounds to the same number.
@@ -388,6 +413,8 @@ class Router(nn.Module):
         assert self.state is not None
         self.finish_step(*self.state.split(totals))
         self.state.end()
+        for call in self.after_step:
+            call()
 
     def draw_uniform(self, tag: str, *, per_layer: bool) -> float:
         """A number in [0, 1) keyed by the step; the same on every rank. `per_layer`: and by layer and micro-batch."""

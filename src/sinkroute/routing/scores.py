@@ -2,6 +2,7 @@
 
     softmax    s = softmax(z) over the experts         (Mixtral, OLMoE, Qwen, DeepSeek-V2; GPT-OSS after its top-k)
     sigmoid    s = sigmoid(z), each expert by itself   (DeepSeek-V3, Llama 4, GLM-4)
+    sqrtsoftplus    s = √log(1 + eᶻ), each by itself   (DeepSeek-V4)
 
 Group-limited choice (DeepSeek-V2, arXiv 2405.04434, section 2.2.2; DeepSeek-V3, arXiv 2412.19437, section 2.1.2):
 experts stand in groups, a token first chooses groups, then experts in them only, so that it visits few machines.
@@ -15,19 +16,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["GroupScore", "Score", "limit_to_groups", "scores", "weigh", "weigh_chosen"]
+__all__ = ["GroupScore", "Score", "limit_to_groups", "log_scores", "scores", "weigh", "weigh_chosen"]
 
-Score = Literal["softmax", "sigmoid"]
+Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 GroupScore = Literal["max", "top2-sum"]
 
 
 def scores(logits_TE: Tensor, score: Score) -> Tensor:
-    """(T, E) scores in [0, 1].
+    """(T, E) scores of 0 or more; those of softmax and sigmoid are 1 at most.
 
     >>> scores(torch.zeros(1, 4), "softmax").tolist(), scores(torch.zeros(1, 2), "sigmoid").tolist()
     ([[0.25, 0.25, 0.25, 0.25]], [[0.5, 0.5]])
     """
-    return torch.softmax(logits_TE, dim=-1) if score == "softmax" else torch.sigmoid(logits_TE)
+    if score == "softmax":
+        return torch.softmax(logits_TE, dim=-1)
+    return torch.sigmoid(logits_TE) if score == "sigmoid" else F.softplus(logits_TE).sqrt()
+
+
+def log_scores(logits_TE: Tensor, score: Score) -> Tensor:
+    """The logarithms of scores, up to a constant per token: their softmax is the scores over a token's sum.
+
+    Where all scores of a token underflow, the scores themselves would give 0/0.
+
+    >>> log_scores(torch.tensor([[-200.0, -201.0]]), "sqrtsoftplus").tolist()
+    [[-100.0, -100.5]]
+    """
+    if score == "softmax":
+        return logits_TE
+    if score == "sigmoid":
+        return F.logsigmoid(logits_TE)
+    # log(1 + eᶻ) is eᶻ to a float32's precision below −17. Both sides finite, or one's gradient would be 0 · ∞.
+    return 0.5 * torch.where(logits_TE < -17, logits_TE, F.softplus(logits_TE.clamp(min=-17)).log())
 
 
 def weigh(logits_TE: Tensor, experts_TK: Tensor, score: Score, normalise: bool) -> Tensor:
@@ -46,13 +65,13 @@ def weigh_chosen(chosen_TK: Tensor, score: Score, normalise: bool) -> Tensor:
     """`weigh` where the logits of the chosen experts say all: of a softmax, the scores only if renormalised."""
     if normalise:
         # The softmax over the chosen is the full softmax renormalised over them, in one step and without 0/0; so is
-        # that of the logarithms for the sigmoid.
-        log_scores_TK = chosen_TK if score == "softmax" else F.logsigmoid(chosen_TK)
+        # that of the logarithms for the other scores.
+        log_scores_TK = log_scores(chosen_TK, score)
         if chosen_TK.device.type != "cpu":
             return torch.softmax(log_scores_TK, dim=-1)
         # Of K numbers at a time a CPU's vectors are mostly empty; across tokens they are full, 2 to 4 times as fast.
         return torch.softmax(log_scores_TK.t(), dim=0).t().contiguous()
-    return torch.sigmoid(chosen_TK)
+    return scores(chosen_TK, score)
 
 
 def limit_to_groups(selection_TE: Tensor, groups: int, top_groups: int, group_score: GroupScore) -> Tensor:

@@ -9,6 +9,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from sinkroute.routing.attached import named_routers
 from sinkroute.routing.ranks import Ranks
 from sinkroute.routing.router import Router
 
@@ -117,7 +118,7 @@ def _number(routers: list[Router]) -> None:
 
 
 def _routers(module: nn.Module) -> list[Router]:
-    return [part for part in module.modules() if isinstance(part, Router)]
+    return list(named_routers(module).values())
 
 
 def _count(name: str, value: int) -> int:

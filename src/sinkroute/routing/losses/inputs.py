@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sinkroute.routing.masked import mean_over_tokens
-from sinkroute.routing.scores import Score, scores
+from sinkroute.routing.scores import Score, log_scores
 
 __all__ = ["LossInputs", "mean_scores"]
 
@@ -38,12 +38,9 @@ class LossInputs:
 
 
 def mean_scores(logits_TE: Tensor, token_mask: Tensor | None, score: Score = "softmax") -> Tensor:
-    """P: (E,) mean over the real tokens of their scores, which sum to 1 per token (sigmoids over their sum).
+    """P: (E,) mean over the real tokens of their scores over a token's sum of them.
 
     >>> mean_scores(torch.zeros(3, 4), None).tolist()
     [0.25, 0.25, 0.25, 0.25]
     """
-    if score == "sigmoid":
-        # The sum in logarithms: where all sigmoids underflow, 0/0 would be the mean.
-        return mean_over_tokens(torch.softmax(torch.nn.functional.logsigmoid(logits_TE), dim=-1), token_mask)
-    return mean_over_tokens(scores(logits_TE, score), token_mask)
+    return mean_over_tokens(torch.softmax(log_scores(logits_TE, score), dim=-1), token_mask)

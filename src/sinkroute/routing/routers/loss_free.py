@@ -33,6 +33,7 @@ class LossFreeRouter(Router):
     """
 
     needs_step = True
+    serves_plainly = False
     state: RouterState
 
     def __init__(

@@ -55,6 +55,7 @@ class NoisyRouter(Router):
 
     logit_parts = 2
     needs_step = True
+    serves_plainly = False
 
     def __init__(
         self,

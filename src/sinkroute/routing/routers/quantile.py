@@ -65,6 +65,7 @@ class QuantileRouter(Router):
     """
 
     needs_step = True
+    serves_plainly = False
     state: RouterState
 
     def __init__(

@@ -53,6 +53,7 @@ class SMoEDropoutRouter(Router):
     """
 
     needs_step = True
+    serves_plainly = False
     _warned = False
 
     def __init__(

@@ -270,6 +270,12 @@ class SSRRouter(Router):
 
     # -- routes ------------------------------------------------------------------------------------------------------
 
+    def is_plain(self) -> bool:
+        if not self.training:
+            return self.inference == "none"
+        quiet = self.raw_noise is None and (self.noise_now == 0 or self.noise_branch == "sinkhorn")
+        return quiet and not self.sinkhorn_now and not self.losses and self.gate_bias() is None
+
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         if self.sinkhorn_now:
             return self.sinkhorn_topk(logits_TE, token_mask, noisy=self.noise_branch in ("both", "sinkhorn"))
@@ -293,7 +299,9 @@ class SSRRouter(Router):
         """`gate_topk` of logits with noise. Where nobody looks at all of them, no more is drawn than can matter."""
         std = self._noise_std()
         quiet = not isinstance(std, Tensor) and std == 0
-        if quiet or self.top_groups < self.groups or (self.score == "softmax" and not self.norm_topk):
+        # What a softmax makes of a token's noise, its groups and what the model adds to scores are of all logits.
+        of_all = self.top_groups < self.groups or (self.score == "softmax" and not self.norm_topk)
+        if quiet or of_all or self.correction_E is not None:
             return self.gate_topk(self._noisy(logits_TE))
         experts_TK, noise_TK = noisy_topk(logits_TE, self.top_k, std, self.noise_seed(), self.gate_bias())
         noisy_TK = logits_TE.gather(-1, experts_TK) + std * noise_TK

@@ -54,6 +54,10 @@ class SSRBiasRouter(SSRKeptRouter):
         self.serve_with = serve_with
         super().__init__(num_experts, top_k, **options)
 
+    @property
+    def serves_plainly(self) -> bool:  # type: ignore[override]
+        return self.serve_with == "plain"
+
     def state_values(self) -> dict[str, Tensor]:
         return super().state_values() | {"bias_E": torch.zeros(self.num_experts, device="cpu")}
 

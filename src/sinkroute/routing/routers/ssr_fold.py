@@ -33,6 +33,8 @@ class SSRFoldRouter(SSRKeptRouter):
         see `SSRKeptRouter`.
     """
 
+    serves_plainly = False
+
     _warned = False
 
     def make_gate(self, d_model: int) -> nn.Module:

@@ -157,6 +157,7 @@ class StableMoERouter(Router):
 
     logit_parts = 2
     needs_step = True
+    serves_plainly = False
     state: _StableState
     _warned = False
 

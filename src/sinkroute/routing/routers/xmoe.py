@@ -91,6 +91,8 @@ class XMoERouter(Router):
     (torch.Size([8, 64]), True)
     """
 
+    serves_plainly = False
+
     def __init__(
         self,
         num_experts: int,

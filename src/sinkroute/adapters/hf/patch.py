@@ -1,0 +1,358 @@
+"""A router of sinkroute in the place of a transformers model's own, in training; `eval()` stays the model's.
+
+The model's router goes on computing its logits; a forward hook puts our choice and weights in the place of its own.
+Nothing is added to the model's parameters, buffers, modules or `state_dict`, and what records `router_logits` goes on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sinkroute.adapters.hf.contracts import Site
+from sinkroute.adapters.hf.find import find_routers
+from sinkroute.adapters.hf.scoring import Scoring
+from sinkroute.routing.attached import attach, attached, detach
+from sinkroute.routing.registry import ROUTERS, create_router
+from sinkroute.routing.router import Choice, Router
+from sinkroute.routing.routers.loss_free import LossFreeRouter
+from sinkroute.routing.state import recomputing
+
+__all__ = ["Handle", "patch"]
+
+# As models call the coefficient of their own balancing loss.
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+# The masks of tokens that models are called with, each that of the layers whose path has the word.
+_MASKS = {"decoder_attention_mask": "decoder", "attention_mask": ""}
+
+
+def patch(model: nn.Module, router: str, *, keep_aux_loss: bool | None = None, **options: Any) -> Handle:
+    """Route a Hugging Face transformers model by a router of sinkroute, in place.
+
+    In training every mixture-of-experts layer is routed by `router`, with the model's own logits, score function,
+    renormalisation, groups, correction bias and scaling. In `eval()` the model does what it did before, to the last
+    bit. Its parameters, `state_dict` and configuration stay as they are: what is saved is a plain checkpoint.
+
+    Patch before wrapping (DistributedDataParallel, FSDP, `torch.compile`), and call `sinkroute.set_step(model, step)`
+    before every training step, or use `sinkroute.adapters.hf.RouterCallback` with transformers' `Trainer`. A padding
+    mask is read off the model's `attention_mask`; what is masked is in no load, plan or loss.
+
+    Args:
+        model: a model of transformers, or a part of one that has `attention_mask` among its arguments.
+        router: a name of `sinkroute.list_routers()`: one that serves as plain top-k (SSR: `"ssr-l"`, `"ssr-s"`,
+            `"ssr-b"`, `"ssr-ec"`; `"softmax"`, which only counts; losses; ...), or `"loss-free"` for models that have a
+            correction bias, which it then trains.
+        keep_aux_loss: whether the model's own balancing loss stays. It is computed from the logits and knows nothing
+            of the choices that the router makes. None: switched off, unless the router is `"softmax"`.
+        options: the router's own, such as `probability`; not those that the model decides (`score`, `norm_topk`, ...).
+
+    Returns:
+        A handle: `handle.remove()` undoes it all, `print(handle)` shows what was found, `handle.state_dict()` holds
+        what routers remember between steps.
+
+    Raises:
+        ValueError: a model without a router that can be taken over (the message says why for each), one that is
+            patched already, or a router that the model could not serve with.
+
+    >>> import sinkroute, transformers
+    >>> config = transformers.MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=1,
+    ...     num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2)
+    >>> model = transformers.MixtralForCausalLM(config)
+    >>> handle = sinkroute.patch(model, "ssr-l", probability=0.01)
+    >>> print(handle)
+    ssr-l in 1 of 1 layers of MixtralForCausalLM; its own balancing loss (router_aux_loss_coef) is off
+      1 × model.layers.*.mlp.gate  MixtralTopKRouter  softmax, top 2 of 4, renormalised
+    >>> handle.remove()
+    """
+    if any(attached(part) is not None for part in model.modules()):
+        raise ValueError("model is patched already; call handle.remove() of that patch first")
+    _refuse_kernels(model)
+    known, refused = find_routers(model)
+    if not known:
+        raise ValueError(_nothing_to_patch(model, refused))
+    handle = Handle(model, router, refused)
+    for site, scoring in known.items():
+        handle.take(site, scoring, _make_router(router, site, scoring, options))
+    if not (router == "softmax" if keep_aux_loss is None else keep_aux_loss):
+        handle.switch_off_aux_loss()
+    handle.watch_model()
+    return handle
+
+
+class Handle(nn.Module):
+    """What `patch` did to a model. Its parts are the routers: `state_dict` and `load_state_dict` are of their state.
+
+    Attributes:
+        router: the name.
+        scorings: path of each router that was taken over → the rule that it follows.
+        refused: path of each that was not → why.
+        switched_off: the names of the model's own loss coefficients that are 0 while patched.
+    """
+
+    def __init__(self, model: nn.Module, router: str, refused: dict[Site, str]) -> None:
+        super().__init__()
+        vars(self)["model"] = model  # not a part of the handle
+        self.router = router
+        self.scorings: dict[str, Scoring] = {}
+        self.refused = {site.block: reason for site, reason in refused.items()}
+        self.switched_off: dict[str, float] = {}
+        self.routers = nn.ModuleList()
+        self._seats: list[_Seat] = []
+        self._hooks: list[RemovableHandle] = []
+        self._coefficients: list[tuple[Any, str, float]] = []
+        self._masks: dict[str, Tensor] = {}
+        self._losses: list[Tensor] = []
+        self._called = False
+
+    def __str__(self) -> str:
+        total = len(self.scorings) + len(self.refused)
+        lines = [f"{self.router} in {len(self.scorings)} of {total} layers of {type(vars(self)['model']).__name__}"]
+        if self.switched_off:
+            lines[0] += f"; its own balancing loss ({', '.join(self.switched_off)}) is off"
+        alike = Counter(
+            (re.sub(r"\.\d+\.", ".*.", seat.site.path), type(seat.site.host).__name__, str(seat.scoring))
+            for seat in self._seats
+        )
+        rows = [(f"{count} × {path}", host, rule) for (path, host, rule), count in alike.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
+        lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, *(f"  {path}: left alone, {reason}" for path, reason in self.refused.items())])
+
+    def remove(self) -> None:
+        """Take everything off the model again; a second call does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        for owner, name, value in self._coefficients:
+            setattr(owner, name, value)
+        for seat in self._seats:
+            detach(seat.site.host)
+        self._hooks, self._coefficients, self._seats = [], [], []
+
+    def aux_loss(self) -> Tensor | None:
+        """The routers' own losses of the last training pass, coefficients included, or None.
+
+        They are in `outputs.loss` already if the model computed one (it was given `labels`); for a loss of your own,
+        add them.
+        """
+        if not self._losses:
+            return None
+        device = self._losses[0].device
+        return torch.stack([loss.float().to(device) for loss in self._losses]).sum()
+
+    # -- what patch does ---------------------------------------------------------------------------------------------
+
+    def take(self, site: Site, scoring: Scoring, router: Router) -> None:
+        """Put `router` into the place of the one at `site`."""
+        seat = _Seat(self, site, scoring, router)
+        attach(site.host, router)
+        self.routers.append(router)
+        self.scorings[site.path] = scoring
+        self._seats.append(seat)
+        self._hooks.append(site.host.register_forward_hook(seat, with_kwargs=True))
+
+    def switch_off_aux_loss(self) -> None:
+        """Set the coefficients of the model's own balancing loss to 0 until `remove`."""
+        model = vars(self)["model"]
+        for owner in _coefficient_owners(model):
+            for name in _COEFFICIENTS:
+                value = vars(owner).get(name)
+                if isinstance(value, (int, float)) and value:
+                    self._coefficients.append((owner, name, value))
+                    self.switched_off[name] = value
+                    setattr(owner, name, 0.0)
+        if self.switched_off and getattr(getattr(model, "config", None), "output_router_logits", False):
+            warnings.warn(
+                f"{type(model).__name__}'s own balancing loss ({self.switched_off}) is switched off while "
+                f"{self.router!r} routes it: it does not see the router's choices. keep_aux_loss=True keeps it.",
+                stacklevel=3,
+            )
+
+    def watch_model(self) -> None:
+        """Read the padding mask off what the model is called with, and add the routers' losses to its loss."""
+        model = vars(self)["model"]
+        self._hooks.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._hooks.append(model.register_forward_hook(self._after))
+
+    # -- the model's forward pass ------------------------------------------------------------------------------------
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._losses, self._called = [], False
+        # Kept until the next pass: activation checkpointing repeats layers during the backward pass.
+        self._masks = {}
+        for seat in self._seats:
+            seat.router.training = seat.site.host.training
+        if not any(seat.is_asked() for seat in self._seats):
+            return
+        given = kwargs
+        if args:
+            names = list(inspect.signature(model.forward).parameters)
+            given = dict(zip(names, args, strict=False)) | kwargs
+        for name in _MASKS:
+            mask = given.get(name)
+            if isinstance(mask, Tensor) and mask.ndim == 2:
+                mask = mask.detach() != 0
+                if mask.device.type != "cpu" or torch.compiler.is_compiling() or not mask.all():
+                    self._masks[name] = mask.flatten()
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+        if not model.training:
+            return
+        if not self._called:
+            raise RuntimeError(
+                f"{type(model).__name__} ran a training pass without calling any of the {len(self._seats)} patched "
+                "routers: some kernel bypasses them. Load it without hub kernels (use_kernels=False), or with "
+                'experts_implementation="eager" or "grouped_mm"'
+            )
+        loss = getattr(outputs, "loss", None)
+        aux_loss = self.aux_loss()
+        if aux_loss is not None and isinstance(loss, Tensor):
+            outputs.loss = loss + aux_loss.to(loss.device, loss.dtype)
+
+    def token_mask(self, path: str, tokens: int) -> Tensor | None:
+        """(T,) bool of the tokens that the router at this path is given; None: all are real, or nothing is known."""
+        for name, word in _MASKS.items():
+            mask = self._masks.get(name)
+            if mask is not None and word in path and len(mask) == tokens:
+                return mask
+        return None
+
+    def note(self, aux_loss: Tensor | None) -> None:
+        """A router was called in training."""
+        self._called = True
+        if aux_loss is not None and not recomputing():
+            self._losses.append(aux_loss)
+
+
+class _Seat:
+    """The forward hook on one of the model's routers."""
+
+    def __init__(self, handle: Handle, site: Site, scoring: Scoring, router: Router) -> None:
+        self.handle, self.site, self.scoring, self.router = handle, site, scoring, router
+
+    def is_asked(self) -> bool:
+        """Whether the router is: where the model's own choice stays in `eval()`, only if somebody watches it."""
+        return self.router.training or not self.router.is_plain() or bool(self.router._forward_hooks)
+
+    def __call__(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        router, scoring = self.router, self.scoring
+        router.training = host.training
+        if not self.is_asked():
+            return None
+        decision = scoring.contract.read(outputs, self.site)
+        logits_TE = scoring.logits(decision)
+        if scoring.correction is not None:
+            # Detached, or it would be registered as a buffer of the router's too.
+            router.correction_E = scoring.correction.find(self.site).detach()
+        mask_T = self.handle.token_mask(self.site.path, len(logits_TE))
+        plain = Choice(decision.experts_TK, decision.weights_TK)
+        routes = router(logits_TE, mask_T, plain=plain)
+        if host.training:
+            self.handle.note(routes.aux_loss)
+        if router.is_plain():
+            return None
+        weights_TK = routes.weights
+        if scoring.expert_scale is not None:
+            weights_TK = weights_TK * scoring.expert_scale.find(self.site)[routes.experts]
+        if routes.experts.shape[-1] != scoring.top_k and not scoring.contract.any_width:
+            raise ValueError(
+                f"router {self.handle.router!r} gives a token {routes.experts.shape[-1]} experts in training, and "
+                f"{self.site.block} takes {scoring.top_k} and no more; take ssr-l or ssr-s"
+            )
+        return scoring.contract.write(outputs, weights_TK, routes.experts, self.site)
+
+
+# -- making routers --------------------------------------------------------------------------------------------------
+
+
+def _make_router(name: str, site: Site, scoring: Scoring, options: dict[str, Any]) -> Router:
+    decided = scoring.options()
+    for option in options:
+        if option in decided:
+            raise ValueError(
+                f"{option}={options[option]!r} is for the model to decide ({scoring}); leave it out, or change the "
+                "model's configuration"
+            )
+    router = create_router(name, **decided, **options)
+    if getattr(router, "raw_noise", None) is not None:
+        raise ValueError(
+            f"noise={options['noise']!r} would be a new parameter, and a patched model keeps those it has; "
+            "give a number"
+        )
+    router.correction_on = scoring.correction_on
+    if isinstance(router, LossFreeRouter) and scoring.correction is not None and scoring.correction_on == "scores":
+        _bind_bias(router, site, scoring)
+    elif not router.serves_plainly:
+        able = [known for known, kind in ROUTERS.items() if kind.serves_plainly is True]
+        raise ValueError(
+            f"router {name!r} serves with something that {type(site.host).__name__} has no place for (a bias or a gate "
+            f"of its own), so that eval() and saved checkpoints would be another model; take one of {', '.join(able)}"
+        )
+    # Where the logits come from is where the state is.
+    return router.to(next(site.host.parameters()).device)
+
+
+def _bind_bias(router: LossFreeRouter, site: Site, scoring: Scoring) -> None:
+    """Let the router train the model's own correction bias."""
+    assert scoring.correction is not None
+    source = scoring.correction
+
+    def write() -> None:
+        with torch.no_grad():
+            bias_E = source.find(site)
+            bias_E.copy_(router.state.bias_E.to(bias_E.device, bias_E.dtype))
+
+    bias_E = source.find(site).detach()
+    if not bias_E.is_meta:
+        router.state.bias_E.copy_(bias_E.float())
+    router.after_step.append(write)
+
+
+# -- what models are like --------------------------------------------------------------------------------------------
+
+
+def _coefficient_owners(model: nn.Module) -> list[Any]:
+    """Modules with a coefficient of their own; else the configurations that are asked for it."""
+    owners: list[Any] = [part for part in model.modules() if any(name in vars(part) for name in _COEFFICIENTS)]
+    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    for config in list(configs.values()):
+        text = getattr(config, "text_config", None)
+        if text is not None:
+            configs[id(text)] = text
+    return owners if owners else list(configs.values())
+
+
+def _refuse_kernels(model: nn.Module) -> None:
+    """Kernels that compute router and experts in one, past the router.
+
+    Raises:
+        ValueError: the model has them.
+    """
+    method = getattr(getattr(getattr(model, "config", None), "quantization_config", None), "quant_method", None)
+    fused = next((type(part).__name__ for part in model.modules() if "mxfp4" in type(part).__name__.lower()), None)
+    if fused or "mxfp4" in str(method).lower():
+        raise ValueError(
+            f"{type(model).__name__} has mxfp4 experts ({fused or method}), whose kernel routes by itself and never "
+            "calls the router; load it with Mxfp4Config(dequantize=True)"
+        )
+    if getattr(model, "use_kernels", False):
+        raise ValueError(
+            f"{type(model).__name__} runs kernels from the hub (use_kernels=True), some of which route by themselves "
+            "and never call the router; load it with use_kernels=False"
+        )
+
+
+def _nothing_to_patch(model: nn.Module, refused: dict[Site, str]) -> str:
+    if not refused:
+        return (
+            f"model {type(model).__name__} holds no mixture of experts that sinkroute knows how to find: no small "
+            "module beside a module of experts; pass a mixture-of-experts model of transformers"
+        )
+    reasons = "; ".join(f"{site.block}: {reason}" for site, reason in refused.items())
+    return f"model {type(model).__name__} has no router that sinkroute can take over. {reasons}"

@@ -1,0 +1,51 @@
+"""Which routers a module holds: those that are parts of it, and those that an adapter attached to parts of it.
+
+An attached router is no submodule: the parameters, buffers, `state_dict` and module names of the model that it is
+plugged into stay as they are.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sinkroute.routing.router import Router
+
+__all__ = ["attach", "attached", "detach", "named_routers"]
+
+_NAME = "_sinkroute_router"
+
+
+def attach(host: nn.Module, router: Router) -> None:
+    """Make `router` that of `host`, which is where `set_step` and `LoadMonitor` find it."""
+    vars(host)[_NAME] = router  # not setattr: that would register it
+
+
+def attached(host: nn.Module) -> Router | None:
+    """The router that was attached to `host`."""
+    router = vars(host).get(_NAME)
+    assert router is None or isinstance(router, Router)
+    return router
+
+
+def detach(host: nn.Module) -> None:
+    """Undo `attach`."""
+    vars(host).pop(_NAME, None)
+
+
+def named_routers(module: nn.Module) -> dict[str, Router]:
+    """Path in `module` → router, in the module's order; an attached router has the path of its host.
+
+    >>> import sinkroute
+    >>> model = nn.Sequential(nn.Linear(8, 4), sinkroute.create_router("softmax", num_experts=4, top_k=2))
+    >>> attach(model[0], sinkroute.create_router("ssr-l", num_experts=4, top_k=2))
+    >>> {path: type(router).__name__ for path, router in named_routers(model).items()}
+    {'0': 'SSRLinearRouter', '1': 'SoftmaxRouter'}
+    >>> list(model.state_dict())
+    ['0.weight', '0.bias']
+    """
+    found: dict[str, Router] = {}
+    for path, part in module.named_modules():
+        router = part if isinstance(part, Router) else attached(part)
+        if router is not None and all(router is not other for other in found.values()):
+            found[path] = router
+    return found
