@@ -120,6 +120,48 @@ def test_serving_is_with_the_bias_or_plain():
     assert torch.equal(with_bias(logits_TE).experts, (logits_TE + with_bias.state.bias_E).topk(2).indices)
 
 
+def test_on_the_scores_the_plan_is_that_of_the_scores_and_the_bias_chooses_after_them():
+    router = make("ssr-bias", top_k=2, score="sigmoid", bias_on="scores")
+    routes = take_step(router, skewed())
+    plan = sinkroute.solve(skewed().sigmoid(), 0.1)
+    torch.testing.assert_close(routes.weights, plan.topk(2)[0].float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(router.state.bias_E, plan.potentials.float(), rtol=1e-3, atol=1e-3)
+    logits_TE = skewed(seed=1)
+    biased_TE = logits_TE.sigmoid() + router.state.bias_E
+    sinkroute.set_step(router, 1)
+    for mode in (True, False):
+        routes = router.train(mode)(logits_TE)
+        assert torch.equal(routes.experts, biased_TE.topk(2).indices)
+        chosen_TK = logits_TE.sigmoid().gather(1, routes.experts)
+        torch.testing.assert_close(routes.weights, chosen_TK / chosen_TK.sum(1, keepdim=True))
+
+
+def test_on_the_scores_balanced_loads_stay_between_plans():
+    options = {"experts": 8, "balance": "load", "score": "sigmoid", "bias_on": "scores"}
+    router = make("ssr-bias", **options)
+    take_step(router, skewed(4000, 8))
+    sinkroute.set_step(router, 1)
+    plain = sinkroute.create_router("softmax", num_experts=8, top_k=1)(skewed(4000, 8, seed=1)).load
+    assert max_violation(router(skewed(4000, 8, seed=1)).load) < 0.15 < 1 < max_violation(plain)
+
+
+def test_on_the_scores_noise_is_on_the_logits():
+    noisy = make("ssr-bias", top_k=2, score="sigmoid", bias_on="scores", noise=4.0, probability=0.0)
+    sinkroute.set_step(noisy, 3)
+    logits_TE = skewed()
+    disturbed_TE = logits_TE + noisy.noise_std * noisy.draw_normal(logits_TE)
+    routes = noisy(logits_TE)
+    assert torch.equal(routes.experts, disturbed_TE.sigmoid().topk(2).indices)
+    assert not torch.equal(routes.experts, logits_TE.topk(2).indices)
+
+
+def test_a_bias_of_the_scores_cannot_be_folded_into_a_gate():
+    with pytest.raises(ValueError, match="none of the gate's"):
+        make("ssr-bias", bias_on="scores").fold_into(torch.nn.Linear(8, 4))
+    with pytest.raises(ValueError, match="bias_on"):
+        make("ssr-bias", bias_on="score")
+
+
 def test_folded_into_the_gate_the_choices_stay():
     layer = sinkroute.MoE(8, 8, 4, 2, router=make("ssr-bias", top_k=2))
     x_TD = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))

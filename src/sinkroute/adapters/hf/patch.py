@@ -10,19 +10,22 @@ import inspect
 import re
 import warnings
 from collections import Counter
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sinkroute.adapters._fit import fit_router
 from sinkroute.adapters.hf.contracts import Site
 from sinkroute.adapters.hf.find import find_routers
 from sinkroute.adapters.hf.scoring import Scoring
 from sinkroute.routing.attached import attach, attached, detach
-from sinkroute.routing.registry import ROUTERS, create_router
+from sinkroute.routing.registry import ROUTERS
 from sinkroute.routing.router import Choice, Router
 from sinkroute.routing.routers.loss_free import LossFreeRouter
+from sinkroute.routing.routers.ssr_bias import SSRBiasRouter
+from sinkroute.routing.routers.ssr_fold import SSRFoldRouter
 from sinkroute.routing.state import recomputing
 
 __all__ = ["Handle", "patch"]
@@ -47,8 +50,9 @@ def patch(model: nn.Module, router: str, *, keep_aux_loss: bool | None = None, *
     Args:
         model: a model of transformers, or a part of one that has `attention_mask` among its arguments.
         router: a name of `sinkroute.list_routers()`: one that serves as plain top-k (SSR: `"ssr-l"`, `"ssr-s"`,
-            `"ssr-b"`, `"ssr-ec"`; `"softmax"`, which only counts; losses; ...), or `"loss-free"` for models that have a
-            correction bias, which it then trains.
+            `"ssr-b"`, `"ssr-ec"`; `"softmax"`, which only counts; losses; ...). For models that have a correction bias
+            also `"ssr-bias"` and `"loss-free"`, which then move that of the model; for those whose gate has a bias,
+            `"ssr-fold"`.
         keep_aux_loss: whether the model's own balancing loss stays. It is computed from the logits and knows nothing
             of the choices that the router makes. None: switched off, unless the router is `"softmax"`.
         options: the router's own, such as `probability`; not those that the model decides (`score`, `norm_topk`, ...).
@@ -249,7 +253,7 @@ class _Seat:
         logits_TE = scoring.logits(decision)
         if scoring.correction is not None:
             # Detached, or it would be registered as a buffer of the router's too.
-            router.correction_E = scoring.correction.find(self.site).detach()
+            router.correction_E = scoring.correction.find(self.site).detach().flatten()
         mask_T = self.handle.token_mask(self.site.path, len(logits_TE))
         plain = Choice(decision.experts_TK, decision.weights_TK)
         routes = router(logits_TE, mask_T, plain=plain)
@@ -260,11 +264,6 @@ class _Seat:
         weights_TK = routes.weights
         if scoring.expert_scale is not None:
             weights_TK = weights_TK * scoring.expert_scale.find(self.site)[routes.experts]
-        if routes.experts.shape[-1] != scoring.top_k and not scoring.contract.any_width:
-            raise ValueError(
-                f"router {self.handle.router!r} gives a token {routes.experts.shape[-1]} experts in training, and "
-                f"{self.site.block} takes {scoring.top_k} and no more; take ssr-l or ssr-s"
-            )
         return scoring.contract.write(outputs, weights_TK, routes.experts, self.site)
 
 
@@ -272,33 +271,50 @@ class _Seat:
 
 
 def _make_router(name: str, site: Site, scoring: Scoring, options: dict[str, Any]) -> Router:
-    decided = scoring.options()
-    for option in options:
-        if option in decided:
-            raise ValueError(
-                f"{option}={options[option]!r} is for the model to decide ({scoring}); leave it out, or change the "
-                "model's configuration"
-            )
-    router = create_router(name, **decided, **options)
-    if getattr(router, "raw_noise", None) is not None:
-        raise ValueError(
-            f"noise={options['noise']!r} would be a new parameter, and a patched model keeps those it has; "
-            "give a number"
-        )
+    if name == "ssr-bias" and scoring.correction is not None:
+        options = {"bias_on": scoring.correction_on, **options}
+    router = fit_router(
+        name,
+        scoring.num_experts,
+        scoring.top_k,
+        options,
+        f"{type(site.host).__name__} ({scoring})",
+        any_width=scoring.contract.any_width,
+        gate_has_bias=_has_gate_bias(site, scoring),
+        **scoring.theirs(),
+    )
     router.correction_on = scoring.correction_on
-    if isinstance(router, LossFreeRouter) and scoring.correction is not None and scoring.correction_on == "scores":
+    if _has_correction_of(router, scoring):
         _bind_bias(router, site, scoring)
+    elif isinstance(router, SSRFoldRouter):
+        gate: Any = site.host
+        router.bind_gate(gate)
     elif not router.serves_plainly:
         able = [known for known, kind in ROUTERS.items() if kind.serves_plainly is True]
         raise ValueError(
-            f"router {name!r} serves with something that {type(site.host).__name__} has no place for (a bias or a gate "
-            f"of its own), so that eval() and saved checkpoints would be another model; take one of {', '.join(able)}"
+            f"router {name!r} serves with a bias that {type(site.host).__name__} has no place for, so that eval() and "
+            f"saved checkpoints would be another model's; take one of {', '.join(able)}"
         )
     # Where the logits come from is where the state is.
     return router.to(next(site.host.parameters()).device)
 
 
-def _bind_bias(router: LossFreeRouter, site: Site, scoring: Scoring) -> None:
+def _has_correction_of(router: Router, scoring: Scoring) -> TypeGuard[LossFreeRouter | SSRBiasRouter]:
+    """Whether what the router learns is what the model adds in its choice."""
+    if scoring.correction is None:
+        return False
+    if isinstance(router, SSRBiasRouter):
+        return router.bias_on == scoring.correction_on and router.serve_with == "bias"
+    return isinstance(router, LossFreeRouter) and scoring.correction_on == "scores"
+
+
+def _has_gate_bias(site: Site, scoring: Scoring) -> bool:
+    """Whether the logits have a bias of the gate's own in them, which checkpoints hold."""
+    bias = getattr(site.host, "bias", None)
+    return isinstance(bias, nn.Parameter) and bias.shape == (scoring.num_experts,)
+
+
+def _bind_bias(router: LossFreeRouter | SSRBiasRouter, site: Site, scoring: Scoring) -> None:
     """Let the router train the model's own correction bias."""
     assert scoring.correction is not None
     source = scoring.correction
@@ -306,11 +322,11 @@ def _bind_bias(router: LossFreeRouter, site: Site, scoring: Scoring) -> None:
     def write() -> None:
         with torch.no_grad():
             bias_E = source.find(site)
-            bias_E.copy_(router.state.bias_E.to(bias_E.device, bias_E.dtype))
+            bias_E.copy_(router.state.bias_E.to(bias_E.device, bias_E.dtype).view(bias_E.shape))
 
     bias_E = source.find(site).detach()
     if not bias_E.is_meta:
-        router.state.bias_E.copy_(bias_E.float())
+        router.state.bias_E.copy_(bias_E.float().flatten())
     router.after_step.append(write)
 
 

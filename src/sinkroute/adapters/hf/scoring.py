@@ -93,11 +93,9 @@ class Scoring:
         words += [f"times {self.route_scale:.6g}"] if self.route_scale != 1 else []
         return ", ".join(words)
 
-    def options(self) -> dict[str, Any]:
-        """Those of `create_router` that the model decides."""
+    def theirs(self) -> dict[str, Any]:
+        """The options of `create_router` that the model decides."""
         return {
-            "num_experts": self.num_experts,
-            "top_k": self.top_k,
             "score": self.score,
             "norm_topk": self.norm_topk,
             "groups": self.groups,

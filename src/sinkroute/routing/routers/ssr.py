@@ -134,7 +134,7 @@ class SSRRouter(Router):
         **common: Unpack[CommonOptions],
     ) -> None:
         super().__init__(num_experts, top_k, **common)
-        reg = {"linear": 0.5, "softmax": 0.1}[self.cost] if reg is None else reg
+        reg = self.default_reg() if reg is None else reg
         require_numbers(reg=reg)
         if not (reg > 0 and math.isfinite(reg)):
             raise ValueError(f"reg must be a finite number above 0, got {reg}; try 0.5 (ssr-l) or 0.1 (ssr-s)")
@@ -191,6 +191,9 @@ class SSRRouter(Router):
 
     # -- what members of the family override -------------------------------------------------------------------------
 
+    def default_reg(self) -> float:
+        return {"linear": 0.5, "softmax": 0.1}[self.cost]
+
     def state_values(self) -> dict[str, Tensor]:
         """Name → initial value of what is remembered."""
         return {}
@@ -209,6 +212,10 @@ class SSRRouter(Router):
     def gate_bias(self) -> Tensor | None:
         """(E,) what is added to the logits for that choice, without weighing; None: nothing."""
         return None
+
+    def make_cost(self, logits_TE: Tensor) -> Tensor:
+        """(T, E) what the plan makes the most of, noise aside."""
+        return torch.softmax(logits_TE, dim=-1) if self.cost == "softmax" else logits_TE
 
     def choose_on_plan(self, plan: Plan, token_mask: Tensor | None) -> PlanChoice:
         """The choice on Sinkhorn steps."""
@@ -312,7 +319,7 @@ class SSRRouter(Router):
         """Choose and weigh by the transport plan."""
         gradient = self.plan_gradient if self.weights == "plan" else "none"
         source_TE = logits_TE.detach() if gradient == "none" else logits_TE
-        cost_TE = torch.softmax(source_TE, dim=-1) if self.cost == "softmax" else source_TE
+        cost_TE = self.make_cost(source_TE)
         if noisy:
             cost_TE = self._noisy(cost_TE)
         # The cost is made here, so that the noise is on it; to the solver it is linear.

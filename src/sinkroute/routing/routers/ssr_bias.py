@@ -6,7 +6,8 @@ as unbalanced as the one before; kept as a bias that takes part in the choice on
     choose by z + b, weigh by z;    b ← (1 − rate) · b + rate · g    after a step that had a plan
 
 they balance the steps between too, as the bias of loss-free balancing does (arXiv 2408.15664), in one step instead of
-hundreds, and are where the next solve starts from. Ours; not in the paper.
+hundreds, and are where the next solve starts from. For models with a correction bias on the scores s(z): the plan of
+the scores, choose by s + b, weigh by s. Ours; not in the paper.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from typing_extensions import Unpack
 from sinkroute._errors import unknown_name
 from sinkroute.routing.router import Choice
 from sinkroute.routing.routers.ssr_kept import SSRKeptOptions, SSRKeptRouter
+from sinkroute.routing.scores import scores
 from sinkroute.routing.state import RouterState
 
 __all__ = ["SSRBiasRouter"]
 
 ServeWith = Literal["bias", "plain"]
+BiasOn = Literal["logits", "scores"]
 
 
 class SSRBiasRouter(SSRKeptRouter):
@@ -33,6 +36,8 @@ class SSRBiasRouter(SSRKeptRouter):
     Args:
         serve_with: the `"bias"` in the choice, or `"plain"`: top-k of the scores alone, whose loads nothing has
             balanced. `fold_into(gate)` makes the bias a part of the gate.
+        bias_on: what the bias is added to, and what the plan's cost is: the `"logits"`, or their `"scores"`, as in
+            models with a correction bias (DeepSeek-V3). ξ is 0.5 or 0.1 unless told.
         options: see `SSRKeptRouter`: rate, balance, balance_tol, and those of `SSRRouter`. Without groups.
 
     Attributes:
@@ -47,11 +52,13 @@ class SSRBiasRouter(SSRKeptRouter):
         top_k: int,
         *,
         serve_with: ServeWith = "bias",
+        bias_on: BiasOn = "logits",
         **options: Unpack[SSRKeptOptions],
     ) -> None:
-        if serve_with not in get_args(ServeWith):
-            raise unknown_name("serve_with", serve_with, get_args(ServeWith))
-        self.serve_with = serve_with
+        for name, value, choices in (("serve_with", serve_with, ServeWith), ("bias_on", bias_on, BiasOn)):
+            if value not in get_args(choices):
+                raise unknown_name(name, value, get_args(choices))
+        self.serve_with, self.bias_on = serve_with, bias_on
         super().__init__(num_experts, top_k, **options)
 
     @property
@@ -61,8 +68,28 @@ class SSRBiasRouter(SSRKeptRouter):
     def state_values(self) -> dict[str, Tensor]:
         return super().state_values() | {"bias_E": torch.zeros(self.num_experts, device="cpu")}
 
-    def gate_bias(self) -> Tensor:
-        return self.state.bias_E
+    def default_reg(self) -> float:
+        return super().default_reg() if self.bias_on == "logits" else 0.1
+
+    def make_cost(self, logits_TE: Tensor) -> Tensor:
+        return super().make_cost(logits_TE) if self.bias_on == "logits" else scores(logits_TE, self.score)
+
+    def is_plain(self) -> bool:
+        return not self.training and super().is_plain()
+
+    def gate_bias(self) -> Tensor | None:
+        return self.state.bias_E if self.bias_on == "logits" else None
+
+    def gate_topk(self, logits_TE: Tensor) -> Choice:
+        if self.bias_on == "logits":
+            return super().gate_topk(logits_TE)
+        return self.choose_by(scores(logits_TE.detach(), self.score) + self.state.bias_E.to(logits_TE.dtype), logits_TE)
+
+    def noisy_gate_topk(self, logits_TE: Tensor) -> Choice:
+        # What is added to scores is of all logits.
+        return (
+            super().noisy_gate_topk(logits_TE) if self.bias_on == "logits" else self.gate_topk(self._noisy(logits_TE))
+        )
 
     def serve_topk(self, logits_TE: Tensor) -> Choice:
         return self.gate_topk(logits_TE) if self.serve_with == "bias" else self.score_topk(logits_TE)
@@ -79,7 +106,12 @@ class SSRBiasRouter(SSRKeptRouter):
         """Add the bias to that of the gate (made if there is none) and forget it: serving is plain top-k then.
 
         The choices stay the same; the weights change, as they are of z + b from now on.
+
+        Raises:
+            ValueError: the bias is on the scores, and no gate can take it up.
         """
+        if self.bias_on == "scores":
+            raise ValueError('bias_on="scores": a bias of the scores is none of the gate\'s; serve with the bias')
         if gate.bias is None:
             gate.bias = nn.Parameter(torch.zeros_like(gate.weight[:, 0]))
         gate.bias.add_(self.state.bias_E.to(gate.bias.dtype))
