@@ -142,7 +142,7 @@ def test_on_the_scores_balanced_loads_stay_between_plans():
     take_step(router, skewed(4000, 8))
     sinkroute.set_step(router, 1)
     plain = sinkroute.create_router("softmax", num_experts=8, top_k=1)(skewed(4000, 8, seed=1)).load
-    assert max_violation(router(skewed(4000, 8, seed=1)).load) < 0.15 < 1 < max_violation(plain)
+    assert max_violation(router(skewed(4000, 8, seed=1)).load) < 0.2 < 1 < max_violation(plain)
 
 
 def test_on_the_scores_noise_is_on_the_logits():
