@@ -34,7 +34,7 @@ def fit_router(
     owner: str,
     *,
     any_width: bool = False,
-    gate_has_bias: bool = False,
+    linear_gate: bool = False,
     **theirs: Any,
 ) -> Router:
     """A router with the scoring of the framework's own.
@@ -44,7 +44,7 @@ def fit_router(
         options: the user's, for the method.
         owner: whose scoring `theirs` is, for messages.
         any_width: whether the framework takes more or fewer than K experts for a token.
-        gate_has_bias: whether its gate has a bias, for `ssr-fold` to move; to be bound.
+        linear_gate: whether its gate is a linear map that `ssr-fold` may be bound to.
         theirs: options that the framework's router decides.
 
     Raises:
@@ -63,7 +63,7 @@ def fit_router(
     try:
         with torch.device("cpu"):
             router = create_router(method, num_experts=num_experts, top_k=top_k, **theirs, **options)
-            if type(router).make_gate is not Router.make_gate and not (gate_has_bias and method == "ssr-fold"):
+            if type(router).make_gate is not Router.make_gate and not (linear_gate and method == "ssr-fold"):
                 raise ValueError(
                     f"router {method!r} has a gate of its own, and {owner} keeps its gate; take a method that reads "
                     'the logits of any gate, such as "ssr-l"'

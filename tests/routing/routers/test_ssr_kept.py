@@ -230,8 +230,79 @@ def test_without_a_gate_it_says_so():
         take_step(make("ssr-fold"), skewed())
 
 
-@pytest.mark.parametrize("gate", [torch.nn.Linear(3, 4, bias=False), torch.nn.Linear(3, 5), torch.nn.Identity()])
-def test_a_gate_without_a_bias_for_every_expert_is_refused(gate):
+def gate_without_bias(shared, width=16, experts=4, seed=0):
+    """A gate, and tokens of which `shared` is the common part."""
+    generator = torch.Generator().manual_seed(seed)
+    gate = torch.nn.Linear(width, experts, bias=False)
+    common_D = torch.randn(width, generator=generator)
+    with torch.no_grad():
+        gate.weight.copy_(torch.randn(experts, width, generator=generator) / width**0.5)
+    return gate, torch.randn(2000, width, generator=generator) + shared * common_D
+
+
+def test_without_a_bias_the_weight_moves_along_the_mean_token():
+    router = make("ssr-fold", top_k=2)
+    gate, x_TD = gate_without_bias(shared=2.0)
+    router.bind_gate(gate)
+    before_ED, logits_TE = gate.weight.detach().clone(), gate(x_TD).detach()
+    sinkroute.set_step(router, 0)
+    router(gate(x_TD))
+    sinkroute.end_step(router)
+    mean_D = x_TD.double().mean(0)
+    along_T = x_TD.double() @ mean_D / mean_D.square().sum()
+    direction_D = mean_D / mean_D.square().sum() / along_T.square().mean()
+    potentials_E = sinkroute.solve(logits_TE, 0.5).potentials
+    expected_ED = before_ED + torch.outer(potentials_E, direction_D)
+    torch.testing.assert_close(gate.weight.double(), expected_ED, rtol=1e-4, atol=1e-4)
+
+
+def test_moved_along_the_mean_token_the_gate_is_balanced_on_other_tokens():
+    router = make("ssr-fold", probability=1, balance="load")
+    gate, x_TD = gate_without_bias(shared=2.0)
+    router.bind_gate(gate)
+    before = max_violation(gate(x_TD[1000:]).topk(1).indices.flatten().bincount(minlength=4))
+    for step in range(3):
+        sinkroute.set_step(router, step)
+        router(gate(x_TD[:1000]))
+    sinkroute.end_step(router)
+    after = max_violation(gate(x_TD[1000:]).topk(1).indices.flatten().bincount(minlength=4))
+    assert after < 0.25 < 1 < before
+
+
+def test_where_tokens_have_nothing_in_common_the_weight_hardly_moves():
+    moved = []
+    for shared in (0.0, 2.0):
+        router = make("ssr-fold")
+        gate, x_TD = gate_without_bias(shared)
+        router.bind_gate(gate)
+        before_ED = gate.weight.detach().clone()
+        sinkroute.set_step(router, 0)
+        router(gate(x_TD) + torch.tensor([1.0, 0, 0, 0]))
+        sinkroute.end_step(router)
+        moved.append((((gate.weight - before_ED) @ x_TD.T).std(1)).max())  # what a token feels of it
+    assert moved[0] < 0.2
+
+
+def test_micro_batches_and_masks_count_in_the_mean_token():
+    gate, x_TD = gate_without_bias(shared=1.0)
+    start_ED = gate.weight.detach().clone()
+    for parts in ([x_TD[:1200]], [x_TD[:800], x_TD[800:]]):
+        with torch.no_grad():
+            gate.weight.copy_(start_ED)
+        router = make("ssr-fold", probability=1)
+        router.bind_gate(gate)
+        for part, x in enumerate(parts):
+            sinkroute.set_step(router, 0, part)
+            mask_T = torch.arange(len(x)) < (800 if part == 0 else 400)
+            router(gate(torch.where(mask_T[:, None], x, torch.full_like(x, 1e3))), mask_T)
+        assert router.state.token.allclose(
+            x_TD[: 1200 if len(parts) > 1 else 800].double().sum(0), rtol=1e-4, atol=1e-2
+        )
+        gate._forward_pre_hooks.clear()
+
+
+@pytest.mark.parametrize("gate", [torch.nn.Linear(3, 5, bias=False), torch.nn.Linear(3, 5), torch.nn.Identity()])
+def test_a_gate_for_other_experts_is_refused(gate):
     with pytest.raises(ValueError, match=r"gate must have a bias of shape \(4,\)"):
         make("ssr-fold").bind_gate(gate)
 

@@ -51,8 +51,8 @@ def patch(model: nn.Module, router: str, *, keep_aux_loss: bool | None = None, *
         model: a model of transformers, or a part of one that has `attention_mask` among its arguments.
         router: a name of `sinkroute.list_routers()`: one that serves as plain top-k (SSR: `"ssr-l"`, `"ssr-s"`,
             `"ssr-b"`, `"ssr-ec"`; `"softmax"`, which only counts; losses; ...). For models that have a correction bias
-            also `"ssr-bias"` and `"loss-free"`, which then move that of the model; for those whose gate has a bias,
-            `"ssr-fold"`.
+            also `"ssr-bias"` and `"loss-free"`, which then move that of the model; for those with a linear gate (nearly
+            all) `"ssr-fold"`, which moves the gate.
         keep_aux_loss: whether the model's own balancing loss stays. It is computed from the logits and knows nothing
             of the choices that the router makes. None: switched off, unless the router is `"softmax"`.
         options: the router's own, such as `probability`; not those that the model decides (`score`, `norm_topk`, ...).
@@ -255,6 +255,8 @@ class _Seat:
             # Detached, or it would be registered as a buffer of the router's too.
             router.correction_E = scoring.correction.find(self.site).detach().flatten()
         mask_T = self.handle.token_mask(self.site.path, len(logits_TE))
+        if isinstance(router, SSRFoldRouter):
+            router.see(args[0] if args else next(iter(kwargs.values())))
         plain = Choice(decision.experts_TK, decision.weights_TK)
         routes = router(logits_TE, mask_T, plain=plain)
         if host.training:
@@ -273,6 +275,11 @@ class _Seat:
 def _make_router(name: str, site: Site, scoring: Scoring, options: dict[str, Any]) -> Router:
     if name == "ssr-bias" and scoring.correction is not None:
         options = {"bias_on": scoring.correction_on, **options}
+    if name == "ssr-fold" and scoring.gate_weight is None:
+        raise ValueError(
+            f"router 'ssr-fold' moves a linear gate, and the logits of {type(site.host).__name__} are no linear map of "
+            "its tokens; take ssr-l or ssr-s"
+        )
     router = fit_router(
         name,
         scoring.num_experts,
@@ -280,15 +287,16 @@ def _make_router(name: str, site: Site, scoring: Scoring, options: dict[str, Any
         options,
         f"{type(site.host).__name__} ({scoring})",
         any_width=scoring.contract.any_width,
-        gate_has_bias=_has_gate_bias(site, scoring),
+        linear_gate=True,
         **scoring.theirs(),
     )
     router.correction_on = scoring.correction_on
     if _has_correction_of(router, scoring):
         _bind_bias(router, site, scoring)
     elif isinstance(router, SSRFoldRouter):
-        gate: Any = site.host
-        router.bind_gate(gate)
+        moved = scoring.gate_bias or scoring.gate_weight
+        assert moved is not None  # or it was refused
+        router.bind_part(site.host, moved.name)
     elif not router.serves_plainly:
         able = [known for known, kind in ROUTERS.items() if kind.serves_plainly is True]
         raise ValueError(
@@ -306,12 +314,6 @@ def _has_correction_of(router: Router, scoring: Scoring) -> TypeGuard[LossFreeRo
     if isinstance(router, SSRBiasRouter):
         return router.bias_on == scoring.correction_on and router.serve_with == "bias"
     return isinstance(router, LossFreeRouter) and scoring.correction_on == "scores"
-
-
-def _has_gate_bias(site: Site, scoring: Scoring) -> bool:
-    """Whether the logits have a bias of the gate's own in them, which checkpoints hold."""
-    bias = getattr(site.host, "bias", None)
-    return isinstance(bias, nn.Parameter) and bias.shape == (scoring.num_experts,)
 
 
 def _bind_bias(router: LossFreeRouter | SSRBiasRouter, site: Site, scoring: Scoring) -> None:

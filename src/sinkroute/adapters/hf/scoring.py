@@ -68,6 +68,8 @@ class Scoring:
         correction_on: to what it is added.
         expert_scale: factors of the weights, one per expert, or None.
         probabilities: whether the router returns the softmax in the place of logits.
+        gate_weight: W (E, D), where the logits are W x or W x + b of the tokens that the router is given, or None.
+        gate_bias: that b, or None.
     """
 
     contract: Contract
@@ -83,6 +85,8 @@ class Scoring:
     correction_on: Literal["scores", "logits"] = "scores"
     expert_scale: Source | None = None
     probabilities: bool = False
+    gate_weight: Source | None = None
+    gate_bias: Source | None = None
 
     def __str__(self) -> str:
         words = [f"{self.score}, top {self.top_k} of {self.num_experts}"]
@@ -121,12 +125,13 @@ def read_scoring(site: Site) -> Scoring:
     host = _random_copy(site.host)
     trial = Site(site.path, host, site.parent)
     handed_on = _handed_on(site)
-    outputs = _ask(host, {name: value for name, (_, value) in handed_on.items()})
+    tokens_TD, outputs = _ask(host, {name: value for name, (_, value) in handed_on.items()})
     contract = next((contract for contract in CONTRACTS if contract.fits(outputs, trial)), None)
     if contract is None:
         raise NotARouter(f"it returns {_described(outputs)}")
     with torch.no_grad():
-        return _recognise(contract, contract.read(outputs, trial), trial, handed_on)
+        decision = contract.read(outputs, trial)
+        return _with(_recognise(contract, decision, trial, handed_on), **_gate(decision.logits_TE, tokens_TD, host))
 
 
 # -- the trial -------------------------------------------------------------------------------------------------------
@@ -176,8 +181,8 @@ def _handed_on(site: Site) -> dict[str, tuple[Source, Tensor]]:
     return found
 
 
-def _ask(host: nn.Module, arguments: dict[str, Tensor]) -> Any:
-    """The outputs for random tokens, flat or, where it wants that, in a batch."""
+def _ask(host: nn.Module, arguments: dict[str, Tensor]) -> tuple[Tensor, Any]:
+    """Random tokens (T, D), and the outputs for them, flat or, where it wants that, in a batch."""
     widths = [value.shape[-1] for value in host.parameters() if value.ndim == 2]
     generator = torch.Generator().manual_seed(2)
     error: Exception | None = None
@@ -185,7 +190,7 @@ def _ask(host: nn.Module, arguments: dict[str, Tensor]) -> Any:
         tokens = torch.randn(_TOKENS, width, generator=generator)
         try:
             with torch.no_grad():
-                return host(tokens if flat else tokens.view(2, -1, width), **arguments)
+                return tokens, host(tokens.clone() if flat else tokens.view(2, -1, width).clone(), **arguments)
         except Exception as raised:  # whatever a module that was not made for this says
             error = error or raised
     raise NotARouter(f"it cannot be called with tokens alone: {error}")
@@ -240,6 +245,21 @@ def _recognise(
                     scale = 1.0 if abs(scale - 1) < _TOLERANCE else scale
                     return _with(weighed, route_scale=scale, expert_scale=source)
     raise Unknown("its choice is plain top-k, its weights follow none of the known rules")
+
+
+def _gate(returned_TE: Tensor, tokens_TD: Tensor, host: nn.Module) -> dict[str, Source]:
+    """The weight, and the bias if there is one, of which the logits are the linear map of the tokens."""
+    parameters = dict(host.named_parameters())
+    for name, weight in parameters.items():
+        if weight.shape != (returned_TE.shape[-1], tokens_TD.shape[-1]):
+            continue
+        rest_TE = returned_TE - tokens_TD @ weight.T
+        if torch.allclose(rest_TE, torch.zeros(()), atol=_TOLERANCE):
+            return {"gate_weight": Source("host", name)}
+        for other, bias in parameters.items():
+            if bias.shape == rest_TE.shape[1:] and torch.allclose(rest_TE, bias, atol=_TOLERANCE):
+                return {"gate_weight": Source("host", name), "gate_bias": Source("host", other)}
+    return {}
 
 
 def _selections(

@@ -171,12 +171,7 @@ class SSRRouter(Router):
             self._noise_schedule: Schedule = Constant(start)
         else:
             self._noise_schedule = make_schedule("noise", noise)
-        values, sums = self.state_values(), self.state_sums()
-        if self.adaptive:
-            values |= {"max_vio": torch.tensor(-1.0, device="cpu"), "firing": torch.tensor(False, device="cpu")}
-            sums |= {"gate_load": num_experts}
-        if values or sums:
-            self.state = RouterState(num_experts, sums=sums, **values)
+        self.state = self.make_state()
         self.sinkhorn_now, self.noise_now = False, 0.0
         self._measured: tuple[float, bool] | None = None
         self.register_load_state_dict_post_hook(_prepare_again)
@@ -188,6 +183,14 @@ class SSRRouter(Router):
         for name, value in (("probability", probability), ("noise", self._noise_schedule)):
             shown.append(f"{name}={value.value:g}" if isinstance(value, Constant) else f"{name}={value}")
         return f"{super().extra_repr()}, {', '.join(shown)}"
+
+    def make_state(self) -> RouterState | None:
+        """For what this method remembers, or None."""
+        values, sums = self.state_values(), self.state_sums()
+        if self.adaptive:
+            values |= {"max_vio": torch.tensor(-1.0, device="cpu"), "firing": torch.tensor(False, device="cpu")}
+            sums |= {"gate_load": self.num_experts}
+        return RouterState(self.num_experts, sums=sums, **values) if values or sums else None
 
     # -- what members of the family override -------------------------------------------------------------------------
 

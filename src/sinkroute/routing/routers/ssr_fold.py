@@ -1,33 +1,38 @@
-"""SSR-Fold: the potentials of each plan go into the gate's own bias.
+"""SSR-Fold: the potentials of each plan go into the gate itself.
 
 After a step that had a plan with potentials g,
 
-    gate.bias += rate · g
+    gate.bias   += rate · g                                   if the gate has a bias, else
+    gate.weight += rate · a · g ⊗ u,    u = m / |m|²          m the mean token of the step
 
 so that the gate itself is balanced, trained on from there, and served as plain top-k with nothing beside the model's
-weights. Ours; not in the paper.
+weights. Tokens have a large part in common (what a layer norm leaves of the residual stream's mean): u·x is about 1 for
+all of them, and g ⊗ u about a bias. a = 1 / E[(u·x)²] is the least-squares factor, near 0 where tokens have nothing in
+common. Ours; not in the paper.
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sinkroute.routing.router import Choice
 from sinkroute.routing.routers.ssr_kept import SSRKeptRouter
+from sinkroute.routing.state import recomputing
 
 __all__ = ["SSRFoldRouter"]
 
 
 class SSRFoldRouter(SSRKeptRouter):
-    """SSR-L that adds each solve's potentials to the bias of its gate.
+    """SSR-L that adds each solve's potentials to its gate: to the bias, or to a weight without one.
 
-    The gate is the one that `make_gate` made, or one that was given to `bind_gate`; it has a bias.
+    The gate is the one that `make_gate` made, or one that was given to `bind_gate`.
 
-    The bias is the gate's: float32 only if the gate is, and subject to the optimiser's weight decay, which it should
-    be kept out of.
+    What is moved is the gate's: float32 only if the gate is, and subject to the optimiser's weight decay, out of which
+    a bias should be kept.
 
     Args:
         see `SSRKeptRouter`.
@@ -50,31 +55,109 @@ class SSRFoldRouter(SSRKeptRouter):
         self.bind_gate(gate)
         return gate
 
-    def bind_gate(self, gate: nn.Linear) -> None:
-        """Tell the router whose bias it is to move.
+    def bind_gate(self, gate: nn.Module) -> None:
+        """Tell the router whose bias it is to move, or whose weight if there is no bias.
 
         Raises:
-            ValueError: the gate has no bias of (E,).
+            ValueError: the gate has neither a bias of (E,) nor, without one, a weight of (E, D).
         """
-        bias = getattr(gate, "bias", None)
-        if not isinstance(bias, Tensor) or bias.shape != (self.num_experts,):
+        if getattr(gate, "bias", None) is not None:
+            self.bind_part(gate, "bias")
+        else:
+            self.bind_part(gate, "weight")
+            gate.register_forward_pre_hook(_Hand(self))
+
+    def bind_part(self, gate: nn.Module, name: str) -> None:
+        """Tell the router what it is to move: a bias, or a weight, with which the caller calls `see` before each
+        training pass.
+
+        Args:
+            gate: holds it.
+            name: dotted, of the tensor in the gate: (E,) or (E, D).
+
+        Raises:
+            ValueError: the gate has no such tensor.
+        """
+        found: Any = gate
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if not isinstance(found, Tensor) or found.ndim > 2 or found.shape[0] != self.num_experts:
             raise ValueError(
-                f"gate must have a bias of shape ({self.num_experts},), got {gate}; "
-                "make it with nn.Linear(d_model, num_experts, bias=True)"
+                f"gate must have a bias of shape ({self.num_experts},) or a weight of shape ({self.num_experts}, D), "
+                f"got {gate}; make it with nn.Linear(d_model, num_experts)"
             )
         self._gate = [gate]  # in a list: the gate is the layer's module, not one more of this router
+        self._name, self._width = name, found.shape[1] if found.ndim == 2 else 0
+        self.state = self.make_state()  # it counts tokens, too
+
+    def see(self, tokens: Tensor) -> None:
+        """What the gate is given in this pass, (..., D); before the router is called with its logits."""
+        if self._width and self.training and self.sinkhorn_now and not recomputing():
+            self._tokens = tokens
+
+    _tokens: Tensor | None = None
+    _width = 0  # of tokens; 0: a bias is moved
+
+    def _moved(self) -> Any:
+        """What is moved, found anew each time: moving a model makes new tensors."""
+        found: Any = self._gate[0]
+        for part in self._name.split("."):
+            found = getattr(found, part)
+        return found
+
+    def state_sums(self) -> dict[str, int]:
+        return super().state_sums() | ({"token": self._width, "spread": 1} if self._width else {})
 
     def step_sums(self, logits_TE: Tensor, choice: Choice, token_mask: Tensor | None) -> dict[str, Tensor]:
-        if choice.bias_E is not None and "_gate" not in self.__dict__ and not self._warned:
+        sums = super().step_sums(logits_TE, choice, token_mask)
+        if choice.bias_E is None:
+            return sums
+        if "_gate" not in self.__dict__ and not self._warned:
             self._warned = True
             warnings.warn(
                 "ssr-fold has found potentials, but has no gate to add them to; use router.make_gate(d_model) or "
                 "router.bind_gate(gate)",
                 stacklevel=2,
             )
-        return super().step_sums(logits_TE, choice, token_mask)
+        return sums | (self._sum_tokens(token_mask) if self._width else {})
+
+    @torch.no_grad()
+    def _sum_tokens(self, token_mask: Tensor | None) -> dict[str, Tensor]:
+        if self._tokens is None:
+            raise RuntimeError("ssr-fold moves a weight and needs to see the tokens: call router.see before it")
+        tokens_TD, self._tokens = self._tokens.detach().flatten(0, -2).float(), None
+        real_T = tokens_TD.new_ones(len(tokens_TD)) if token_mask is None else token_mask.to(tokens_TD.dtype)
+        with torch.autocast(tokens_TD.device.type, enabled=False):
+            token_D = real_T @ tokens_TD
+            mean_D = token_D / real_T.sum().clamp(min=1)
+            # E[(u·x)²] of these tokens, times their number.
+            along_T = (tokens_TD @ mean_D) / mean_D.square().sum().clamp(min=1e-20)
+            spread = real_T @ along_T.square()
+        return {"token": token_D.double(), "spread": spread.double().view(1)}
+
+    def finish_step(self, load_E: Tensor, sums: dict[str, Tensor]) -> None:
+        if "token" in sums:
+            tokens = sums["tokens"].clamp(min=1)
+            mean_D = sums["token"] / tokens
+            # At least 1, but for rounding: a square's mean is no less than its mean's square.
+            self._direction_D = mean_D / (mean_D.square().sum() * (sums["spread"] / tokens).clamp(min=1)).clamp(
+                min=1e-20
+            )
+        super().finish_step(load_E, sums)
 
     def keep(self, potentials_E: Tensor, known: Tensor) -> None:
-        for gate in self.__dict__.get("_gate", []):
-            move_E = torch.where(known, self.rate * potentials_E, torch.zeros_like(potentials_E))
-            gate.bias.add_(move_E.to(gate.bias.dtype))
+        if "_gate" not in self.__dict__:
+            return
+        moved = self._moved()
+        move = torch.where(known, self.rate * potentials_E, torch.zeros_like(potentials_E))
+        moved.add_((torch.outer(move, self._direction_D) if self._width else move).to(moved.dtype))
+
+
+class _Hand:
+    """A hook that hands the router what its gate is given."""
+
+    def __init__(self, router: SSRFoldRouter) -> None:
+        self.router = router
+
+    def __call__(self, gate: nn.Module, args: tuple[Any, ...]) -> None:
+        self.router.see(args[0])
