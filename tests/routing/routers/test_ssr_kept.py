@@ -269,6 +269,22 @@ def test_moved_along_the_mean_token_the_gate_is_balanced_on_other_tokens():
     assert after < 0.25 < 1 < before
 
 
+def test_a_layer_with_a_plain_gate_balances_it():
+    torch.manual_seed(0)
+    router = make("ssr-fold", top_k=2, experts=8, probability=1, balance="load", gate="plain")
+    layer = sinkroute.MoE(16, 8, 8, 2, router=router)
+    assert list(layer.gate.state_dict()) == ["weight"]
+    x_TD = torch.randn(4000, 16) + 2 * torch.randn(16)
+    loads = []
+    for step in range(3):
+        loads.append(max_violation(layer.gate(x_TD).topk(2).indices.flatten().bincount(minlength=8)))
+        sinkroute.set_step(layer, step)
+        layer(x_TD)
+        sinkroute.end_step(layer)
+    after = max_violation(layer.gate(x_TD).topk(2).indices.flatten().bincount(minlength=8))
+    assert after < 0.3 < 1 < loads[0]
+
+
 def test_where_tokens_have_nothing_in_common_the_weight_hardly_moves():
     moved = []
     for shared in (0.0, 2.0):

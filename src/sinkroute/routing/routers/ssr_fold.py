@@ -14,16 +14,20 @@ common. Ours; not in the paper.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from sinkroute._errors import unknown_name
 from sinkroute.routing.router import Choice
-from sinkroute.routing.routers.ssr_kept import SSRKeptRouter
+from sinkroute.routing.routers.ssr_kept import SSRKeptOptions, SSRKeptRouter
 from sinkroute.routing.state import recomputing
 
 __all__ = ["SSRFoldRouter"]
+
+Gate = Literal["bias", "plain"]
 
 
 class SSRFoldRouter(SSRKeptRouter):
@@ -35,23 +39,34 @@ class SSRFoldRouter(SSRKeptRouter):
     a bias should be kept.
 
     Args:
-        see `SSRKeptRouter`.
+        gate: what `make_gate` makes: one with a `"bias"`, or `"plain"`, as in most models (Mixtral, OLMoE, Qwen).
+        options: see `SSRKeptRouter`.
+
+    Raises:
+        ValueError: another kind of gate.
     """
 
     serves_plainly = False
 
     _warned = False
 
+    def __init__(self, num_experts: int, top_k: int, *, gate: Gate = "bias", **options: Unpack[SSRKeptOptions]) -> None:
+        if gate not in get_args(Gate):
+            raise unknown_name("gate", gate, get_args(Gate))
+        self.gate = gate
+        super().__init__(num_experts, top_k, **options)
+
     def make_gate(self, d_model: int) -> nn.Module:
-        """A linear map with a bias of 0, which this router moves.
+        """A linear map, with a bias of 0 or without one, which this router moves.
 
         Raises:
             ValueError: the router has a gate already.
         """
         if self.__dict__.get("_gate"):
             raise ValueError("this ssr-fold router has a gate already; make one router per layer")
-        gate = nn.Linear(d_model, self.num_experts)
-        nn.init.zeros_(gate.bias)
+        gate = nn.Linear(d_model, self.num_experts, bias=self.gate == "bias")
+        if self.gate == "bias":
+            nn.init.zeros_(gate.bias)
         self.bind_gate(gate)
         return gate
 
