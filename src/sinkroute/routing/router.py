@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from sinkroute.routing.state import RouterState, recomputing
 from sinkroute.routing.topk import top_experts
 from sinkroute.transport import Plan
 
-__all__ = ["Choice", "CommonOptions", "Router"]
+__all__ = ["Choice", "CommonOptions", "Link", "Router"]
 
 # After so many passes without set_step, accumulation and recomputation cannot explain it: somebody forgot.
 _PASSES_BEFORE_WARNING = 64
@@ -75,6 +74,16 @@ class Choice(NamedTuple):
     bias_E: Tensor | None = None
 
 
+class Link(Protocol):
+    """Ties a router's state to a tensor of the model that it is plugged into."""
+
+    def pull(self) -> None:
+        """Take over what the model's tensor was set to since the last step."""
+
+    def push(self) -> None:
+        """Set the model's tensor to what the state has become."""
+
+
 class Router(nn.Module):
     """Logits in, `Routes` out. Subclasses override `route`, and what else their method needs.
 
@@ -103,7 +112,7 @@ class Router(nn.Module):
         correction_E: (E,) what the model that the router is plugged into adds in its own choice, without weighing
             (`e_score_correction_bias`), or None. Plain top-k includes it; methods that choose otherwise do not look.
         correction_on: whether it is added to the `"scores"` or to the `"logits"`.
-        after_step: called when the state was brought up to date.
+        links: what the state is to agree with, such as that model's own bias.
 
     Raises:
         TypeError, ValueError: sizes that do not fit, an unknown name, a number out of range.
@@ -175,7 +184,7 @@ class Router(nn.Module):
         self.state = None
         self.correction_E: Tensor | None = None
         self.correction_on: Literal["scores", "logits"] = "scores"
-        self.after_step: list[Callable[[], None]] = []
+        self.links: list[Link] = []
         self._keyless_passes = 0
         self._noise_seed = torch.zeros((), dtype=torch.int64, device="cpu")  # there always: no parameter, no buffer
         self._noise_key: tuple[int, ...] | None = None  # of that seed
@@ -411,10 +420,12 @@ class Router(nn.Module):
     def end_step(self, totals: Tensor) -> None:
         """The step is over: `totals` are `state.pending()`, summed over the ranks."""
         assert self.state is not None
+        for link in self.links:
+            link.pull()
         self.finish_step(*self.state.split(totals))
         self.state.end()
-        for call in self.after_step:
-            call()
+        for link in self.links:
+            link.push()
 
     def draw_uniform(self, tag: str, *, per_layer: bool) -> float:
         """A number in [0, 1) keyed by the step; the same on every rank. `per_layer`: and by layer and micro-batch."""

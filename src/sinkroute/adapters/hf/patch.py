@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from sinkroute.adapters._fit import fit_router
 from sinkroute.adapters.hf.contracts import Site
 from sinkroute.adapters.hf.find import find_routers
-from sinkroute.adapters.hf.scoring import Scoring
+from sinkroute.adapters.hf.scoring import Scoring, Source
 from sinkroute.routing.attached import attach, attached, detach
 from sinkroute.routing.registry import ROUTERS
 from sinkroute.routing.router import Choice, Router
@@ -133,8 +133,7 @@ class Handle(nn.Module):
         """Take everything off the model again; a second call does nothing."""
         for hook in self._hooks:
             hook.remove()
-        for owner, name, value in self._coefficients:
-            setattr(owner, name, value)
+        self._set_coefficients(of_modules=True, off=False)
         for seat in self._seats:
             detach(seat.site.host)
         self._hooks, self._coefficients, self._seats = [], [], []
@@ -168,9 +167,9 @@ class Handle(nn.Module):
             for name in _COEFFICIENTS:
                 value = vars(owner).get(name)
                 if isinstance(value, (int, float)) and value:
-                    self._coefficients.append((owner, name, value))
                     self.switched_off[name] = value
-                    setattr(owner, name, 0.0)
+                    self._coefficients.append((owner, name, value))
+        self._set_coefficients(of_modules=True, off=True)
         if self.switched_off and getattr(getattr(model, "config", None), "output_router_logits", False):
             warnings.warn(
                 f"{type(model).__name__}'s own balancing loss ({self.switched_off}) is switched off while "
@@ -178,20 +177,31 @@ class Handle(nn.Module):
                 stacklevel=3,
             )
 
+    def _set_coefficients(self, *, of_modules: bool, off: bool) -> None:
+        for owner, name, value in self._coefficients:
+            if isinstance(owner, nn.Module) == of_modules:
+                setattr(owner, name, 0.0 if off else value)
+
     def watch_model(self) -> None:
         """Read the padding mask off what the model is called with, and add the routers' losses to its loss."""
         model = vars(self)["model"]
         self._hooks.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
         self._hooks.append(model.register_forward_hook(self._after))
+        self._hooks.append(model.register_forward_hook(self._restore, always_call=True))
 
     # -- the model's forward pass ------------------------------------------------------------------------------------
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._losses, self._called = [], False
+        # What a configuration says is saved with the model: it says something else during the pass only.
+        self._set_coefficients(of_modules=False, off=True)
         # Kept until the next pass: activation checkpointing repeats layers during the backward pass.
         self._masks = {}
         for seat in self._seats:
             seat.router.training = seat.site.host.training
+            if seat.router.training:
+                for link in seat.router.links:
+                    link.pull()
         if not any(seat.is_asked() for seat in self._seats):
             return
         given = kwargs
@@ -205,19 +215,28 @@ class Handle(nn.Module):
                 if mask.device.type != "cpu" or torch.compiler.is_compiling() or not mask.all():
                     self._masks[name] = mask.flatten()
 
-    def _after(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+    def _after(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> Any:
         if not model.training:
-            return
+            return None
         if not self._called:
             raise RuntimeError(
                 f"{type(model).__name__} ran a training pass without calling any of the {len(self._seats)} patched "
                 "routers: some kernel bypasses them. Load it without hub kernels (use_kernels=False), or with "
                 'experts_implementation="eager" or "grouped_mm"'
             )
-        loss = getattr(outputs, "loss", None)
         aux_loss = self.aux_loss()
-        if aux_loss is not None and isinstance(loss, Tensor):
+        if aux_loss is None:
+            return None
+        if isinstance(outputs, tuple):  # return_dict=False: a loss comes first
+            loss = outputs[0]
+            if isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad:
+                return loss + aux_loss.to(loss.device, loss.dtype), *outputs[1:]
+        elif isinstance(loss := getattr(outputs, "loss", None), Tensor):
             outputs.loss = loss + aux_loss.to(loss.device, loss.dtype)
+        return None
+
+    def _restore(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+        self._set_coefficients(of_modules=False, off=False)
 
     def token_mask(self, path: str, tokens: int) -> Tensor | None:
         """(T,) bool of the tokens that the router at this path is given; None: all are real, or nothing is known."""
@@ -292,7 +311,9 @@ def _make_router(name: str, site: Site, scoring: Scoring, options: dict[str, Any
     )
     router.correction_on = scoring.correction_on
     if _has_correction_of(router, scoring):
-        _bind_bias(router, site, scoring)
+        assert scoring.correction is not None
+        router.links.append(_BiasLink(router, site, scoring.correction))
+        router.links[0].pull()
     elif isinstance(router, SSRFoldRouter):
         moved = scoring.gate_bias or scoring.gate_weight
         assert moved is not None  # or it was refused
@@ -316,20 +337,25 @@ def _has_correction_of(router: Router, scoring: Scoring) -> TypeGuard[LossFreeRo
     return isinstance(router, LossFreeRouter) and scoring.correction_on == "scores"
 
 
-def _bind_bias(router: LossFreeRouter | SSRBiasRouter, site: Site, scoring: Scoring) -> None:
-    """Let the router train the model's own correction bias."""
-    assert scoring.correction is not None
-    source = scoring.correction
+class _BiasLink:
+    """The router's bias is the model's own: that is the one which serves, is saved and is loaded."""
 
-    def write() -> None:
-        with torch.no_grad():
-            bias_E = source.find(site)
-            bias_E.copy_(router.state.bias_E.to(bias_E.device, bias_E.dtype).view(bias_E.shape))
+    def __init__(self, router: LossFreeRouter | SSRBiasRouter, site: Site, source: Source) -> None:
+        self.router, self.site, self.source = router, site, source
 
-    bias_E = source.find(site).detach()
-    if not bias_E.is_meta:
-        router.state.bias_E.copy_(bias_E.float().flatten())
-    router.after_step.append(write)
+    @torch.no_grad()
+    def pull(self) -> None:
+        theirs_E, ours_E = self.source.find(self.site).detach().flatten(), self.router.state.bias_E
+        if theirs_E.is_meta:
+            return
+        # A model in bf16 holds ours rounded; that is no other value, and the finer one stays.
+        same_E = theirs_E == ours_E.to(theirs_E.device, theirs_E.dtype)
+        ours_E.copy_(torch.where(same_E.to(ours_E.device), ours_E, theirs_E.to(ours_E.device, ours_E.dtype)))
+
+    @torch.no_grad()
+    def push(self) -> None:
+        theirs = self.source.find(self.site)
+        theirs.copy_(self.router.state.bias_E.to(theirs.device, theirs.dtype).view(theirs.shape))
 
 
 # -- what models are like --------------------------------------------------------------------------------------------
