@@ -221,7 +221,8 @@ class Handle(nn.Module):
         if not self._called:
             raise RuntimeError(
                 f"{type(model).__name__} ran a training pass without calling any of the {len(self._seats)} patched "
-                "routers: some kernel bypasses them. Load it without hub kernels (use_kernels=False), or with "
+                "routers: they were replaced since (PEFT's modules_to_save does: patch after get_peft_model), or some "
+                "kernel bypasses them: load it without hub kernels (use_kernels=False), or with "
                 'experts_implementation="eager" or "grouped_mm"'
             )
         aux_loss = self.aux_loss()
@@ -270,6 +271,8 @@ class _Seat:
             return None
         decision = scoring.contract.read(outputs, self.site)
         logits_TE = scoring.logits(decision)
+        if router.state is not None and router.state.saved_steps.device != logits_TE.device:
+            router.to(logits_TE.device)  # it is no part of the model, and did not hear that this was moved
         if scoring.correction is not None:
             # Detached, or it would be registered as a buffer of the router's too.
             router.correction_E = scoring.correction.find(self.site).detach().flatten()
@@ -324,8 +327,7 @@ def _make_router(name: str, site: Site, scoring: Scoring, options: dict[str, Any
             f"router {name!r} serves with a bias that {type(site.host).__name__} has no place for, so that eval() and "
             f"saved checkpoints would be another model's; take one of {', '.join(able)}"
         )
-    # Where the logits come from is where the state is.
-    return router.to(next(site.host.parameters()).device)
+    return router
 
 
 def _has_correction_of(router: Router, scoring: Scoring) -> TypeGuard[LossFreeRouter | SSRBiasRouter]:
