@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint slow bench bench-routing bench-transport test-peers clean
+.PHONY: demo test lint slow bench bench-routing bench-transport test-peers test-megatron clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make bench-routing   time and memory of every router alone, and of other packages' routers"
 	@echo "make bench   time per step of SSR against vanilla        make bench-transport   the solver against public ones"
 	@echo "make test-peers   our routers against those of Megatron-Core, torchtitan and DeepSpeed, each in its environment"
+	@echo "make test-megatron   the adapter to Megatron-Core (docs/megatron.md), in Megatron-Core's environment"
 	@echo "PYTHON=python3.12 chooses the interpreter, TORCH='torch==2.13.0 --index-url ...' the build of torch"
 
 # torch first and by itself: what comes after is satisfied by it and cannot pull another build.
@@ -58,7 +59,12 @@ PEERS := megatron torchtitan deepspeed
 
 # Our routers against the peers' own modules. Each peer pins what another forbids: an environment of its own, torch first.
 test-peers: $(PEERS:%=.venv-%/.installed)
-	@for peer in $(PEERS); do DS_ACCELERATOR=cpu .venv-$$peer/bin/python -m pytest -q tests/peers/test_$$peer.py $(ARGS) || exit 1; done
+	@for peer in $(PEERS); do DS_ACCELERATOR=cpu .venv-$$peer/bin/python -m pytest -q tests/peers/test_$$peer*.py $(ARGS) || exit 1; done
+
+# The import comes first: to pytest, a module that it cannot import is a skipped one.
+test-megatron: .venv-megatron/.installed
+	.venv-megatron/bin/python -W ignore -c "import sinkroute.adapters.megatron"
+	.venv-megatron/bin/python -m pytest -q tests/peers/test_megatron.py tests/peers/test_megatron_adapter.py $(ARGS)
 
 $(PEERS:%=.venv-%/.torch): .venv-%/.torch: tests/peers/requirements.txt pyproject.toml scripts/make_venv.py
 	$(PYTHON) scripts/make_venv.py .venv-$*

@@ -51,11 +51,11 @@ def sinkroute(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, 
 def test_without_arguments_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = sinkroute(capsys)
     assert code == 2
-    assert all(f"sinkroute {name}" in out for name in ("demo", "train", "evaluate", "report", "bench"))
+    assert all(f"sinkroute {name}" in out for name in ("demo", "train", "evaluate", "export", "report", "bench"))
     assert sinkroute(capsys, "--help")[0] == 0
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "report", "bench"])
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "export", "report", "bench"])
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     code, out, _ = sinkroute(capsys, command, "--help")
     assert code == 0
@@ -99,6 +99,25 @@ def test_train_evaluate_report(capsys: pytest.CaptureFixture[str], small: Path, 
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_is_exported_and_what_has_no_architecture_is_refused(
+    capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path
+) -> None:
+    run, output = tmp_path / "run", tmp_path / "hf"
+    assert sinkroute(capsys, "train", small, "--out", run)[0] == 0
+    code, out, _ = sinkroute(capsys, "export", run, "--output", output)
+    assert code == 0
+    assert "MixtralForCausalLM of step-000012" in out
+    assert json.loads((output / "config.json").read_text())["model_type"] == "mixtral"
+    code, _, err = sinkroute(capsys, "export", run, "--output", run)
+    assert code == 1
+    assert "holds something else than an earlier export" in err
+    gelu = tmp_path / "gelu"
+    assert sinkroute(capsys, "train", small, "--out", gelu, "--model.activation", "gelu")[0] == 0
+    code, _, err = sinkroute(capsys, "export", gelu, "--output", output)
+    assert code == 1
+    assert "model.activation='gelu' cannot be exported" in err
+
+
 def test_a_finished_run_is_not_trained_again(capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path) -> None:
     assert sinkroute(capsys, "train", small, "--out", tmp_path / "run")[0] == 0
     log = (tmp_path / "run" / "log.jsonl").read_text()
@@ -130,6 +149,7 @@ def test_another_router_does_not_inherit_the_presets_options(
         (["train", "CONFIG", "--data.length", "30000"], 1, "length"),
         (["train", "/none.yaml"], 1, "no configuration at /none.yaml"),
         (["evaluate", "/none"], 1, "is no run"),
+        (["export", "/none", "--output", "/none/hf"], 1, "is no run"),
         (["report"], 2, "report needs a RUN"),
         (["report", "/none"], 1, "/none"),
         (["bench", "--sizes", "4096x16"], 1, "a size must be TOKENSxEXPERTSxTOP_K, such as 4096x16x2, got '4096x16'"),

@@ -1,4 +1,4 @@
-"""The command line: `sinkroute demo [CONFIG] | train CONFIG | evaluate RUN | report RUN... | bench`.
+"""The command line: `sinkroute demo | train | evaluate | export | inspect | report | bench`.
 
 Exit codes: 0 done, 1 an error that the message explains, 2 a wrong command line, 130 stopped by Ctrl-C or SIGTERM.
 """
@@ -194,7 +194,10 @@ def _router_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 @dataclass
 class EvaluateCommand:
-    """Evaluate the last checkpoint of a run on every byte of a split, clean and attacked, with the experts' load."""
+    """Evaluate the last checkpoint of a run on every byte of a split, clean and attacked, with the experts' load.
+
+    With --lm-eval, on tasks of the lm-evaluation-harness instead, as the Hugging Face model that `export` writes.
+    """
 
     run: tyro.conf.Positional[str]
     """The run's folder."""
@@ -202,43 +205,37 @@ class EvaluateCommand:
     """Which part of the text."""
     inference: Literal["none", "noise", "sinkhorn", "both"] = "none"
     """What an SSR router does when serving: plain top-k, noisy top-k, the transport plan, or the plan with noise."""
+    lm_eval: tuple[str, ...] = ()
+    """Tasks of the lm-evaluation-harness: names, or paths of YAML files."""
     json: bool = False
     """Print JSON instead of a table."""
 
 
 def _evaluate(arguments: list[str], console: Console) -> int:
-    from sinkroute.lab.checkpoint import latest_checkpoint, load_model
-    from sinkroute.lab.config import Config, read_yaml
     from sinkroute.lab.data import load_corpus
     from sinkroute.lab.files import write_json
     from sinkroute.lab.run import evaluate_split
-    from sinkroute.lab.training import check_corpus, make_model
+    from sinkroute.lab.trained import load_run
+    from sinkroute.lab.training import check_corpus
     from sinkroute.routing import set_inference
 
     command = tyro.cli(EvaluateCommand, args=arguments, prog="sinkroute evaluate")
+    if command.lm_eval:
+        return _evaluate_tasks(command, console)
     folder = Path(command.run)
-    if not (folder / "config.yaml").exists():
-        raise FileNotFoundError(
-            f"{folder} is no run: it has no config.yaml; pass a folder that sinkroute train or demo made"
-        )
-    checkpoint = latest_checkpoint(folder / "checkpoints")
-    if checkpoint is None:
-        raise FileNotFoundError(f"{folder} has no checkpoint yet; let it train to train.checkpoint_every steps")
-    config = read_yaml(Config, folder / "config.yaml")
-    corpus = load_corpus(config.data.name, config.data.path)
+    run = load_run(folder)
+    corpus = load_corpus(run.config.data.name, run.config.data.path)
     check_corpus(corpus, folder)
-    model = make_model(config)
-    load_model(checkpoint, model)
-    set_inference(model, command.inference)
-    evaluation = evaluate_split(model, config, corpus, command.split)
-    found = {"checkpoint": checkpoint.name, "inference": command.inference, **evaluation}
+    set_inference(run.model, command.inference)
+    evaluation = evaluate_split(run.model, run.config, corpus, command.split)
+    found = {"checkpoint": run.checkpoint.name, "inference": command.inference, **evaluation}
     mode = "" if command.inference == "none" else f"-{command.inference}"
     write_json(found, folder / f"evaluation-{command.split}{mode}.json")
     if command.json:
         sys.stdout.write(json.dumps(found) + "\n")
         return 0
     how = "" if command.inference == "none" else f", inference by {command.inference}"
-    table = Table(title=f"{folder} at {checkpoint.name}, {command.split} split{how}")
+    table = Table(title=f"{folder} at {run.checkpoint.name}, {command.split} split{how}")
     for column in ("text", "bytes", "bits per byte", "perplexity"):
         table.add_column(column, justify="left" if column == "text" else "right")
     for name, quality in {"clean": found[command.split], **found["attacked"]}.items():
@@ -251,6 +248,138 @@ def _evaluate(arguments: list[str], console: Console) -> int:
         highlight=False,
         soft_wrap=True,
     )
+    return 0
+
+
+def _evaluate_tasks(command: EvaluateCommand, console: Console) -> int:
+    from sinkroute.lab.lm_eval import evaluate_run, require_lm_eval
+    from sinkroute.lab.trained import load_run
+
+    if command.split != "valid" or command.inference != "none":
+        raise UsageError(
+            "--lm-eval goes without --split and --inference: tasks have texts of their own, served plainly"
+        )
+    require_lm_eval()
+    _hide_progress_of_transformers()
+    run = load_run(Path(command.run))
+    found = evaluate_run(run, command.lm_eval)
+    if command.json:
+        sys.stdout.write(json.dumps(found) + "\n")
+        return 0
+    table = Table(title=f"{run.folder} at {run.checkpoint.name}, lm-evaluation-harness")
+    for column in ("task", "metric", "value", "± standard error", "samples"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for task, result in found.items():
+        for name, metric in result["metrics"].items():
+            error = "" if metric["stderr"] is None else f"{metric['stderr']:.4f}"
+            table.add_row(task, name, f"{metric['value']:.4f}", error, str(result["samples"] or ""))
+    console.print(table)
+    return 0
+
+
+# -- export --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ExportCommand:
+    """Write the model of a run's last checkpoint as a Hugging Face checkpoint that transformers loads without our code.
+
+    Models that no architecture of transformers computes are refused, with the reason.
+    """
+
+    run: tyro.conf.Positional[str]
+    """The run's folder."""
+    output: str
+    """The folder to write: new, empty, or an earlier export, which is replaced."""
+
+
+def _export(arguments: list[str], console: Console) -> int:
+    from sinkroute.lab.export import export_run
+    from sinkroute.lab.trained import load_run
+
+    command = tyro.cli(ExportCommand, args=arguments, prog="sinkroute export")
+    _hide_progress_of_transformers()
+    export = export_run(load_run(Path(command.run)), Path(command.output))
+    agreement = export.agreement
+    console.print(
+        f"[bold]{export.folder}[/]: {export.architecture} of {export.checkpoint}. Against the lab's model, on "
+        f"{agreement.symbols:,} random bytes: logits differ by {agreement.logit_difference:.1e} at most "
+        f"(of {agreement.logit_size:.1f}), the same experts are chosen at {agreement.same_experts:.2%}, "
+        f"the same next byte is best at {agreement.same_best:.2%}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _hide_progress_of_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of reading and writing files: over in a moment
+
+
+# -- inspect -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class InspectCommand:
+    """Audit the expert load of a Hugging Face checkpoint on a text: who is overloaded, who is dead, what balance costs.
+
+    Nothing is trained or changed. Weights are read from safetensors, and no code of the checkpoint's is run.
+    """
+
+    model: tyro.conf.Positional[str]
+    """The checkpoint's folder, or its id on the Hugging Face hub, from where it is then downloaded."""
+    text: str
+    """A text in UTF-8; its head is used."""
+    tokens: int = 16384
+    """At most so many tokens of the text, cut down to whole windows."""
+    length: int = 512
+    """Tokens in a window."""
+    batch: int = 8
+    """Windows in a batch, over which the balanced alternatives are balanced."""
+    by_layer: bool = False
+    """For models that are larger than the memory: read one layer at a time. The hidden states of all windows are kept,
+    tokens x width numbers; --tokens bounds them."""
+    output: str | None = None
+    """A folder for inspect.html, a self-contained page with a heat map, and inspect.json."""
+    json: str | None = None
+    """Write the JSON here."""
+
+
+def _inspect(arguments: list[str], console: Console) -> int:
+    from rich.progress import Progress
+
+    from sinkroute.lab.files import write_json
+    from sinkroute.lab.inspect import audit_table, facts, inspect_checkpoint, summary, write_page
+
+    command = tyro.cli(InspectCommand, args=arguments, prog="sinkroute inspect")
+    targets = [Path(command.json)] if command.json else []
+    if command.output:
+        # Made first: what cannot be written should not be found out after an hour.
+        folder = Path(command.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        targets.append(folder / "inspect.json")
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("", total=None)
+        audit = inspect_checkpoint(
+            command.model,
+            command.text,
+            tokens=command.tokens,
+            length=command.length,
+            batch=command.batch,
+            by_layer=command.by_layer,
+            on_status=lambda words: bars.update(task, description=words),
+            on_progress=lambda done, total: bars.update(task, completed=done, total=total),
+        )
+    console.print(audit_table(audit))
+    for sentence in (*summary(audit), "", *facts(audit)):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    for path in targets:
+        write_json(audit.json(), path)
+    if command.output:
+        write_page(audit, Path(command.output) / "inspect.html")
+        console.print(f"Page: {Path(command.output) / 'inspect.html'}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -302,6 +431,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str], Console], int], str, str]] = {
     "demo": (_demo, "[CONFIG]", "SSR and its rivals side by side on Wikipedia text, in minutes"),
     "train": (_train, "CONFIG", "train, evaluate and attack one model; continues what was interrupted"),
     "evaluate": (_evaluate, "RUN", "measure a run's last checkpoint"),
+    "export": (_export, "RUN", "a run's model as a Hugging Face checkpoint"),
+    "inspect": (_inspect, "MODEL --text FILE", "the expert load of a Hugging Face checkpoint on a text"),
     "report": (_report, "RUN...", "a self-contained HTML page about runs"),
     "bench": (_bench, "", "what each router costs in time and memory, relative to plain top-k"),
 }

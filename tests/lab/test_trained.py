@@ -1,0 +1,36 @@
+"""A run read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sinkroute.lab.checkpoint import save_checkpoint
+from sinkroute.lab.config import Config, from_mapping, write_yaml
+from sinkroute.lab.trained import load_run
+from sinkroute.lab.training import make_model
+
+CONFIG = from_mapping(Config, {"model": {"layers": 1, "d_model": 16, "heads": 2, "d_hidden": 8, "experts": 4}})
+
+
+def test_the_last_checkpoint_is_what_is_loaded(tmp_path: Path) -> None:
+    write_yaml(CONFIG, tmp_path / "config.yaml")
+    model = make_model(CONFIG)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (5, 10):
+        model.head.weight.data.fill_(step)
+        save_checkpoint(tmp_path / "checkpoints", step, model, optimizer, {}, keep=2)
+    run = load_run(tmp_path)
+    assert (run.config, run.step, run.checkpoint.name) == (CONFIG, 10, "step-000010")
+    assert (run.model.head.weight == 10).all()
+    assert torch.equal(run.model.embed.weight, model.embed.weight)
+
+
+def test_a_folder_without_a_run_or_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is no run: it has no config.yaml"):
+        load_run(tmp_path)
+    write_yaml(CONFIG, tmp_path / "config.yaml")
+    with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
+        load_run(tmp_path)
