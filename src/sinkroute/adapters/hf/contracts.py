@@ -276,7 +276,9 @@ class Mixed:
             training=True,
             top_k=experts_TK.shape[-1],
         )
-        return logits_TE, weights * (weights_TK.sum(-1, keepdim=True) != 0), experts  # padding has no weight
+        weights = weights * (weights_TK.sum(-1, keepdim=True) != 0)  # padding has no weight
+        # A gradient of 0: a loss's own may come in by those weights.
+        return logits_TE, weights + 0 * weights_TK.to(weights.dtype), experts
 
 
 class Logits:

@@ -32,8 +32,8 @@ __all__ = ["Handle", "patch"]
 
 # As models call the coefficient of their own balancing loss.
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
-# The masks of tokens that models are called with, each that of the layers whose path has the word.
-_MASKS = {"decoder_attention_mask": "decoder", "attention_mask": ""}
+# The masks of tokens that models are called with.
+_MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 def patch(model: nn.Module, router: str, *, keep_aux_loss: bool | None = None, **options: Any) -> Handle:
@@ -81,9 +81,10 @@ def patch(model: nn.Module, router: str, *, keep_aux_loss: bool | None = None, *
     known, refused = find_routers(model)
     if not known:
         raise ValueError(_nothing_to_patch(model, refused))
+    routers = {site: _make_router(router, site, scoring, options) for site, scoring in known.items()}
     handle = Handle(model, router, refused)
-    for site, scoring in known.items():
-        handle.take(site, scoring, _make_router(router, site, scoring, options))
+    for site, scoring in known.items():  # all of them could be made: the model is not left half patched
+        handle.take(site, scoring, routers[site])
     if not (router == "softmax" if keep_aux_loss is None else keep_aux_loss):
         handle.switch_off_aux_loss()
     handle.watch_model()
@@ -241,11 +242,10 @@ class Handle(nn.Module):
 
     def token_mask(self, path: str, tokens: int) -> Tensor | None:
         """(T,) bool of the tokens that the router at this path is given; None: all are real, or nothing is known."""
-        for name, word in _MASKS.items():
-            mask = self._masks.get(name)
-            if mask is not None and word in path and len(mask) == tokens:
-                return mask
-        return None
+        config = getattr(vars(self)["model"], "config", None)
+        of_decoder = getattr(config, "is_encoder_decoder", False) and "decoder" in path.split(".")
+        mask = self._masks.get("decoder_attention_mask" if of_decoder else "attention_mask")
+        return mask if mask is not None and len(mask) == tokens else None
 
     def note(self, aux_loss: Tensor | None) -> None:
         """A router was called in training."""
