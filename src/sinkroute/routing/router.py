@@ -396,7 +396,7 @@ class Router(nn.Module):
         if recomputing():
             # The last that a loss has reached: there are others where a layer is used several times, and where several
             # forward passes come before a backward pass; one without a gradient is of a pass that was a trial.
-            found = next((leaf for leaf in reversed(leaves) if leaf.grad is not None), None)
+            found = next((leaf for leaf in reversed(leaves) if leaf.is_leaf and leaf.grad is not None), None)
             if found is not None:
                 weights_TK = _AddGradient.apply(weights_TK, aux_loss, found.grad)
                 found.grad = None  # this one has been passed on

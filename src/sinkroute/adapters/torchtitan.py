@@ -1,0 +1,268 @@
+"""Our routers in torchtitan's mixture-of-experts layers.
+
+torchtitan's `MoE` (models/common/moe.py) asks its router for weights and ids of K experts per token and for all scores:
+
+    scores_BLK, ids_BLK, scores_BLE = self.router(x_BLD, self.expert_bias_E)
+
+`SinkrouteRouter` is their `TokenChoiceTopKRouter` with its gate, scoring and parameter names; in training a sinkroute
+router chooses and weighs. In `eval()`, and wherever the method does no more than plain top-k, their own code runs. It
+comes into a model in three ways: `SinkrouteRouter.Config` in a model configuration, `route` as an override on
+torchtitan's command line, `patch` on a built model.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+try:
+    from torchtitan.config.override import derive, override
+    from torchtitan.models.common.linear import Linear
+    from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
+    from torchtitan.protocols.module import Module
+except ImportError as error:
+    raise ImportError(
+        "sinkroute.adapters.torchtitan needs torchtitan 0.3.0, with torchtitan.models.common.moe.TokenChoiceTopKRouter "
+        "and triton; install it with `pip install torchtitan==0.3.0 triton`"
+    ) from error
+
+from sinkroute.adapters._fit import (
+    Patched,
+    fit_router,
+    hold,
+    holder,
+    put_in,
+    refuse_bias,
+    refuse_loss,
+    serves_as_theirs,
+)
+from sinkroute.routing import Router
+from sinkroute.routing.ranks import Ranks
+from sinkroute.routing.router import Choice
+
+__all__ = ["SinkrouteRouter", "patch", "route"]
+
+# What decides how their router routes, as known; a field more is a rule that we would not follow.
+_KNOWN = {
+    "gate",
+    "num_experts",
+    "num_expert_groups",
+    "num_limited_groups",
+    "top_k",
+    "score_func",
+    "route_norm",
+    "route_scale",
+    "_debug_force_load_balance",
+}
+
+
+@functools.cache
+def check_contract() -> None:
+    """Refuse a torchtitan whose router is not the one that this adapter is written for.
+
+    Raises:
+        RuntimeError: its options, its arguments or what it returns are others.
+    """
+    names = {entry.name for entry in fields(TokenChoiceTopKRouter.Config)} - {
+        entry.name for entry in fields(Module.Config)
+    }
+    problem = f"has the options {sorted(names)}" if names != _KNOWN else None
+    if problem is None:
+        gate = Linear.Config(in_features=2, out_features=4)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            theirs = TokenChoiceTopKRouter.Config(num_experts=4, gate=gate, top_k=3).build()
+            try:
+                found = [tuple(part.shape) for part in theirs(torch.zeros(1, 5, 2), torch.zeros(4))]
+                problem = None if found == [(1, 5, 3), (1, 5, 3), (1, 5, 4)] else f"gives tensors of {found}"
+            except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+                problem = f"does not take (x, expert_bias): {error}"
+    if problem is not None:
+        raise RuntimeError(
+            f"torchtitan {importlib.metadata.version('torchtitan')} is not supported: its TokenChoiceTopKRouter "
+            f"{problem}; install torchtitan==0.3.0, or a sinkroute that knows this one"
+        )
+
+
+class SinkrouteRouter(TokenChoiceTopKRouter):
+    """torchtitan's router, asking a sinkroute router in training.
+
+    Config: the fields of `TokenChoiceTopKRouter.Config`, and `method` (a name from `sinkroute.list_routers()`) and
+    `options` (its options but for those that the fields give: score, norm_topk, groups, route_scale).
+
+    Raises:
+        ValueError: a method that does not fit (see `patch`).
+        RuntimeError: a torchtitan whose router is another.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TokenChoiceTopKRouter.Config):
+        method: str = "ssr-s"
+        options: dict[str, Any] = field(default_factory=dict)
+
+    def __init__(self, config: SinkrouteRouter.Config) -> None:
+        super().__init__(config)
+        hold(self, _fit(self, config.method, config.options))
+
+    def forward(self, x_BLD: Tensor, expert_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """As theirs: (..., D) and (E,) → weights (..., K), experts (..., K), scores (..., E).
+
+        Raises:
+            ValueError: a bias that torchtitan balances, and a method that balances by other means.
+            NotImplementedError: scores that are spread over ranks by anything but tokens.
+            RuntimeError: the layer is compiled, or captured in a CUDA graph.
+        """
+        router = holder(self)
+        if self._debug_force_load_balance or (not self.training and serves_as_theirs(router)):
+            return super().forward(x_BLD, expert_bias_E)
+        _refuse_frozen(x_BLD)
+        if expert_bias_E is not None:
+            refuse_bias(router, "load_balance_coeff")
+        if self.training and router.is_plain():
+            # Their own code, to the last bit; ours counts.
+            logits: list[Tensor] = []
+            hook = self.gate.register_forward_hook(lambda gate, inputs, output: logits.append(output))
+            try:
+                weights_BLK, experts_BLK, scores_BLE = super().forward(x_BLD, expert_bias_E)
+            finally:
+                hook.remove()
+            plain = Choice(_local(experts_BLK).flatten(0, -2), _local(weights_BLK).flatten(0, -2))
+            router(_local(logits[0]).detach().flatten(0, -2), plain=plain)
+            return weights_BLK, experts_BLK, scores_BLE
+        with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
+            logits_BLE = self.gate(x_BLD)
+        _check_placements(logits_BLE)
+        scores_BLE = torch.sigmoid(logits_BLE) if self.score_func == "sigmoid" else logits_BLE.softmax(dim=-1)
+        router.correction_E = None if expert_bias_E is None else _local(expert_bias_E)
+        local_BLE = _local(logits_BLE)
+        routes = router(local_BLE.flatten(0, -2))
+        weights_BLK, experts_BLK = (
+            _like(part.unflatten(0, local_BLE.shape[:-1]), logits_BLE)
+            for part in (routes.weights.to(local_BLE.dtype), routes.experts)
+        )
+        return weights_BLK, experts_BLK, scores_BLE
+
+    def parallelize(self, parallel_dims: Any) -> None:
+        """Theirs, and what the mesh says of the tokens: tensor-parallel ranks without expert parallelism hold the same,
+        and must draw the same noise."""
+        super().parallelize(parallel_dims)
+        router = holder(self)
+        if router.process_group == Ranks(None) and parallel_dims.tp_enabled and not parallel_dims.ep_enabled:
+            mesh = parallel_dims.get_optional_mesh("loss")
+            router.batch_ranks = Ranks(None if mesh is None else mesh.get_group())
+
+
+@override(target=TokenChoiceTopKRouter.Config, exact=True, description="sinkroute's router")
+def route(config: TokenChoiceTopKRouter.Config, method: str = "ssr-s", **options: Any) -> SinkrouteRouter.Config:
+    """For `--override.imports 'sinkroute.adapters.torchtitan.route={"method": "ssr-l", "probability": 0.001}'`.
+
+    Returns:
+        The configuration of a `SinkrouteRouter` in the place of theirs.
+    """
+    return derive(config, SinkrouteRouter.Config, method=method, options=options)
+
+
+def patch(model: nn.Module, method: str, **options: Any) -> Patched:
+    """Put a sinkroute router into every `MoE` layer of a built model, in place.
+
+    Args:
+        model: a torchtitan model, or one stage of it. Its parameters, their names and the `state_dict` stay as they are
+            (a method that remembers something adds `router.state.*`).
+        method: a name from `sinkroute.list_routers()`.
+        options: the method's, but for those that the model's routers give: score, norm_topk, groups, route_scale.
+
+    Returns:
+        A handle whose `remove()` undoes it.
+
+    Raises:
+        ValueError: no such layer; a router that is no plain `TokenChoiceTopKRouter`; a method with a gate or a
+            parameter of its own, with an auxiliary loss (nothing in torchtitan adds it to the training loss), in which
+            experts choose, or which has a rule of its own beside `load_balance_coeff`; no `process_group` for a model
+            that is parallelized already.
+        RuntimeError: a torchtitan whose router is another.
+    """
+
+    def fit(path: str, part: nn.Module) -> tuple[type[nn.Module], Router] | None:
+        if isinstance(part, MoE) and type(part.router) is not TokenChoiceTopKRouter:
+            cure = "call remove() first" if isinstance(part.router, SinkrouteRouter) else "patch the model without it"
+            raise ValueError(
+                f"{path}.router is a {type(part.router).__name__}, not torchtitan's TokenChoiceTopKRouter; {cure}"
+            )
+        if type(part) is not TokenChoiceTopKRouter:
+            return None
+        if part._parallelized and options.get("process_group") is None:
+            raise ValueError(
+                f"process_group=None, but the model is parallelized already, and {path} cannot tell any more which "
+                "ranks hold the same tokens and must draw the same noise; patch it before, configure it, or give "
+                'the group of ranks with other tokens, parallel_dims.get_mesh("loss").get_group()'
+            )
+        router = _fit(part, method, options)
+        if biased.get(id(part)):
+            refuse_bias(router, "load_balance_coeff")
+        # The number of the block, the same in each pipeline stage.
+        if not router.layer_is_given and (block := re.search(r"(?:^|\.)layers\.(\d+)\.", path)):
+            router.layer, router.layer_is_given = int(block[1]), True
+        return SinkrouteRouter, router
+
+    biased = {id(part.router): part.load_balance_coeff is not None for part in model.modules() if isinstance(part, MoE)}
+    return put_in(model, fit, "torchtitan MoE layer")
+
+
+def _fit(theirs: TokenChoiceTopKRouter, method: str, options: dict[str, Any]) -> Router:
+    check_contract()
+    scoring = {"score": theirs.score_func, "norm_topk": theirs.route_norm, "route_scale": theirs.route_scale}
+    if theirs.num_expert_groups is not None:
+        scoring |= {"groups": theirs.num_expert_groups, "top_groups": theirs.num_limited_groups}
+    owner = "torchtitan's router"
+    router = fit_router(method, theirs.num_experts, theirs.top_k, options, owner, **scoring)
+    refuse_loss(router, "torchtitan")
+    if router.state is not None:
+        # torchtitan refuses models with parts that are no `Module` of its own.
+        for part in router.modules():
+            part.__class__ = _as_titan_module(type(part))  # type: ignore[arg-type]
+    return router
+
+
+@functools.cache
+def _as_titan_module(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (cls, Module), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _refuse_frozen(x_BLD: Tensor) -> None:
+    """A compiled or captured step would repeat the draws, and the branch, of the step in which it was made."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "a sinkroute router cannot be compiled with fullgraph=True, as torchtitan does with its blocks: its solver "
+            "ends when the data say so; leave the model out, --compile.components loss"
+        )
+    if x_BLD.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a sinkroute router decides anew in every step, which a CUDA graph would not; set "
+            "--training.disable_cuda_graphs"
+        )
+
+
+def _check_placements(logits_BLE: Tensor) -> None:
+    if not isinstance(logits_BLE, DTensor):
+        return
+    if any(place.is_partial() or place.is_shard(logits_BLE.ndim - 1) for place in logits_BLE.placements):
+        raise NotImplementedError(
+            f"the gate's scores are placed as {logits_BLE.placements}, but a router needs whole rows; shard tokens only"
+        )
+
+
+def _local(part: Tensor) -> Tensor:
+    return part.to_local() if isinstance(part, DTensor) else part
+
+
+def _like(part: Tensor, reference: Tensor) -> Tensor:
+    """`part`, of this rank, placed as `reference` is."""
+    if not isinstance(reference, DTensor):
+        return part
+    return DTensor.from_local(part, reference.device_mesh, reference.placements, run_check=False)

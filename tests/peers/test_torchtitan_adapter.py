@@ -1,0 +1,421 @@
+"""Our routers inside torchtitan's layers: against its own `TokenChoiceTopKRouter` and `MoE`, on the CPU."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+import sinkroute
+
+titan_moe = pytest.importorskip("torchtitan.models.common.moe")
+titan_linear = pytest.importorskip("torchtitan.models.common.linear")
+titan_override = pytest.importorskip("torchtitan.config.override")
+titan_optimizer = pytest.importorskip("torchtitan.components.optimizer.optimizer")
+
+from sinkroute.adapters import torchtitan as adapter  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:In CPU autocast"),
+    pytest.mark.filterwarnings("ignore:.*torch.utils.checkpoint.*"),
+]
+
+EXPERTS, WIDTH, TOP_K = 8, 16, 2
+# The first: their own code runs. The second: ours, with noise that changes nothing.
+QUIET = [{"probability": 0.0, "noise": 0.0}, {"probability": 0.0, "noise": 1e-12}]
+
+
+def layer_config(coeff=None, top_k=TOP_K, **options):
+    gate = titan_linear.Linear.Config(
+        in_features=WIDTH, out_features=EXPERTS, param_init={"weight": lambda weight: nn.init.normal_(weight, std=0.3)}
+    )
+    normal = dict.fromkeys(("w1_EFD", "w2_EDF", "w3_EFD"), lambda weight: nn.init.normal_(weight, std=0.1))
+    return titan_moe.MoE.Config(
+        num_experts=EXPERTS,
+        load_balance_coeff=coeff,
+        routed_experts=titan_moe.RoutedExperts.Config(
+            inner_experts=titan_moe.GroupedExperts.Config(
+                dim=WIDTH, hidden_dim=32, num_experts=EXPERTS, param_init=normal
+            ),
+            token_dispatcher=titan_moe.LocalTokenDispatcher.Config(num_experts=EXPERTS, top_k=top_k),
+        ),
+        router=titan_moe.TokenChoiceTopKRouter.Config(num_experts=EXPERTS, gate=gate, top_k=top_k, **options),
+    )
+
+
+def make_layer(coeff=None, top_k=TOP_K, **options):
+    moe = layer_config(coeff, top_k, **options).build()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        moe.init_states()
+    return moe
+
+
+def tokens(batch=2, length=30):
+    """Some experts get more of them than others."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, length, WIDTH, generator=generator) + torch.randn(WIDTH, generator=generator)
+
+
+def spread(weights, experts):
+    """(..., K) as (T, E): the order of columns is nobody's."""
+    rows = experts.flatten(0, -2)
+    return torch.zeros(len(rows), EXPERTS).scatter(1, rows, weights.flatten(0, -2))
+
+
+def routed(router, x, bias=None):
+    """Weights (T, E), and the gradients of the gate and of the tokens for random numbers on the weights."""
+    x = x.clone().requires_grad_()
+    router.zero_grad()
+    weights, experts, scores = router(x, bias)
+    weights_TE = spread(weights, experts)
+    projection_TE = torch.randn(weights_TE.shape, generator=torch.Generator().manual_seed(2))
+    (weights_TE * projection_TE).sum().backward()
+    return weights_TE, scores, router.gate.weight.grad.clone(), x.grad
+
+
+def largest_load(experts):
+    return experts.flatten().bincount(minlength=EXPERTS).max().item()
+
+
+# -- the training forward pass ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quiet", QUIET, ids=["theirs", "ours"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("groups", [{}, {"num_expert_groups": 4, "num_limited_groups": 2}], ids=["", "groups"])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_without_plans_and_noise_choices_weights_and_gradients_are_torchtitans(
+    score, top_k, norm, groups, biased, quiet
+):
+    options = {"score_func": score, "route_norm": norm, "route_scale": 2.5, **groups}
+    theirs = make_layer(top_k=top_k, **options).router
+    ours = copy.deepcopy(theirs)
+    adapter.patch(ours, "ssr-l", **quiet)
+    sinkroute.set_step(ours, 0)
+    bias_E = torch.linspace(-0.3, 0.3, EXPERTS) if biased else None
+    for mine, his in zip(routed(ours, tokens(), bias_E), routed(theirs, tokens(), bias_E), strict=True):
+        torch.testing.assert_close(mine, his, rtol=1e-4, atol=1e-5)
+
+
+def test_where_the_method_is_plain_top_k_a_layers_output_and_gradients_are_torchtitans_to_the_last_bit():
+    theirs = make_layer(coeff=1e-3, route_norm=True)
+    ours = copy.deepcopy(theirs)
+    adapter.patch(ours, "ssr-s", **QUIET[0])
+    outputs = []
+    for moe in (ours, theirs):
+        x = tokens().requires_grad_()
+        y = moe(x)
+        y.square().mean().backward()
+        outputs.append([y, x.grad, *(p.grad for p in moe.parameters()), moe.tokens_per_expert_E])
+    for mine, his in zip(*outputs, strict=True):
+        assert torch.equal(mine, his)
+
+
+@pytest.mark.parametrize("method", ["ssr-l", "ssr-s"])
+def test_on_sinkhorn_steps_the_plan_of_the_gates_scores_chooses_and_weighs(method):
+    moe = make_layer(score_func="softmax", route_norm=True, route_scale=2.0)
+    alone = sinkroute.create_router(
+        method, num_experts=EXPERTS, top_k=TOP_K, probability=1.0, norm_topk=True, route_scale=2.0, layer=0
+    )
+    adapter.patch(moe, method, probability=1.0, layer=0)
+    for part in (moe, alone):
+        sinkroute.set_step(part, 7)
+    routes = alone(moe.router.gate(tokens()).flatten(0, 1))
+    assert routes.branch == "sinkhorn"
+    weights, experts, _ = moe.router(tokens())
+    torch.testing.assert_close(spread(weights, experts), spread(routes.weights, routes.experts))
+    moe(tokens())
+    assert torch.equal(moe.tokens_per_expert_E, routes.load.float())
+
+
+def test_a_layer_learns_on_every_kind_of_step():
+    moe = make_layer(route_norm=True)
+    adapter.patch(moe, "ssr-l", probability=0.5, noise=0.3, weights="scores")
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
+    branches, losses = set(), []
+    for step in range(12):
+        sinkroute.set_step(moe, step)
+        branches.add(sinkroute.routing.attached.attached(moe.router).sinkhorn_now)
+        loss = (moe(tokens()) - tokens()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert moe.router.gate.weight.grad.abs().sum() > 0
+        optimizer.step()
+        losses.append(loss.item())
+    assert branches == {True, False} and losses[-1] < losses[0]
+
+
+def test_plans_balance_loads_that_the_gate_does_not():
+    moe = make_layer()
+    before = moe.router(tokens())[1]
+    adapter.patch(moe, "ssr-b", probability=1.0, noise=0.0)
+    assert largest_load(moe.router(tokens())[1]) == 15 < largest_load(before)  # 60 · 2 / 8
+
+
+def test_the_method_follows_the_layer_from_eval_to_training_and_back():
+    moe = make_layer().eval()
+    before = largest_load(moe.router(tokens())[1])
+    adapter.patch(moe, "ssr-b", probability=1.0, noise=0.0, inference="noise")
+    loads = [largest_load(moe.train(training).router(tokens())[1]) for training in (True, False, True)]
+    assert loads == [15, before, 15]
+
+
+def test_forced_balance_of_torchtitans_debugging_stays_as_it_is():
+    moe = make_layer(_debug_force_load_balance=True)
+    before = moe.router(tokens())[1]
+    adapter.patch(moe, "ssr-l", probability=1.0)
+    assert torch.equal(moe.router(tokens())[1], before)
+
+
+# -- torchtitan's own bias -------------------------------------------------------------------------------------------
+
+
+def test_torchtitans_bias_joins_the_choice_between_plans_and_its_hook_moves_it():
+    moe = make_layer(coeff=0.05, route_norm=True)
+    adapter.patch(moe, "ssr-s", probability=0.0, noise=1e-12)
+    block, model, updates = nn.Module(), nn.Module(), []
+    block.moe_enabled, block.moe = True, moe
+    model.layers = nn.ModuleDict({"0": block})
+    titan_optimizer.register_moe_load_balancing_hook(
+        SimpleNamespace(register_step_pre_hook=updates.append),
+        [model],
+        SimpleNamespace(get_optional_mesh=lambda name: None, ep_enabled=False, tp=1),
+    )
+    most = []
+    for step in range(10):
+        sinkroute.set_step(model, step)
+        moe(tokens())
+        most.append(moe.tokens_per_expert_E.max().item())
+        updates[0]()
+    assert most[-1] < 0.8 * most[0], "the bias has balanced nothing"
+
+
+@pytest.mark.parametrize("method", ["loss-free", "quantile", "ssr-bias", "sinkhorn"])
+def test_a_method_with_a_rule_of_its_own_is_refused_beside_torchtitans_bias(method):
+    with pytest.raises(ValueError, match="load_balance_coeff"):
+        adapter.patch(make_layer(coeff=1e-3), method)
+    adapter.patch(make_layer(), method)
+
+
+def test_a_method_with_a_rule_of_its_own_is_refused_beside_the_bias_of_a_configured_layer():
+    config = layer_config(coeff=1e-3)
+    config.router = adapter.route(config.router, "loss-free")
+    moe = config.build()
+    with pytest.raises(ValueError, match="load_balance_coeff"):
+        moe(tokens())
+
+
+# -- serving and checkpoints -----------------------------------------------------------------------------------------
+
+
+def test_in_eval_outputs_are_torchtitans_to_the_last_bit():
+    theirs = make_layer(coeff=1e-3)
+    theirs.expert_bias_E.copy_(torch.linspace(-0.2, 0.2, EXPERTS))
+    ours = copy.deepcopy(theirs)
+    adapter.patch(ours, "ssr-l", probability=1.0)
+    assert torch.equal(ours.eval()(tokens()), theirs.eval()(tokens()))
+
+
+def test_checkpoints_load_both_ways_and_what_is_removed_leaves_nothing():
+    plain, patched = make_layer(coeff=1e-3), make_layer(coeff=1e-3)
+    handle = adapter.patch(patched, "ssr-s")
+    names = [name for name, _ in patched.named_modules()]
+    patched.load_state_dict(plain.state_dict())
+    plain.load_state_dict(patched.state_dict())
+    handle.remove()
+    handle.remove()
+    assert type(patched.router) is titan_moe.TokenChoiceTopKRouter
+    assert names == [name for name, _ in patched.named_modules()]
+    assert not sinkroute.routing.attached.named_routers(patched)
+
+
+def test_what_a_method_remembers_is_in_the_checkpoint_in_float32_and_serves():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        moe = make_layer().bfloat16()
+        handle = adapter.patch(moe, "loss-free", update_rate=0.5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    x = tokens().bfloat16()
+    plain = moe.eval().router(x)[1]
+    sinkroute.set_step(moe.train(), 0)
+    moe(x)
+    sinkroute.end_step(moe)
+    assert moe.state_dict()["router.router.state.bias_E"].dtype == torch.float32
+    assert isinstance(moe.router.router, titan_moe.TokenChoiceTopKRouter.__mro__[1])
+    assert not torch.equal(moe.eval().router(x)[1].sort().values, plain.sort().values)
+    handle.remove()
+    assert "router.router.state.bias_E" not in moe.state_dict()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_changes_no_gradient_and_counts_no_token_twice(reentrant):
+    gradients = []
+    for recompute in (False, True):
+        moe = make_layer(route_norm=True)
+        adapter.patch(moe, "ssr-l", probability=0.5, noise=1.0, weights="scores", layer=3)
+        with sinkroute.LoadMonitor(moe) as monitor:
+            for step in range(4):
+                sinkroute.set_step(moe, step)
+                x = tokens().requires_grad_()
+                y = checkpoint(moe, x, use_reentrant=reentrant) if recompute else moe(x)
+                y.square().mean().backward()
+        assert monitor.metrics()["router"]["tokens"] == 4 * 60
+        gradients.append([p.grad for p in moe.parameters()])
+    for once, twice in zip(*gradients, strict=True):
+        torch.testing.assert_close(once, twice)
+
+
+# -- ways into a model -----------------------------------------------------------------------------------------------
+
+
+def test_a_configured_layer_is_built_on_the_meta_device_and_routes_as_a_patched_one():
+    config = layer_config(route_norm=True)
+    root = SimpleNamespace(traverse=config.traverse)
+    target = "sinkroute.adapters.torchtitan.route"
+    options = {"method": "ssr-l", "probability": 1.0, "noise": 0.2, "layer": 0}
+    titan_override.apply_overrides(titan_override.OverrideConfig(imports=[(target, options)]), root)
+    with torch.device("meta"):
+        ours = config.build()
+    assert all(isinstance(part, titan_moe.Module) for part in ours.modules())
+    ours.to_empty(device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        ours.init_states()
+    theirs = make_layer(route_norm=True)
+    adapter.patch(theirs, "ssr-l", probability=1.0, noise=0.2, layer=0)
+    for moe in (ours, theirs):
+        sinkroute.set_step(moe, 3)
+    assert torch.equal(ours(tokens()), theirs(tokens()))
+
+
+def test_a_method_with_a_state_is_part_of_a_configured_model():
+    config = layer_config()
+    config.router = adapter.route(config.router, "loss-free")
+    with torch.device("meta"):
+        moe = config.build()
+    assert all(isinstance(part, titan_moe.Module) for part in moe.modules())
+    moe.to_empty(device="cpu")
+    moe.init_states()
+    assert moe.router.router.state.bias_E.tolist() == [0.0] * EXPERTS
+
+
+def test_layers_are_numbered_by_their_block_in_whatever_stage_they_are():
+    model = nn.Module()
+    model.layers = nn.ModuleDict({"5": nn.ModuleDict({"moe": make_layer()}), "9": nn.ModuleDict({"moe": make_layer()})})
+    handle = adapter.patch(model, "ssr-l")
+    sinkroute.set_step(model, 0)
+    assert {path: router.layer for path, router in handle.routers.items()} == {
+        "layers.5.moe.router": 5,
+        "layers.9.moe.router": 9,
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "reason"),
+    [
+        ("load-balance", {}, "auxiliary loss"),
+        ("ssr-l", {"losses": ["z-loss"]}, "auxiliary loss"),
+        ("xmoe", {}, "gate of its own"),
+        ("ssr-l", {"noise": "learned"}, "parameter"),
+        ("expert-choice", {}, "does not give every token top_k=2 experts"),
+        ("ssr-ec", {}, "does not give every token top_k=2 experts"),
+        ("ssr-l", {"score": "softmax"}, "score='softmax' is read from torchtitan's router"),
+        ("srr-l", {}, "did you mean"),
+    ],
+)
+def test_a_method_that_does_not_fit_is_refused_and_nothing_is_patched(method, options, reason):
+    moe = make_layer()
+    with pytest.raises(ValueError, match=reason):
+        adapter.patch(moe, method, **options)
+    assert type(moe.router) is titan_moe.TokenChoiceTopKRouter
+
+
+def test_a_model_without_layers_and_one_that_is_patched_already_are_refused():
+    with pytest.raises(ValueError, match="nothing to patch"):
+        adapter.patch(nn.Linear(2, 2), "ssr-l")
+    moe = make_layer()
+    adapter.patch(moe, "ssr-l")
+    with pytest.raises(ValueError, match=r"remove\(\) first"):
+        adapter.patch(moe, "ssr-s")
+
+
+def test_a_torchtitan_with_another_router_is_refused_with_its_version(monkeypatch):
+    monkeypatch.setattr(titan_moe.TokenChoiceTopKRouter, "forward", lambda self, x, bias=None: (x, x))
+    adapter.check_contract.cache_clear()
+    with pytest.raises(
+        RuntimeError, match=r"torchtitan 0\.3\.0 is not supported: .* gives tensors .* install torchtitan"
+    ):
+        adapter.patch(make_layer(), "ssr-l")
+    monkeypatch.undo()
+    adapter.check_contract()
+
+
+def test_a_compiled_layer_is_refused_with_the_cure():
+    moe = make_layer()
+    adapter.patch(moe, "ssr-l")
+    compiled = torch.compile(moe.router, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"compile\.components loss"):
+        compiled(tokens())
+
+
+# -- tensors over several ranks --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    store = dist.FileStore(str(tmp_path_factory.mktemp("ranks") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("placement", [Replicate(), Shard(1), Shard(0)])
+def test_tokens_on_several_ranks_are_routed_where_they_are(mesh, placement):
+    moe = make_layer(route_norm=True)
+    adapter.patch(moe, "ssr-l", probability=1.0, layer=0, process_group="world")
+    expected = routed(moe.router, tokens())
+    whole = moe.router.gate.weight
+    moe.router.gate.weight = nn.Parameter(distribute_tensor(whole.detach(), mesh, [Replicate()]))
+    weights, experts, scores = moe.router(distribute_tensor(tokens(), mesh, [placement]))
+    for part in (weights, experts, scores):
+        assert isinstance(part, DTensor) and part.placements == (placement,)
+    torch.testing.assert_close(spread(weights.to_local(), experts.to_local()), expected[0])
+    (weights * torch.ones_like(weights)).sum().backward()
+    assert isinstance(moe.router.gate.weight.grad, DTensor)
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_ranks_with_the_same_tokens_draw_the_same_noise(mesh, expert_parallel):
+    moe = make_layer()
+    adapter.patch(moe, "ssr-l")
+    dims = SimpleNamespace(
+        tp_enabled=True, ep_enabled=expert_parallel, spmd_backend="default", get_optional_mesh=lambda name: None
+    )
+    moe.router.parallelize(dims)
+    (router,) = sinkroute.routing.attached.named_routers(moe).values()
+    # With expert parallelism each of them has tokens of its own.
+    assert repr(router.batch_ranks) == ("'world'" if expert_parallel else "None")
+
+
+def test_a_model_that_is_parallelized_already_needs_to_be_told_its_ranks(mesh):
+    moe = make_layer()
+    moe.router.parallelize(SimpleNamespace(spmd_backend="default"))
+    with pytest.raises(ValueError, match="process_group=None, but the model is parallelized already"):
+        adapter.patch(moe, "ssr-l")
+    adapter.patch(moe, "ssr-l", process_group="world")
+
+
+def test_scores_that_are_spread_by_experts_are_refused(mesh):
+    moe = make_layer()
+    adapter.patch(moe, "ssr-l", process_group="world")
+    moe.router.gate.weight = nn.Parameter(distribute_tensor(moe.router.gate.weight.detach(), mesh, [Shard(0)]))
+    with pytest.raises(NotImplementedError, match="whole rows"):
+        moe.router(distribute_tensor(tokens(), mesh, [Replicate()]))
