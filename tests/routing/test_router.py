@@ -6,6 +6,7 @@ import torch.distributed
 
 import sinkroute
 from sinkroute._errors import NonFiniteScores
+from sinkroute.routing.router import Choice
 
 QUIET = {"noise": 0.0}
 # Every rule of every router, without noise, where the routes are functions of the scores alone.
@@ -259,3 +260,144 @@ def test_the_description_tells_the_sizes():
 def test_the_gate_of_a_router_is_a_linear_map_without_bias():
     gate = make("softmax", {}).make_gate(10)
     assert gate.weight.shape == (6, 10) and gate.bias is None
+
+
+# -- in a model that has a router already ----------------------------------------------------------------------------
+
+
+def plain_of(logits_TE, top_k=2):
+    """Another's choice, with weights that no rule of ours would give."""
+    experts_TK = logits_TE.topk(top_k).indices
+    return Choice(experts_TK, torch.full(experts_TK.shape, 0.25))
+
+
+@pytest.mark.parametrize("name", ["softmax", "ssr-l", "ssr-b"])
+def test_a_plain_choice_that_was_made_already_is_taken_as_it_is(name):
+    options = {"probability": 0.0, **QUIET} if name != "softmax" else {}
+    router, logits_TE = make(name, options | {"route_scale": 3.0}), random(20, 6)
+    for training in (True, False):
+        router.train(training)
+        assert router.is_plain()
+        given = plain_of(logits_TE)
+        routes = router(logits_TE, plain=given)
+        assert routes.experts is given.experts_TK and torch.equal(routes.weights, given.weights_TK)  # and not scaled
+        assert routes.load.tolist() == given.experts_TK.flatten().bincount(minlength=6).tolist()
+        mask = torch.arange(20) < 15
+        assert router(logits_TE, mask, plain=given).load.sum() == 30
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("load-balance", {}),
+        ("loss-free", {}),
+        ("sinkhorn", {}),
+        ("ssr-l", QUIET | {"probability": 1.0}),
+        ("ssr-l", {"probability": 0.0}),
+        ("ssr-l", QUIET | {"probability": 0.0, "losses": {"z-loss": 0.1}}),
+        ("ssr-bias", QUIET | {"probability": 0.0}),
+    ],
+)
+def test_a_method_that_does_more_makes_its_own(name, options):
+    router, logits_TE = make(name, options), random(20, 6)
+    assert not router.is_plain()
+    routes, expected = router(logits_TE, plain=plain_of(logits_TE)), make(name, options)(logits_TE)
+    assert torch.equal(routes.weights, expected.weights) and torch.equal(routes.experts, expected.experts)
+    assert not (routes.weights == 0.25).all()
+
+
+@pytest.mark.parametrize("branch", ["softmax", "sinkhorn"])
+def test_noise_of_the_other_branch_leaves_a_step_plain(branch):
+    router = make("ssr-l", {"probability": 0.0, "noise": 0.5, "noise_branch": branch})
+    assert router.is_plain() == (branch == "sinkhorn")
+
+
+def test_serving_by_a_plan_is_not_plain():
+    router = make("ssr-l", {}).eval()
+    assert router.is_plain()
+    sinkroute.set_inference(router, "sinkhorn")
+    assert not router.is_plain()
+
+
+@pytest.mark.parametrize("name", ["softmax", "ssr-l"])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_model_adds_to_scores_chooses_and_does_not_weigh(name, training):
+    options = {"score": "sigmoid"} | ({} if name == "softmax" else {"probability": 0.0, **QUIET})
+    router = make(name, options, experts=3).train(training)
+    # Scores 0.5, 0.75, 0.25; with the correction 0.5, 0.15, 0.65.
+    logits_TE = torch.tensor([[1.0, 3.0, 1 / 3]]).log()
+    router.correction_E = torch.tensor([0.0, -0.6, 0.4])
+    routes = router(logits_TE)
+    assert routes.experts.tolist() == [[2, 0]]
+    torch.testing.assert_close(routes.weights, torch.tensor([[1 / 3, 2 / 3]]))
+
+
+def test_what_a_model_adds_to_logits_is_no_addition_to_scores():
+    logits_TE = torch.tensor([[4.0, 3.0, 1.0]])
+    chosen = {}
+    for place in ("logits", "scores"):
+        router = make("softmax", {"score": "sigmoid"}, experts=3, top_k=1)
+        router.correction_E, router.correction_on = torch.tensor([0.0, 0.0, 2.5]), place
+        chosen[place] = router(logits_TE).experts.item()
+    assert chosen == {"logits": 0, "scores": 2}
+
+
+def test_noise_in_front_of_a_correction_is_on_the_logits():
+    router, logits_TE = make("ssr-l", {"probability": 0.0, "noise": 3.0, "noise_scale": "absolute"}), random(50, 6)
+    router.correction_E = torch.tensor([9.0, 0, 0, 0, 0, 0])
+    sinkroute.set_step(router, 1)
+    routes = router(logits_TE)
+    assert (routes.experts == 0).any(1).all()  # the correction outweighs every score
+    noisy_TE = logits_TE + 3.0 * router.draw_normal(logits_TE)
+    expected_TK = (noisy_TE.softmax(-1) + router.correction_E).topk(2).indices
+    assert torch.equal(routes.experts, expected_TK)
+    weights_TK = noisy_TE.gather(1, expected_TK).softmax(-1)
+    torch.testing.assert_close(routes.weights, weights_TK)
+
+
+def test_links_are_heard_before_a_step_ends_and_told_after_it():
+    router, said = make("loss-free", {"update_rate": 0.5}, experts=2, top_k=1), []
+
+    class Link:
+        def pull(self):
+            router.state.bias_E.fill_(7.0)
+
+        def push(self):
+            said.append(router.state.bias_E.tolist())
+
+    router.links.append(Link())
+    sinkroute.set_step(router, 0)
+    router(torch.tensor([[1.0, 0.0]]))
+    sinkroute.end_step(router)
+    assert said == [[6.5, 7.5]]
+
+
+def test_a_correction_is_no_part_of_a_router():
+    router = make("softmax", {})
+    router.correction_E = torch.zeros(6)
+    assert router.state_dict() == {} and list(router.buffers()) == []
+
+
+def test_those_that_need_a_bias_or_a_gate_of_their_own_say_so():
+    own = {"loss-free", "quantile", "noisy", "xmoe", "stable-moe", "smoe-dropout", "hash", "ssr-bias", "ssr-fold"}
+    assert {name for name in sinkroute.list_routers() if not make(name, {}).serves_plainly} == own
+    assert make("ssr-bias", {"serve_with": "plain"}).serves_plainly
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "plain"),
+    [
+        ("softmax", {}, (True, True)),
+        ("load-balance", {}, (False, True)),
+        ("ssr-l", {"probability": 0, "noise": 0}, (True, True)),
+        ("ssr-l", {"probability": 1, "noise": 0}, (False, True)),
+        ("ssr-l", {"probability": 0, "noise": 0.3}, (False, True)),
+        ("ssr-l", {"probability": 0, "noise": 0, "inference": "sinkhorn"}, (True, False)),
+        ("ssr-bias", {"probability": 0, "noise": 0}, (False, False)),
+        ("ssr-bias", {"probability": 0, "noise": 0, "serve_with": "plain"}, (False, True)),
+        ("loss-free", {}, (False, False)),
+    ],
+)
+def test_a_router_says_where_it_does_no_more_than_plain_topk(name, options, plain):
+    router = sinkroute.create_router(name, num_experts=4, top_k=2, **options)
+    assert (router.train().is_plain(), router.eval().is_plain()) == plain

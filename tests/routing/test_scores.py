@@ -17,7 +17,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 import sinkroute
-from sinkroute.routing.scores import limit_to_groups, scores, weigh
+from sinkroute.routing.scores import limit_to_groups, log_scores, scores, weigh
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -187,7 +187,7 @@ def test_llama_4_weighs_by_the_sigmoid_of_the_chosen_logits(top_k):
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 5), st.integers(1, 9), st.data())
 def test_weights_are_the_scores_of_the_chosen_and_normalised_sum_to_1(tokens, experts, data):
-    score = data.draw(st.sampled_from(["softmax", "sigmoid"]))
+    score = data.draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"]))
     logits_TE = 5 * random(tokens, experts, seed=data.draw(st.integers(0, 2**32)), dtype=torch.float64)
     experts_TK = random(tokens, experts, seed=1).topk(data.draw(st.integers(1, experts))).indices
     chosen_TK = scores(logits_TE, score).gather(1, experts_TK)
@@ -207,6 +207,39 @@ def test_normalised_weights_survive_scores_that_underflow(score):
     torch.testing.assert_close(weights_TK, torch.tensor([[ratio, 1 - ratio]]))
     slope = ratio * (1 - ratio)
     torch.testing.assert_close(logits_TE.grad, torch.tensor([[0.0, slope, -slope]]))
+
+
+def test_deepseek_v4_scores_are_roots_of_softplus():
+    # log(1 + e⁰) = 0.6931, log(1 + 3) = 1.3863.
+    logits_TE = torch.tensor([[0.0, torch.tensor(3.0).log()]])
+    torch.testing.assert_close(scores(logits_TE, "sqrtsoftplus"), torch.tensor([[0.83255, 1.17741]]), rtol=1e-5, atol=0)
+
+
+def test_of_far_negative_logits_roots_of_softplus_keep_their_ratio_and_gradient():
+    # √log(1 + eᶻ) is e^(z/2) there: a ratio of √e for a difference of 1, and a slope of half of a softmax's.
+    for lowest in (-30.0, -120.0, -300.0):
+        logits_TE = torch.tensor([[5.0, lowest + 1, lowest]], requires_grad=True)
+        weights_TK = weigh(logits_TE, torch.tensor([[1, 2]]), "sqrtsoftplus", normalise=True)
+        weights_TK[0, 0].backward()
+        ratio = 1 / (1 + torch.e**-0.5)
+        torch.testing.assert_close(weights_TK, torch.tensor([[ratio, 1 - ratio]]))
+        slope = ratio * (1 - ratio) / 2
+        torch.testing.assert_close(logits_TE.grad, torch.tensor([[0.0, slope, -slope]]))
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus"])
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(-60, 60), min_size=2, max_size=6))
+def test_logarithms_of_scores_are_right_up_to_a_constant(score, logits):
+    logits_TE = torch.tensor([logits], dtype=torch.float64, requires_grad=True)
+    shares_TE = torch.softmax(log_scores(logits_TE, score), dim=-1)
+    plain_TE = scores(logits_TE, score)
+    torch.testing.assert_close(shares_TE, plain_TE / plain_TE.sum(), rtol=1e-6, atol=1e-12)
+    (gradient,) = torch.autograd.grad(shares_TE[0, 0], logits_TE, retain_graph=True)
+    (expected,) = torch.autograd.grad((plain_TE / plain_TE.sum())[0, 0], logits_TE)
+    assert gradient.isfinite().all()
+    if logits_TE.min() > -15:  # below, the plain way's own derivatives round
+        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-12)
 
 
 def test_a_sigmoid_that_rounds_to_1_still_tells_experts_apart():
@@ -242,7 +275,7 @@ def test_experts_of_the_best_groups_stay_and_keep_their_gradient(sizes, group_sc
     assert torch.equal(values_TE.grad, limited_TE.isfinite().float())
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus"])
 @pytest.mark.parametrize("group_score", ["max", "top2-sum"])
 def test_all_groups_are_no_groups(score, group_score):
     logits_TE = 30 + 10 * random(40, 8)  # sigmoids that round to 1, too

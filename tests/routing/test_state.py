@@ -357,3 +357,13 @@ def test_large_counts_are_exact():
     state.note(torch.tensor([2**52 + 1, 3]), {})
     load_E, sums = state.split(state.pending() * 2)
     assert load_E.tolist() == [2**53 + 2, 6] and sums == {}
+
+
+def test_values_are_float32_whatever_the_default_dtype_was():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        router = sinkroute.create_router("loss-free", num_experts=4, top_k=1)
+    finally:
+        torch.set_default_dtype(before)
+    assert router.state.bias_E.dtype == torch.float32

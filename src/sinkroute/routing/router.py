@@ -223,8 +223,10 @@ class Router(nn.Module):
         return nn.Linear(d_model, self.num_experts, bias=False)
 
     def is_plain(self) -> bool:
-        """Whether in this mode and step the method does no more than plain top-k."""
-        return not self.training or (type(self).route is Router.route and not self.losses)
+        """Whether in this mode and step the method does no more than plain top-k (of a model that its state is in)."""
+        if not self.training:
+            return self.serves_plainly or bool(self.links)
+        return type(self).route is Router.route and not self.losses
 
     def forward(self, logits_TE: Tensor, token_mask: Tensor | None = None, *, plain: Choice | None = None) -> Routes:
         """Route T tokens.

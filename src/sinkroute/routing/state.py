@@ -72,6 +72,8 @@ class RouterState(nn.Module):
         for name, value in values.items():
             if value.is_meta:
                 raise ValueError(f'{name} is on the meta device and has no value; make it with device="cpu"')
+        # Whatever the default dtype was when they were made.
+        values = {name: value.float() if value.is_floating_point() else value for name, value in values.items()}
         copies = {"saved_steps": self._steps(), **{f"saved_{name}": count for name, count in self._counts().items()}}
         self._initial = {name: value.clone() for name, value in (values | copies).items()}
         device = torch.empty(0).device  # the default one

@@ -282,7 +282,7 @@ class SSRRouter(Router):
 
     def is_plain(self) -> bool:
         if not self.training:
-            return self.inference == "none"
+            return self.inference == "none" and super().is_plain()
         quiet = self.raw_noise is None and (self.noise_now == 0 or self.noise_branch == "sinkhorn")
         return quiet and not self.sinkhorn_now and not self.losses and self.gate_bias() is None
 

@@ -46,6 +46,7 @@ class SSRFoldRouter(SSRKeptRouter):
         ValueError: another kind of gate.
     """
 
+    # Of its own gate.
     serves_plainly = False
 
     _warned = False
@@ -55,6 +56,11 @@ class SSRFoldRouter(SSRKeptRouter):
             raise unknown_name("gate", gate, get_args(Gate))
         self.gate = gate
         super().__init__(num_experts, top_k, **options)
+
+    def is_plain(self) -> bool:
+        if not self.training and "_gate" in self.__dict__:  # all that it knows is in there
+            return self.inference == "none"
+        return super().is_plain()
 
     def make_gate(self, d_model: int) -> nn.Module:
         """A linear map, with a bias of 0 or without one, which this router moves.
