@@ -1,0 +1,122 @@
+"""A pytest plugin: the router tests of a checkout of Megatron-LM on the CPU, with our router in place of its own.
+
+    MEGATRON_REPO=.../Megatron-LM ROUTER=ssr-l OPTIONS='{"probability": 0.0, "noise": 0.0}' \
+        python -m pytest -p megatron_on_the_cpu --noconftest .../tests/unit_tests/transformer/moe/test_routers.py
+
+ROUTER left out: with Megatron's own, to see what passes anyhow. Stand-ins: tensors stay where they are instead of going
+to a GPU; groups of one rank talk by gloo, those of several are fakes that say nothing; the test helpers, whose imports
+want the whole training framework, are small ones of our own.
+"""
+
+import contextlib
+import json
+import os
+import random
+import sys
+import types
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe import moe_layer, moe_utils
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+
+class _OnTheCpu(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if "cuda" in str(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A CUDA stream, or an event on one, to code that would wait for it."""
+
+
+class _Generators:
+    """Megatron's CUDA generators: the CPU's own is used."""
+
+    def fork(self, name=None):
+        return contextlib.nullcontext()
+
+
+class Utils:
+    """What Megatron's tests know by this name."""
+
+    @staticmethod
+    def initialize_model_parallel(
+        tensor_model_parallel_size=1, pipeline_model_parallel_size=1, expert_model_parallel_size=1, **sizes
+    ):
+        parallel_state.destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        world = max(tensor_model_parallel_size * pipeline_model_parallel_size, expert_model_parallel_size)
+        store = dist.HashStore() if world == 1 else FakeStore()
+        dist.init_process_group("gloo" if world == 1 else "fake", store=store, rank=0, world_size=world)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size,
+            pipeline_model_parallel_size,
+            expert_model_parallel_size=expert_model_parallel_size,
+            create_gloo_process_groups=world == 1,
+            **sizes,
+        )
+
+    @staticmethod
+    def destroy_model_parallel():
+        parallel_state.destroy_model_parallel()
+
+
+def _set_random_seed(seed_, data_parallel_random_init=False):
+    random.seed(seed_)
+    torch.manual_seed(seed_)
+
+
+def _stand_in(name, **contents):
+    module = types.ModuleType(name)
+    module.__path__ = [os.path.join(os.environ["MEGATRON_REPO"], *name.split("."))] if name.startswith("tests") else []
+    vars(module).update(contents)
+    sys.modules[name] = module
+
+
+def _plug_in(router, options):
+    """Every `MoESubmodules` that is made gets our router."""
+    from sinkroute.adapters.megatron import make_router
+
+    made = moe_layer.MoESubmodules.__init__
+
+    def make(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self.router = make_router(router, **options)
+
+    moe_layer.MoESubmodules.__init__ = make
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "internal: Megatron's")
+    torch.set_num_threads(1)
+    _OnTheCpu().__enter__()
+    for kind in (torch.Tensor, torch.nn.Module):
+        kind.cuda = lambda self, *args, **kwargs: self
+    torch.cuda.current_device = lambda: "cpu"
+    torch.cuda.Stream = _Stream
+    moe_utils.get_cuda_rng_tracker = _Generators
+    _stand_in("megatron.training")
+    _stand_in("megatron.training.initialize", _set_random_seed=_set_random_seed)
+    _stand_in("tests")
+    _stand_in("tests.unit_tests")
+    _stand_in("tests.unit_tests.test_utilities", Utils=Utils)
+    if router := os.environ.get("ROUTER"):
+        _plug_in(router, json.loads(os.environ.get("OPTIONS", "{}")))
+
+
+_IS_AVAILABLE = torch.cuda.is_available
+
+
+def pytest_collection(session):
+    torch.cuda.is_available = lambda: True  # what tests ask, when they are read, to be left out
+
+
+def pytest_collection_finish(session):
+    torch.cuda.is_available = _IS_AVAILABLE
