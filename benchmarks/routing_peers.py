@@ -148,12 +148,15 @@ def megatron(problem: Problem) -> Contest:
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    import sinkroute
+    from sinkroute.adapters.megatron import make_router
+
     setattr(torch.cuda, "current_device", lambda: "cpu")  # noqa: B010  where it puts its buffers
     store = dist.FileStore(tempfile.mktemp(), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     world, size = dist.group.WORLD, problem.size
 
-    def theirs(balancing: str, coefficient: float = 0.0) -> Call:
+    def theirs(balancing: str, coefficient: float = 0.0, make: Callable[..., Any] = TopKRouter) -> Call:
         config = TransformerConfig(
             num_layers=1,
             hidden_size=4,
@@ -165,8 +168,9 @@ def megatron(problem: Problem) -> Contest:
             moe_router_load_balancing_type=balancing,
             moe_aux_loss_coeff=coefficient,
         )
-        router = TopKRouter(config, SimpleNamespace(tp=world, cp=world, tp_cp=world, tp_dp_cp=world))
+        router = make(config, SimpleNamespace(tp=world, cp=world, tp_cp=world, tp_dp_cp=world))
         router.set_layer_number(1)
+        sinkroute.set_step(router, 0)
 
         def call() -> None:
             weights_TE, _ = router.routing(problem.logits_TE[:, None])
@@ -175,6 +179,9 @@ def megatron(problem: Problem) -> Contest:
         return call
 
     calls = {name: problem.ours(name) for name in ("softmax", "load-balance", "sinkhorn", "ssr-l", "ssr-s")}
+    for name in ("ssr-l", "ssr-s"):  # between plans; with one on every step
+        calls[f"{name} in Megatron"] = theirs("none", make=make_router(name, probability=0.0))
+    calls["ssr-l in Megatron, p = 1"] = theirs("none", make=make_router("ssr-l", probability=1.0))
     calls["* Megatron none"] = theirs("none")
     calls["* Megatron aux_loss"] = theirs("aux_loss", COEFFICIENT)
     calls["* Megatron sinkhorn"] = theirs("sinkhorn")
