@@ -348,6 +348,9 @@ class InspectCommand:
 
 
 def _inspect(arguments: list[str], console: Console) -> int:
+    # Compiled products that oneDNN remembers, one for each number of tokens that an expert may get: of 1024 some
+    # hundred MB come together. To be set before torch is loaded.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     from rich.progress import Progress
 
     from sinkroute.lab.files import write_json

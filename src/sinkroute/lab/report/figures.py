@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
-from sinkroute.lab.report.palette import Ink
+from sinkroute.lab.report.palette import OVER, UNDER, Ink
 from sinkroute.lab.report.runs import Group, Run
 from sinkroute.lab.report.table import Spread, describe
 
@@ -49,7 +49,6 @@ __all__ = [
 
 _WIDTH = 10.6  # inches; 763 units of the SVG's view box
 _GAP = 12.5  # points between two labels at the end of curves
-_UNDER, _OVER = "#2f80c8", "#d9580a"  # experts with less and with more than a fair share
 _CLIP = 3.0
 
 
@@ -541,7 +540,7 @@ def _load_rgba(relative: np.ndarray) -> np.ndarray:
     value = np.clip(np.nan_to_num(relative, nan=1.0), 0.0, _CLIP)
     off = np.where(value < 1, 1 - value, (value - 1) / (_CLIP - 1))
     out = np.empty((*value.shape, 4))
-    out[..., :3] = np.where((value < 1)[..., None], to_rgb(_UNDER), to_rgb(_OVER))
+    out[..., :3] = np.where((value < 1)[..., None], to_rgb(UNDER), to_rgb(OVER))
     out[..., 3] = off**0.8
     return out
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["Ink", "inks"]
+__all__ = ["OVER", "UNDER", "Ink", "inks"]
+
+UNDER, OVER = "#2f80c8", "#d9580a"
+"""Experts with less and with more than a fair share."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,24 @@
+"""Expert load of a Hugging Face checkpoint on a text, before any training: `sinkroute inspect MODEL --text FILE`.
+
+`text` cuts a file into windows of tokens, `loading` brings a checkpoint into memory, `by_layer` brings it there one
+layer at a time and `lockstep` takes all windows through it, `tally` counts what the routers decide and what balanced
+routing would, `audit` runs it, `result` is what came out, `table` and `page` show it.
+"""
+
+from sinkroute.lab.inspect.audit import inspect_checkpoint
+from sinkroute.lab.inspect.page import write_page
+from sinkroute.lab.inspect.result import Alternative, Audit, Layer
+from sinkroute.lab.inspect.table import audit_table, facts, summary
+from sinkroute.lab.inspect.text import InspectError
+
+__all__ = [
+    "Alternative",
+    "Audit",
+    "InspectError",
+    "Layer",
+    "audit_table",
+    "facts",
+    "inspect_checkpoint",
+    "summary",
+    "write_page",
+]

@@ -1,0 +1,57 @@
+"""An inspection as one self-contained HTML page.
+
+Nothing is fetched. Names of models, files and modules pass through jinja2's autoescape; only the SVG of `heatmap`,
+which escapes its own texts, does not.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from sinkroute.lab.files import write_text
+from sinkroute.lab.inspect.heatmap import bars_svg, heatmap_svg
+from sinkroute.lab.inspect.result import NEAR_DEAD, Audit
+from sinkroute.lab.inspect.table import ALTERNATIVES, cells, facts, labels, percent, summary
+from sinkroute.lab.machine import machine
+from sinkroute.lab.report.palette import OVER, UNDER
+
+__all__ = ["write_page"]
+
+
+def write_page(audit: Audit, path: Path) -> None:
+    """Write the page; its folder is there.
+
+    Raises:
+        ModuleNotFoundError: jinja2 is missing; `pip install "sinkroute[lab]"` brings it.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
+    names = labels(audit.layers)
+    on = machine()
+    page = environment.from_string(template).render(
+        audit=audit,
+        sentences=summary(audit),
+        facts=facts(audit),
+        machine=f"{on['gpu'] or on['cpu']}, torch {on['torch']}, sinkroute {on['sinkroute']}",
+        heatmap=Markup(heatmap_svg(audit.layers, names)),
+        rows=[
+            {
+                "label": label,
+                "layer": layer,
+                "cells": None if layer.load is None else cells(layer),
+                "bars": Markup(bars_svg(layer)),
+            }
+            for label, layer in zip(names, audit.layers, strict=True)
+        ],
+        alternatives=ALTERNATIVES,
+        near_dead=percent(NEAR_DEAD),
+        under=UNDER,
+        over=OVER,
+    )
+    write_text(page, path)

@@ -1,0 +1,195 @@
+"""Counts what a model's routers decide, and what balanced routing of the same logits would change.
+
+A forward hook reads each router's decision and counts it on the spot, so that beside the model there is never more than
+one batch's logits of one layer, and a few matrices of their size. The alternatives, each balanced over one batch, as a
+training step would:
+
+    ssr-l, ssr-s    what an SSR router with its defaults does on a Sinkhorn step, without noise: the top k of the plan,
+                    within the model's groups
+    balanced        of all routings with equal loads (as whole tokens allow) one with the largest sum of the model's own
+                    scores, groups aside: what balance costs at the least
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sinkroute.adapters.hf.contracts import CONTRACTS, Contract, Decision, Site
+from sinkroute.adapters.hf.find import find_routers
+from sinkroute.adapters.hf.scoring import Scoring
+from sinkroute.lab.inspect.result import Alternative, Layer
+from sinkroute.lab.inspect.text import InspectError
+from sinkroute.routing import create_router
+from sinkroute.routing.metrics import max_violation, router_entropy, saturation
+from sinkroute.routing.router import Router
+from sinkroute.routing.scores import scores
+from sinkroute.transport import balanced_topk
+
+__all__ = ["Tallies"]
+
+_SSR = ("ssr-l", "ssr-s")
+
+
+class Tallies:
+    """The counts of all routers of a model while it is open.
+
+    Args:
+        model: in `eval()`; its weights may be elsewhere.
+        length: of the windows that it will be called with.
+        begun: whether the first token of a window is not to be counted.
+
+    Raises:
+        InspectError: there is no router in it.
+    """
+
+    def __init__(self, model: nn.Module, length: int, begun: bool) -> None:
+        known, refused = find_routers(model)
+        if not known and not refused:
+            raise InspectError(
+                f"{type(model).__name__} holds no mixture of experts that sinkroute knows how to find: no small module "
+                "beside a module of experts; name a mixture-of-experts checkpoint"
+            )
+        order = {path: place for place, (path, _) in enumerate(model.named_modules())}
+        found: dict[Site, Scoring | str] = {**known, **refused}
+        self.sites = sorted(found, key=lambda site: order[site.path])
+        self._tallies = [_Tally(site, found[site], length, begun) for site in self.sites]
+
+    def __enter__(self) -> Tallies:
+        self._hooks = [tally.site.host.register_forward_hook(tally) for tally in self._tallies]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def layers(self) -> list[Layer]:
+        """What was counted, in the model's order."""
+        return [tally.layer() for tally in self._tallies]
+
+
+class _Tally:
+    """The forward hook on one router."""
+
+    def __init__(self, site: Site, found: Scoring | str, length: int, begun: bool) -> None:
+        self.site, self.length, self.begun = site, length, begun
+        self.scoring = found if isinstance(found, Scoring) else None
+        self.reason = found if isinstance(found, str) else None
+        self.contract: Contract | None = None if self.scoring is None else self.scoring.contract
+        self.calls, self.tokens, self.entropy, self.max_vio, self.score = 0, 0, 0.0, 0.0, 0.0
+        self.decided = False
+        self.top_k = 0
+        self.load_E = torch.zeros(0)
+        self.others: dict[str, _Other] = {}
+        self.routers: dict[str, Router] = {}
+
+    def __call__(self, host: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+        self.calls += 1
+        if self.contract is None and self.calls == 1:
+            # The rule is not known, but what is chosen may be said in a form that is.
+            self.contract = next((contract for contract in CONTRACTS if contract.fits(outputs, self.site)), None)
+        if self.contract is not None:
+            with torch.no_grad():
+                self.count(self.contract.read(outputs, self.site))
+
+    def count(self, decision: Decision) -> None:
+        tokens = len(decision.logits_TE)
+        if tokens % self.length:
+            raise InspectError(
+                f"{self.site.block} was given {tokens} tokens, which are no whole windows of {self.length}: "
+                "it does not see every token once, and its load cannot be counted"
+            )
+        decision = Decision(*map(self._counted, decision))
+        if not self.decided:
+            self.begin(decision)
+        logits_TE = decision.logits_TE if self.scoring is None else self.scoring.logits(decision)
+        load_E = _count(decision.experts_TK, len(self.load_E))
+        self.load_E += load_E
+        self.max_vio += max_violation(load_E).item()
+        self.tokens += len(decision.experts_TK)
+        if self.scoring is not None:
+            self.compare(self.scoring, logits_TE.float(), decision.experts_TK)
+
+    def begin(self, decision: Decision) -> None:
+        self.decided, self.top_k = True, decision.experts_TK.shape[-1]
+        self.load_E = torch.zeros(decision.logits_TE.shape[-1], dtype=torch.int64)
+        if self.scoring is not None:
+            sizes = {"num_experts": self.scoring.num_experts, "top_k": self.scoring.top_k}
+            for name in _SSR:
+                self.routers[name] = create_router(name, **sizes, **self.scoring.theirs(), probability=1.0, noise=0.0)
+            self.others = {name: _Other(len(self.load_E)) for name in (*_SSR, "balanced")}
+
+    def compare(self, scoring: Scoring, logits_TE: Tensor, experts_TK: Tensor) -> None:
+        """Add up what the alternatives would change."""
+        self.entropy += router_entropy(logits_TE, scoring.score).double().sum().item()
+        scores_TE = scores(logits_TE, scoring.score)
+        self.score += scores_TE.gather(-1, experts_TK).double().sum().item()
+        choices = {"balanced": balanced_topk(scores_TE, scoring.top_k, tol=0).experts}
+        for name, router in self.routers.items():
+            router.set_step(self.calls)
+            choices[name] = router(logits_TE).experts
+        for name, others_TK in choices.items():
+            self.others[name].add(scores_TE, experts_TK, others_TK)
+
+    def layer(self) -> Layer:
+        reason, router = self.reason, type(self.site.host).__name__
+        rule = None if self.scoring is None else str(self.scoring)
+        if not self.calls:
+            reason = "it was never called on this text: its layer is not used, or some kernel bypasses it"
+        if not self.decided:
+            return Layer(self.site.path, router, rule, reason)
+        scale = 1 if len(self.load_E) == 1 else torch.tensor(len(self.load_E)).double().log().item()
+        understood = self.scoring is not None
+        return Layer(
+            self.site.path,
+            router,
+            rule,
+            reason,
+            tokens=self.tokens,
+            top_k=self.top_k,
+            load=self.load_E,
+            gate_entropy=self.entropy / self.tokens / scale if understood else None,
+            max_vio_batch=self.max_vio / self.calls,
+            alternatives={
+                name: other.result(self.tokens, self.top_k, self.score, self.calls)
+                for name, other in self.others.items()
+            },
+        )
+
+    def _counted(self, values_TX: Tensor) -> Tensor:
+        """Without the BOS that stands before each window."""
+        if not self.begun:
+            return values_TX
+        return values_TX.unflatten(0, (-1, self.length))[:, 1:].flatten(0, 1)
+
+
+class _Other:
+    """The sums of one alternative."""
+
+    def __init__(self, experts: int) -> None:
+        self.load_E = torch.zeros(experts, dtype=torch.int64)
+        self.tokens_kept, self.choices_kept, self.score, self.max_vio = 0, 0.0, 0.0, 0.0
+
+    def add(self, scores_TE: Tensor, experts_TK: Tensor, others_TK: Tensor) -> None:
+        load_E = _count(others_TK, len(self.load_E))
+        self.load_E += load_E
+        self.max_vio += max_violation(load_E).item()
+        same_T = (experts_TK.sort(-1).values == others_TK.sort(-1).values).all(-1)
+        self.tokens_kept += int(same_T.sum())
+        self.choices_kept += saturation(others_TK, experts_TK).item() * others_TK.numel()
+        self.score += scores_TE.gather(-1, others_TK).double().sum().item()
+
+    def result(self, tokens: int, top_k: int, score: float, batches: int) -> Alternative:
+        return Alternative(
+            tokens_moved=1 - self.tokens_kept / tokens,
+            choices_moved=1 - round(self.choices_kept) / (tokens * top_k),
+            score_lost=1 - self.score / score,
+            load=self.load_E,
+            max_vio_batch=self.max_vio / batches,
+        )
+
+
+def _count(experts_TK: Tensor, experts: int) -> Tensor:
+    return torch.bincount(experts_TK.flatten(), minlength=experts).cpu()

@@ -1,0 +1,103 @@
+"""A text as windows of real tokens: none is padding, and what does not fill a window is left out.
+
+Windows are of one length and have no overlap. Where the model's tokenizer puts a symbol before a text (BOS), it stands
+before each window, since the model expects it, and is not counted: it is no word of the text, and models treat it like
+none (as an attention sink).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sinkroute._errors import SinkrouteError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["InspectError", "Windows", "read_windows"]
+
+# Characters tokenized at once; a piece ends with a line where one ends soon.
+_PIECE = 2**18
+
+
+class InspectError(SinkrouteError):
+    """A checkpoint or a text that cannot be inspected; the message says why."""
+
+
+class Windows(NamedTuple):
+    """Attributes:
+    ids_NL: (N, L) int64.
+    begun: whether the first of each window is the tokenizer's BOS, which is not counted.
+    """
+
+    ids_NL: Tensor
+    begun: bool
+
+    @property
+    def counted(self) -> int:
+        """How many tokens of the text they hold."""
+        windows, length = self.ids_NL.shape
+        return windows * (length - self.begun)
+
+    def batches(self, size: int) -> list[Tensor]:
+        """`size` windows each; the last may have fewer."""
+        return list(self.ids_NL.split(size))
+
+
+def read_windows(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, tokens: int) -> Windows:
+    """The head of a text: windows of `length` that hold at most `tokens` of its tokens.
+
+    Raises:
+        InspectError: the file is missing, no UTF-8, empty, or shorter than a window.
+    """
+    begin = _begin(tokenizer)
+    own = length - (begin is not None)
+    if tokens < own:
+        raise InspectError(
+            f"tokens={tokens} are fewer than one window of length={length} holds ({own}); "
+            "raise --tokens or lower --length"
+        )
+    ids: list[int] = []
+    for piece in _pieces(path):
+        ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= tokens:
+            break
+    if not ids:
+        raise InspectError(f"{path} is empty; --text needs a text of {own} tokens or more")
+    windows = min(len(ids), tokens) // own
+    if not windows:
+        raise InspectError(
+            f"{path} has {len(ids)} tokens, fewer than one window of length={length} holds ({own}); "
+            f"take --length {len(ids) + (begin is not None)} or less, or a longer text"
+        )
+    ids_NL = torch.tensor(ids[: windows * own]).view(windows, own)
+    if begin is not None:
+        ids_NL = torch.cat([torch.full((windows, 1), begin), ids_NL], dim=1)
+    return Windows(ids_NL, begin is not None)
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that the tokenizer itself puts before a text. (That it knows a BOS does not say that it uses it.)"""
+    first: list[int] = tokenizer("a")["input_ids"][:1]
+    return first[0] if first and first[0] == tokenizer.bos_token_id else None
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    if path.is_dir():
+        raise InspectError(f"{path} is a folder; --text needs a file")
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            while piece := file.read(_PIECE):
+                yield piece + file.readline(_PIECE)
+    except FileNotFoundError:
+        raise InspectError(f"there is no file {path}; --text needs a text in UTF-8") from None
+    except UnicodeDecodeError as error:
+        raise InspectError(
+            f"{path} is not UTF-8 ({error.reason}: {error.object[error.start : error.start + 1]!r}); "
+            "convert it first: iconv -f LATIN1 -t UTF-8"
+        ) from None

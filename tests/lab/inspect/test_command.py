@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sinkroute.cli import main
+
+Save = Callable[..., Path]
+
+
+def test_the_command_prints_a_table_and_writes_page_and_json(
+    capsys: pytest.CaptureFixture[str], save: Save, text: Path, tmp_path: Path
+) -> None:
+    out, alone = tmp_path / "new" / "out", tmp_path / "alone.json"
+    words = ["inspect", str(save("mixtral")), "--text", str(text), "--tokens", "60", "--length", "10"]
+    assert main([*words, "--output", str(out), "--json", str(alone)]) == 0
+    printed = capsys.readouterr().out
+    assert "MaxVio" in printed
+    assert "60 tokens of" in printed
+    assert "Peak memory" in printed
+    assert json.loads(alone.read_text()) == json.loads((out / "inspect.json").read_text())
+    assert (out / "inspect.html").read_text().startswith("<!doctype html>")
+
+
+def test_an_error_is_one_line_and_code_1(capsys: pytest.CaptureFixture[str], save: Save, tmp_path: Path) -> None:
+    assert main(["inspect", str(save("mixtral")), "--text", str(tmp_path / "none.txt"), "--length", "10"]) == 1
+    assert "there is no file" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_by_layer_stays_far_below_the_size_of_the_checkpoint(save: Save, text: Path) -> None:
+    """1.0 GiB of float32 in 16 layers, in a process of its own; less the 0.5 GiB that an empty one has."""
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_experts": 20, "num_hidden_layers": 16}
+    folder = save("olmoe", shards="300MB", num_experts_per_tok=2, **sizes)
+    command = [sys.executable, "-m", "sinkroute.cli", "inspect", str(folder), "--text", str(text), "--tokens", "192"]
+    peaks = []
+    for more in ([], ["--by-layer"]):
+        done = subprocess.run(
+            [*command, "--length", "32", *more],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=dict(os.environ, COLUMNS="300"),
+        )
+        found = re.search(r"Peak memory ([\d,]+) MiB, for a checkpoint of ([\d,]+) MiB", done.stdout)
+        assert found is not None
+        peak, checkpoint = (int(number.replace(",", "")) for number in found.groups())
+        peaks.append(peak)
+        assert checkpoint > 950
+    assert peaks[0] > 1000
+    assert peaks[1] < 750
