@@ -43,6 +43,7 @@ from sinkroute.lab.report.table import Spread
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("softmax", {"keep_aux_loss": False}),
     "own loss": ("softmax", {"keep_aux_loss": True}),
+    "load-balance, 0.01": ("load-balance", {"coefficient": 0.01}),
     "ssr-l, p = 0.1": ("ssr-l", {"probability": 0.1}),
     "ssr-s, p = 0.1": ("ssr-s", {"probability": 0.1}),
     "ssr-b, p = 0.1": ("ssr-b", {"probability": 0.1}),
@@ -248,7 +249,7 @@ def _shown(spread: dict[str, float] | None, digits: int) -> str:
 def draw(benchmark: Benchmark, runs: list[dict[str, Any]], path: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * len(benchmark.models), 3.4), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(benchmark.models) + 1.6, 3.4), layout="constrained")
     axes = figure.subplots(1, len(benchmark.models), sharey=True, squeeze=False)[0]
     for axis, model in zip(axes, benchmark.models, strict=True):
         for method in benchmark.methods:
@@ -259,7 +260,7 @@ def draw(benchmark: Benchmark, runs: list[dict[str, Any]], path: str) -> None:
         axis.set(title=model, xlabel="step", ylim=(0, None))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"MaxVio in training, mean of {benchmark.window} steps")
-    axes[-1].legend(fontsize=7, frameon=False)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -1,4 +1,4 @@
-"""What the adapters for torchtitan and DeepSpeed share: a router that fits theirs, and how it is put in.
+"""What adapters share: a router that fits the framework's, and, for torchtitan and DeepSpeed, how it is put in.
 
 Their router keeps its identity: its class is swapped for one that asks a sinkroute router, so that parameters, hooks,
 wrappers and lists of modules that others hold stay as they are, and it can be swapped back. A router that remembers

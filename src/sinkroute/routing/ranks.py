@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Group", "Ranks"]
+__all__ = ["Group", "Ranks", "distribute"]
 
 if TYPE_CHECKING:
     Group: TypeAlias = dist.ProcessGroup | Literal["world"] | "Ranks" | None
@@ -67,3 +67,11 @@ class Ranks:
 
     def __hash__(self) -> int:
         return hash(self._group)
+
+
+def distribute(values: Tensor, like: Tensor) -> Tensor:
+    """`values`, the same on all ranks, in the device mesh and the placements of `like`, a `DTensor`. A collective call."""
+    from torch.distributed.tensor import distribute_tensor  # half a second that only sharded models need
+
+    sharded: Any = like
+    return distribute_tensor(values.to(sharded.device), sharded.device_mesh, sharded.placements)

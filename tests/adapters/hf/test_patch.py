@@ -367,8 +367,8 @@ def test_losses_do_not_pile_up_over_passes(router):
     model(**with_labels())
     second = handle.aux_loss()
     assert (first is None and second is None) or torch.equal(first, second)
-    model.eval()(**with_labels())
-    assert handle.aux_loss() is None
+    model.eval()(**with_labels())  # the last training pass is still the last
+    assert (handle.aux_loss() is None) == (second is None)
 
 
 WITH_A_LOSS = ["mixtral", "olmoe", "qwen3_moe", "gpt_oss", "jetmoe", "granitemoe", "phimoe", "minimax_m2"]

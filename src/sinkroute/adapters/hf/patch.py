@@ -21,6 +21,7 @@ from sinkroute.adapters.hf.contracts import Site
 from sinkroute.adapters.hf.find import find_routers
 from sinkroute.adapters.hf.scoring import Scoring, Source
 from sinkroute.routing.attached import attach, attached, detach
+from sinkroute.routing.ranks import distribute
 from sinkroute.routing.registry import ROUTERS
 from sinkroute.routing.router import Choice, Router
 from sinkroute.routing.routers.loss_free import LossFreeRouter
@@ -76,7 +77,10 @@ def patch(model: nn.Module, router: str, *, keep_aux_loss: bool | None = None, *
     >>> handle.remove()
     """
     if any(attached(part) is not None for part in model.modules()):
-        raise ValueError("model is patched already; call handle.remove() of that patch first")
+        raise ValueError(
+            "model is patched already; call handle.remove() of that patch first (a copy of a patched model has no "
+            "handle: copy before you patch)"
+        )
     _refuse_kernels(model)
     known, refused = find_routers(model)
     if not known:
@@ -85,6 +89,12 @@ def patch(model: nn.Module, router: str, *, keep_aux_loss: bool | None = None, *
     handle = Handle(model, router, refused)
     for site, scoring in known.items():  # all of them could be made: the model is not left half patched
         handle.take(site, scoring, routers[site])
+    if hasattr(model, "peft_config") and any(made.links for made in routers.values()):
+        warnings.warn(
+            f"{router!r} moves the model's own correction bias, and PEFT's checkpoints do not hold that: save "
+            "merge_and_unload() of it, or take a router that leaves nothing behind, such as ssr-l",
+            stacklevel=2,
+        )
     if not (router == "softmax" if keep_aux_loss is None else keep_aux_loss):
         handle.switch_off_aux_loss()
     handle.watch_model()
@@ -98,7 +108,7 @@ class Handle(nn.Module):
         router: the name.
         scorings: path of each router that was taken over → the rule that it follows.
         refused: path of each that was not → why.
-        switched_off: the names of the model's own loss coefficients that are 0 while patched.
+        switched_off: name → value of the model's own loss coefficients that are 0 in training passes.
     """
 
     def __init__(self, model: nn.Module, router: str, refused: dict[Site, str]) -> None:
@@ -112,7 +122,7 @@ class Handle(nn.Module):
         self._seats: list[_Seat] = []
         self._hooks: list[RemovableHandle] = []
         self._coefficients: list[tuple[Any, str, float]] = []
-        self._masks: dict[str, Tensor] = {}
+        self._masks: dict[bool, dict[str, Tensor]] = {}
         self._losses: list[Tensor] = []
         self._called = False
 
@@ -134,7 +144,6 @@ class Handle(nn.Module):
         """Take everything off the model again; a second call does nothing."""
         for hook in self._hooks:
             hook.remove()
-        self._set_coefficients(of_modules=True, off=False)
         for seat in self._seats:
             detach(seat.site.host)
         self._hooks, self._coefficients, self._seats = [], [], []
@@ -150,6 +159,18 @@ class Handle(nn.Module):
         device = self._losses[0].device
         return torch.stack([loss.float().to(device) for loss in self._losses]).sum()
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """See `nn.Module`; what the model holds of it (a correction bias) is set, too."""
+        found = super().load_state_dict(*args, **kwargs)
+        for seat in self._seats:
+            for link in seat.router.links:
+                link.push()
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pass's graph and masks are nothing for a copy.
+        return vars(self) | {"_losses": [], "_masks": {}}
+
     # -- what patch does ---------------------------------------------------------------------------------------------
 
     def take(self, site: Site, scoring: Scoring, router: Router) -> None:
@@ -162,7 +183,7 @@ class Handle(nn.Module):
         self._hooks.append(site.host.register_forward_hook(seat, with_kwargs=True))
 
     def switch_off_aux_loss(self) -> None:
-        """Set the coefficients of the model's own balancing loss to 0 until `remove`."""
+        """Have the coefficients of the model's own balancing loss at 0 in training passes, until `remove`."""
         model = vars(self)["model"]
         for owner in _coefficient_owners(model):
             for name in _COEFFICIENTS:
@@ -170,7 +191,6 @@ class Handle(nn.Module):
                 if isinstance(value, (int, float)) and value:
                     self.switched_off[name] = value
                     self._coefficients.append((owner, name, value))
-        self._set_coefficients(of_modules=True, off=True)
         if self.switched_off and getattr(getattr(model, "config", None), "output_router_logits", False):
             warnings.warn(
                 f"{type(model).__name__}'s own balancing loss ({self.switched_off}) is switched off while "
@@ -178,10 +198,9 @@ class Handle(nn.Module):
                 stacklevel=3,
             )
 
-    def _set_coefficients(self, *, of_modules: bool, off: bool) -> None:
+    def _set_coefficients(self, *, off: bool) -> None:
         for owner, name, value in self._coefficients:
-            if isinstance(owner, nn.Module) == of_modules:
-                setattr(owner, name, 0.0 if off else value)
+            setattr(owner, name, 0.0 if off else value)
 
     def watch_model(self) -> None:
         """Read the padding mask off what the model is called with, and add the routers' losses to its loss."""
@@ -193,14 +212,13 @@ class Handle(nn.Module):
     # -- the model's forward pass ------------------------------------------------------------------------------------
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._losses, self._called = [], False
-        # What a configuration says is saved with the model: it says something else during the pass only.
-        self._set_coefficients(of_modules=False, off=True)
-        # Kept until the next pass: activation checkpointing repeats layers during the backward pass.
-        self._masks = {}
+        if model.training:
+            self._losses, self._called = [], False
+            # During the pass only: evaluation, copies and what is saved with a configuration have what they had.
+            self._set_coefficients(off=True)
         for seat in self._seats:
             seat.router.training = seat.site.host.training
-            if seat.router.training:
+            if seat.is_asked():
                 for link in seat.router.links:
                     link.pull()
         if not any(seat.is_asked() for seat in self._seats):
@@ -209,12 +227,14 @@ class Handle(nn.Module):
         if args:
             names = list(inspect.signature(model.forward).parameters)
             given = dict(zip(names, args, strict=False)) | kwargs
+        # Kept until the next pass of this mode: activation checkpointing repeats layers during the backward pass.
+        masks = self._masks[model.training] = {}
         for name in _MASKS:
             mask = given.get(name)
             if isinstance(mask, Tensor) and mask.ndim == 2:
                 mask = mask.detach() != 0
                 if mask.device.type != "cpu" or torch.compiler.is_compiling() or not mask.all():
-                    self._masks[name] = mask.flatten()
+                    masks[name] = mask.flatten()
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> Any:
         if not model.training:
@@ -238,18 +258,19 @@ class Handle(nn.Module):
         return None
 
     def _restore(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
-        self._set_coefficients(of_modules=False, off=False)
+        self._set_coefficients(off=False)
 
     def token_mask(self, path: str, tokens: int) -> Tensor | None:
         """(T,) bool of the tokens that the router at this path is given; None: all are real, or nothing is known."""
-        config = getattr(vars(self)["model"], "config", None)
+        model = vars(self)["model"]
+        config = getattr(model, "config", None)
         of_decoder = getattr(config, "is_encoder_decoder", False) and "decoder" in path.split(".")
-        mask = self._masks.get("decoder_attention_mask" if of_decoder else "attention_mask")
+        masks = self._masks.get(model.training, {})
+        mask = masks.get("decoder_attention_mask" if of_decoder else "attention_mask")
         return mask if mask is not None and len(mask) == tokens else None
 
     def note(self, aux_loss: Tensor | None) -> None:
-        """A router was called in training."""
-        self._called = True
+        """Keep the loss of a training pass."""
         if aux_loss is not None and not recomputing():
             self._losses.append(aux_loss)
 
@@ -266,7 +287,7 @@ class _Seat:
 
     def __call__(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         router, scoring = self.router, self.scoring
-        router.training = host.training
+        router.training, self.handle._called = host.training, True
         if not self.is_asked():
             return None
         decision = scoring.contract.read(outputs, self.site)
@@ -297,6 +318,11 @@ class _Seat:
 def _make_router(name: str, site: Site, scoring: Scoring, options: dict[str, Any]) -> Router:
     if name == "ssr-bias" and scoring.correction is not None:
         options = {"bias_on": scoring.correction_on, **options}
+    if name == "ssr-fold" and scoring.correction is not None:
+        raise ValueError(
+            f"router 'ssr-fold' balances the gate, and {type(site.host).__name__} chooses by {scoring.correction.name}, "
+            "too, which would undo it; take ssr-bias or loss-free, which move that"
+        )
     if name == "ssr-fold" and scoring.gate_weight is None:
         raise ValueError(
             f"router 'ssr-fold' moves a linear gate, and the logits of {type(site.host).__name__} are no linear map of "
@@ -320,8 +346,14 @@ def _make_router(name: str, site: Site, scoring: Scoring, options: dict[str, Any
     elif isinstance(router, SSRFoldRouter):
         moved = scoring.gate_bias or scoring.gate_weight
         assert moved is not None  # or it was refused
+        if not moved.find(site).requires_grad:
+            raise ValueError(
+                f"router 'ssr-fold' moves {moved.name} of {site.block}, which is frozen; let it be trained and saved "
+                "(PEFT: modules_to_save), or take ssr-l"
+            )
         router.bind_part(site.host, moved.name)
     elif not router.serves_plainly:
+        # Of the class: for ssr-bias it depends on an option.
         able = [known for known, kind in ROUTERS.items() if kind.serves_plainly is True]
         raise ValueError(
             f"router {name!r} serves with a bias that {type(site.host).__name__} has no place for, so that eval() and "
@@ -347,9 +379,10 @@ class _BiasLink:
 
     @torch.no_grad()
     def pull(self) -> None:
-        theirs_E, ours_E = self.source.find(self.site).detach().flatten(), self.router.state.bias_E
-        if theirs_E.is_meta:
+        theirs, ours_E = self.source.find(self.site).detach(), self.router.state.bias_E
+        if theirs.is_meta:
             return
+        theirs_E: Tensor = (theirs.full_tensor() if hasattr(theirs, "full_tensor") else theirs).flatten()
         # A model in bf16 holds ours rounded; that is no other value, and the finer one stays.
         same_E = theirs_E == ours_E.to(theirs_E.device, theirs_E.dtype)
         ours_E.copy_(torch.where(same_E.to(ours_E.device), ours_E, theirs_E.to(ours_E.device, ours_E.dtype)))
@@ -357,7 +390,8 @@ class _BiasLink:
     @torch.no_grad()
     def push(self) -> None:
         theirs = self.source.find(self.site)
-        theirs.copy_(self.router.state.bias_E.to(theirs.device, theirs.dtype).view(theirs.shape))
+        ours = self.router.state.bias_E.to(theirs.device, theirs.dtype).view(theirs.shape)
+        theirs.copy_(distribute(ours, theirs) if hasattr(theirs, "device_mesh") else ours)
 
 
 # -- what models are like --------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def _ssr_bias(router: SSRBiasRouter, name: str) -> Tensor | None:
     raise ExportError(
         _LOGIT_BIAS.format(
             name=name,
-            cure='bias_on="scores" can be exported; serve_with="plain" leaves it out, and the loads are unbalanced then',
+            cure='bias_on="scores" can be exported; serve_with="plain" leaves it out, and loads are unbalanced then',
         )
     )
 

@@ -3,12 +3,12 @@
 After a step that had a plan with potentials g,
 
     gate.bias   += rate · g                                   if the gate has a bias, else
-    gate.weight += rate · a · g ⊗ u,    u = m / |m|²          m the mean token of the step
+    gate.weight += rate · g ⊗ m / E[(m̂·x)²]                   m the mean token of the step, m̂ its direction
 
 so that the gate itself is balanced, trained on from there, and served as plain top-k with nothing beside the model's
-weights. Tokens have a large part in common (what a layer norm leaves of the residual stream's mean): u·x is about 1 for
-all of them, and g ⊗ u about a bias. a = 1 / E[(u·x)²] is the least-squares factor, near 0 where tokens have nothing in
-common. Ours; not in the paper.
+weights. Tokens have a large part in common (what a layer norm leaves of the residual stream's mean): with u = m / |m|²,
+u·x is about 1 for all of them, and g ⊗ u about a bias. The factor above is the least-squares one, near 0 where tokens
+have nothing in common. Ours; not in the paper.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from sinkroute._errors import unknown_name
+from sinkroute.routing.ranks import distribute
 from sinkroute.routing.router import Choice
 from sinkroute.routing.routers.ssr_kept import SSRKeptOptions, SSRKeptRouter
 from sinkroute.routing.state import recomputing
@@ -86,7 +87,7 @@ class SSRFoldRouter(SSRKeptRouter):
             self.bind_part(gate, "bias")
         else:
             self.bind_part(gate, "weight")
-            gate.register_forward_pre_hook(_Hand(self))
+            gate.register_forward_pre_hook(_Hand(self), with_kwargs=True)
 
     def bind_part(self, gate: nn.Module, name: str) -> None:
         """Tell the router what it is to move: a bias, or a weight, with which the caller calls `see` before each
@@ -114,7 +115,7 @@ class SSRFoldRouter(SSRKeptRouter):
     def see(self, tokens: Tensor) -> None:
         """What the gate is given in this pass, (..., D); before the router is called with its logits."""
         if self._width and self.training and self.sinkhorn_now and not recomputing():
-            self._tokens = tokens
+            self._tokens = tokens.detach()
 
     _tokens: Tensor | None = None
     _width = 0  # of tokens; 0: a bias is moved
@@ -146,32 +147,38 @@ class SSRFoldRouter(SSRKeptRouter):
     def _sum_tokens(self, token_mask: Tensor | None) -> dict[str, Tensor]:
         if self._tokens is None:
             raise RuntimeError("ssr-fold moves a weight and needs to see the tokens: call router.see before it")
-        tokens_TD, self._tokens = self._tokens.detach().flatten(0, -2).float(), None
-        real_T = tokens_TD.new_ones(len(tokens_TD)) if token_mask is None else token_mask.to(tokens_TD.dtype)
+        tokens_TD, self._tokens = self._tokens.flatten(0, -2).float(), None
+        if token_mask is not None:
+            tokens_TD = tokens_TD.masked_fill(~token_mask[:, None], 0.0)  # padding may be anything
+        token_D = tokens_TD.sum(0)
+        unit_D = token_D / token_D.norm().clamp(min=1e-20)
         with torch.autocast(tokens_TD.device.type, enabled=False):
-            token_D = real_T @ tokens_TD
-            mean_D = token_D / real_T.sum().clamp(min=1)
-            # E[(u·x)²] of these tokens, times their number.
-            along_T = (tokens_TD @ mean_D) / mean_D.square().sum().clamp(min=1e-20)
-            spread = real_T @ along_T.square()
-        return {"token": token_D.double(), "spread": spread.double().view(1)}
+            along_T = tokens_TD @ unit_D
+        return {"token": token_D.double(), "spread": along_T.square().sum().double().view(1)}
 
     def finish_step(self, load_E: Tensor, sums: dict[str, Tensor]) -> None:
         if "token" in sums:
-            tokens = sums["tokens"].clamp(min=1)
-            mean_D = sums["token"] / tokens
-            # At least 1, but for rounding: a square's mean is no less than its mean's square.
-            self._direction_D = mean_D / (mean_D.square().sum() * (sums["spread"] / tokens).clamp(min=1)).clamp(
-                min=1e-20
-            )
+            # Σ x / Σ (m̂·x)², m̂ along the mean of its micro-batch: where these differ, it is the shorter for that.
+            self._direction_D = sums["token"] / sums["spread"].clamp(min=1e-20)
         super().finish_step(load_E, sums)
 
     def keep(self, potentials_E: Tensor, known: Tensor) -> None:
         if "_gate" not in self.__dict__:
             return
         moved = self._moved()
-        move = torch.where(known, self.rate * potentials_E, torch.zeros_like(potentials_E))
-        moved.add_((torch.outer(move, self._direction_D) if self._width else move).to(moved.dtype))
+        if moved.is_meta:
+            raise RuntimeError(
+                f"ssr-fold cannot move {self._name} of {type(self._gate[0]).__name__}: it is on the meta device between "
+                "passes (offloading); keep the gate where it is used"
+            )
+        move = self.rate * potentials_E
+        if self._width:
+            move = torch.outer(move, self._direction_D)
+        # A solve or a pass that failed on a device, which cannot say so, is not kept.
+        move = torch.where(known & move.isfinite().all(), move, torch.zeros_like(move)).to(moved.dtype)
+        if hasattr(moved, "device_mesh"):  # sharded
+            move = distribute(move, moved)
+        moved.add_(move)
 
 
 class _Hand:
@@ -180,5 +187,5 @@ class _Hand:
     def __init__(self, router: SSRFoldRouter) -> None:
         self.router = router
 
-    def __call__(self, gate: nn.Module, args: tuple[Any, ...]) -> None:
-        self.router.see(args[0])
+    def __call__(self, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.router.see(args[0] if args else next(iter(kwargs.values())))
