@@ -521,3 +521,135 @@ def test_a_skewed_gate_is_balanced_by_training_with_plans():
         return worst
 
     assert max(train("ssr-l", probability=1.0, **QUIET)) <= 0.67 < min(train("softmax"))
+
+
+# -- what a router leaves in the model -------------------------------------------------------------------------------
+
+
+def skewed_fold(name, steps=6, **options):
+    """A model whose gates are skewed along their mean input, trained by plans alone, and MaxVio of eval() before it."""
+    model = FAMILY[name].build()
+    seen = []
+    gates = [part for path, part in model.named_modules() if path.endswith(("mlp.gate", "mlp.router"))]
+    hooks = [gate.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for gate in gates]
+    with torch.no_grad():
+        model.eval()(**text(name))
+        for gate, x in zip(gates, seen, strict=True):
+            mean_D = x.flatten(0, -2).mean(0)
+            gate.weight += torch.outer(torch.linspace(0, 4, len(gate.weight)), mean_D / mean_D.square().sum())
+    for hook in hooks:
+        hook.remove()
+    handle = sinkroute.patch(model, "ssr-fold", probability=1, noise=0, balance="load", **options)
+    before = served(model, name)
+    model.train()
+    for step in range(steps):
+        sinkroute.set_step(model, step)
+        model(**text(name))
+    sinkroute.end_step(model)
+    return model, handle, before
+
+
+def served(model, name):
+    with sinkroute.LoadMonitor(model) as monitor, torch.no_grad():
+        model.eval()(**text(name))
+    return [row["max_vio"] for row in monitor.metrics("eval").values()]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "gpt_oss"])
+def test_ssr_fold_balances_the_gate_that_serves_and_leaves_nothing_else(name):
+    model, handle, before = skewed_fold(name)
+    names = set(model.state_dict())
+    handle.remove()
+    sinkroute.patch(model, "softmax")  # to count
+    after = served(model, name)
+    assert max(before) > 1 and sum(after) < 0.6 * sum(before)
+    assert names == set(make(name).state_dict())
+
+
+def test_ssr_fold_is_refused_where_a_correction_bias_would_undo_it():
+    with pytest.raises(ValueError, match="chooses by e_score_correction_bias, too, which would undo it; take ssr-bias"):
+        make("minimax_m3_vl", "ssr-fold")
+
+
+def test_ssr_fold_is_refused_for_a_frozen_gate():
+    model = make()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"moves weight of model\.layers\.0\.mlp\.gate .* which is frozen"):
+        sinkroute.patch(model, "ssr-fold")
+
+
+def test_ssr_bias_keeps_what_a_plan_found_where_the_model_serves_from():
+    model, _ = make("minimax_m2", "ssr-bias", probability=1, noise=0, balance="load")
+    before = served(model, "minimax_m2")
+    model.train()
+    for step in range(3):
+        sinkroute.set_step(model, step)
+        model(**text("minimax_m2"))
+    sinkroute.end_step(model)
+    after = served(model, "minimax_m2")
+    assert sum(after) < 0.5 * sum(before)
+    assert model.model.layers[0].mlp.e_score_correction_bias.abs().max() > 0
+
+
+def test_what_a_handle_loads_is_in_the_model_too():
+    model, handle = make("deepseek_v3", "loss-free", update_rate=0.5)
+    model.train()(**text("deepseek_v3"))
+    sinkroute.end_step(model)
+    saved = handle.state_dict()
+    other, fresh = make("deepseek_v3", "loss-free", update_rate=0.5)
+    fresh.load_state_dict(saved)
+    for ours, theirs in zip(other.model.layers, model.model.layers, strict=True):
+        assert torch.equal(ours.mlp.gate.e_score_correction_bias, theirs.mlp.gate.e_score_correction_bias)
+
+
+# -- in evaluation, and in copies -------------------------------------------------------------------------------------
+
+
+def test_the_loss_in_evaluation_is_the_models_own_with_its_balancing_loss():
+    model = make()
+    model.router_aux_loss_coef = 0.5
+    expected = model.eval()(**with_labels(), output_router_logits=True).loss
+    handle = sinkroute.patch(model, "ssr-l")
+    assert torch.equal(model(**with_labels(), output_router_logits=True).loss, expected)
+    trained = model.train()(**with_labels(), output_router_logits=True)
+    assert trained.loss < expected - 0.5  # the balancing loss is about 2 before its coefficient
+    assert handle.switched_off == {"router_aux_loss_coef": 0.5} and model.router_aux_loss_coef == 0.5
+
+
+def test_a_coefficient_is_back_after_a_pass_that_failed():
+    model, _ = make("mixtral", "ssr-l")
+    before = model.router_aux_loss_coef
+    with pytest.raises(IndexError):
+        model.train()(input_ids=torch.full((1, 4), 10**6))
+    assert model.router_aux_loss_coef == before > 0
+
+
+def test_a_copy_can_be_made_after_a_pass_with_losses():
+    model, _ = make("mixtral", "load-balance")
+    model.train()(**with_labels()).loss.backward()
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(**with_labels()).loss, model(**with_labels()).loss)
+
+
+def test_mixtures_that_are_in_eval_in_a_model_that_trains_are_left_alone():
+    model, _ = make("mixtral", "ssr-l", probability=1)
+    expected = make().eval()(**with_labels()).loss
+    model.train()
+    for layer in model.model.layers:
+        layer.mlp.eval()
+    assert torch.equal(model(**with_labels()).loss, expected)
+
+
+def test_an_evaluation_before_the_backward_pass_does_not_take_the_masks_of_the_training():
+    gradients = []
+    for evaluated in (False, True):
+        model, _ = make("mixtral", "ssr-l", probability=1, noise=0)
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        loss = model.train()(**with_labels(), attention_mask=RIGHT).loss
+        if evaluated:
+            with sinkroute.LoadMonitor(model), torch.no_grad():
+                model.eval()(**text(), attention_mask=LEFT)
+            model.train()
+        loss.backward()
+        gradients.append(model.model.layers[0].mlp.experts.gate_up_proj.grad)
+    assert torch.equal(*gradients)

@@ -80,9 +80,7 @@ def _fully_sharded():
             model = mixtral()
             sinkroute.patch(model, "ssr-l", **options)
             if sharded:
-                for layer in model.model.layers:
-                    fully_shard(layer)
-                fully_shard(model)
+                _sharded(model)
             sinkroute.set_step(model, 0)
             loss = model(**batch()).loss
             loss.backward()
@@ -95,17 +93,41 @@ def _fully_sharded():
 def _sharded_bias():
     model = deepseek()
     sinkroute.patch(model, "loss-free", update_rate=0.5)
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+    _sharded(model)
     sinkroute.set_step(model, 0)
     model(**batch(dist.get_rank())).loss.backward()
     sinkroute.end_step(model)
     return model.model.layers[0].mlp.gate.e_score_correction_bias
 
 
+def _folded(wrap):
+    """Layer 0's gate after two plans, and how far it was moved."""
+    model = mixtral()
+    before = model.model.layers[0].mlp.gate.weight.detach().clone()
+    sinkroute.patch(model, "ssr-fold", probability=1.0, noise=0.0)
+    wrapped = wrap(model)
+    for step in range(2):
+        sinkroute.set_step(wrapped, step)
+        wrapped(**batch(dist.get_rank())).loss.backward()
+    sinkroute.end_step(wrapped)
+    weight = model.model.layers[0].mlp.gate.weight.detach()
+    weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return torch.stack([weight, before])
+
+
+def _sharded(model):
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
 def _everything():
-    return {"data parallel": _data_parallel(), "fully sharded": _fully_sharded(), "sharded bias": _sharded_bias()}
+    return {
+        "data parallel": _data_parallel(),
+        "fully sharded": _fully_sharded(),
+        "sharded bias": _sharded_bias(),
+        "folded": {"whole": _folded(DistributedDataParallel), "sharded": _folded(_sharded)},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +158,11 @@ def test_a_patched_model_may_be_fully_sharded(ranks):
 def test_loss_free_balancing_moves_the_bias_of_a_sharded_model(ranks):
     first, second = (found["sharded bias"] for found in ranks)
     assert torch.equal(first, second) and set(first.abs().tolist()) <= {0.0, 0.5} and first.any()
+
+
+def test_ssr_fold_moves_the_gate_alike_on_all_ranks_whole_or_sharded(ranks):
+    first, second = (found["folded"] for found in ranks)
+    for kind in ("whole", "sharded"):
+        assert torch.equal(first[kind], second[kind])
+        assert (first[kind][0] - first[kind][1]).abs().max() > 1e-3
+    torch.testing.assert_close(first["sharded"], first["whole"], atol=1e-5, rtol=1e-4)

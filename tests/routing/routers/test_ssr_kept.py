@@ -269,6 +269,58 @@ def test_moved_along_the_mean_token_the_gate_is_balanced_on_other_tokens():
     assert after < 0.25 < 1 < before
 
 
+def moved_by(parts, masks=None, seed=0):
+    """How far the tokens' logits move, in all, when a plain gate is given these micro-batches in one step."""
+    gate, _ = gate_without_bias(0.0, seed=seed)
+    before_ED, router = gate.weight.detach().clone(), make("ssr-fold", probability=1)
+    router.bind_gate(gate)
+    for part, x in enumerate(parts):
+        sinkroute.set_step(router, 0, part)
+        router(gate(x) + torch.tensor([1.0, 0, 0, 0]), None if masks is None else masks[part])
+    sinkroute.end_step(router)
+    return gate.weight.detach() - before_ED
+
+
+def test_micro_batches_with_other_means_move_the_weight_no_farther_than_one():
+    _, x_TD = gate_without_bias(0.0)
+    x_TD = x_TD - x_TD.mean(0) + 0.01
+    order = (x_TD @ torch.ones(16)).argsort()  # two halves whose means point in opposite directions
+    whole, halves = moved_by([x_TD]), moved_by([x_TD[order[:1000]], x_TD[order[1000:]]])
+    reach = (x_TD @ halves.T).abs().max()
+    assert reach < 0.2 and halves.norm() < 3 * whole.norm()
+
+
+def test_padding_may_be_anything_to_a_weight_that_moves():
+    _, x_TD = gate_without_bias(2.0)
+    mask_T = torch.arange(2000) < 1500
+    expected = moved_by([x_TD[:1500]])
+    found = moved_by([torch.where(mask_T[:, None], x_TD, torch.tensor(float("nan")))], [mask_T])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["potentials", "token"])
+def test_a_pass_that_failed_on_a_device_does_not_touch_the_gate(name):
+    gate, x_TD = gate_without_bias(2.0)
+    before_ED, router = gate.weight.detach().clone(), make("ssr-fold", probability=1)
+    router.bind_gate(gate)
+    sinkroute.set_step(router, 0)
+    router(gate(x_TD))
+    router.state.sums[name].fill_(float("nan"))
+    sinkroute.end_step(router)
+    assert torch.equal(gate.weight.detach(), before_ED)
+
+
+def test_a_weight_that_is_nowhere_is_not_moved_in_silence():
+    gate, x_TD = gate_without_bias(2.0)
+    router = make("ssr-fold", probability=1)
+    router.bind_gate(gate)
+    sinkroute.set_step(router, 0)
+    router(gate(x_TD))
+    gate.to("meta")
+    with pytest.raises(RuntimeError, match="on the meta device between passes"):
+        sinkroute.end_step(router)
+
+
 def test_a_layer_with_a_plain_gate_balances_it():
     torch.manual_seed(0)
     router = make("ssr-fold", top_k=2, experts=8, probability=1, balance="load", gate="plain")
@@ -286,17 +338,9 @@ def test_a_layer_with_a_plain_gate_balances_it():
 
 
 def test_where_tokens_have_nothing_in_common_the_weight_hardly_moves():
-    moved = []
-    for shared in (0.0, 2.0):
-        router = make("ssr-fold")
-        gate, x_TD = gate_without_bias(shared)
-        router.bind_gate(gate)
-        before_ED = gate.weight.detach().clone()
-        sinkroute.set_step(router, 0)
-        router(gate(x_TD) + torch.tensor([1.0, 0, 0, 0]))
-        sinkroute.end_step(router)
-        moved.append((((gate.weight - before_ED) @ x_TD.T).std(1)).max())  # what a token feels of it
-    assert moved[0] < 0.2
+    _, x_TD = gate_without_bias(0.0)
+    felt_TE = x_TD @ moved_by([x_TD]).T
+    assert felt_TE.std(0).max() < 0.2
 
 
 def test_micro_batches_and_masks_count_in_the_mean_token():
