@@ -70,7 +70,7 @@ class Ranks:
 
 
 def distribute(values: Tensor, like: Tensor) -> Tensor:
-    """`values`, the same on all ranks, in the device mesh and the placements of `like`, a `DTensor`. A collective call."""
+    """`values`, the same on all ranks, in the mesh and the placements of `like`, a `DTensor`. A collective call."""
     from torch.distributed.tensor import distribute_tensor  # half a second that only sharded models need
 
     sharded: Any = like

@@ -320,8 +320,8 @@ def _make_router(name: str, site: Site, scoring: Scoring, options: dict[str, Any
         options = {"bias_on": scoring.correction_on, **options}
     if name == "ssr-fold" and scoring.correction is not None:
         raise ValueError(
-            f"router 'ssr-fold' balances the gate, and {type(site.host).__name__} chooses by {scoring.correction.name}, "
-            "too, which would undo it; take ssr-bias or loss-free, which move that"
+            f"router 'ssr-fold' balances the gate, and {type(site.host).__name__} chooses by "
+            f"{scoring.correction.name}, too, which would undo it; take ssr-bias or loss-free, which move that"
         )
     if name == "ssr-fold" and scoring.gate_weight is None:
         raise ValueError(

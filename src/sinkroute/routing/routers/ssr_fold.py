@@ -168,8 +168,8 @@ class SSRFoldRouter(SSRKeptRouter):
         moved = self._moved()
         if moved.is_meta:
             raise RuntimeError(
-                f"ssr-fold cannot move {self._name} of {type(self._gate[0]).__name__}: it is on the meta device between "
-                "passes (offloading); keep the gate where it is used"
+                f"ssr-fold cannot move {self._name} of {type(self._gate[0]).__name__}: it is on the meta device "
+                "between passes (offloading); keep the gate where it is used"
             )
         move = self.rate * potentials_E
         if self._width:
