@@ -405,3 +405,14 @@ def test_tensor_parallel_ranks_must_be_told_apart(monkeypatch):
     handle.remove()
     adapter.patch(gate, "ssr-l", process_group="world")
     gate(tokens())
+
+
+def test_a_monitor_sees_what_serves_and_changes_nothing():
+    moe = make_layer(2)
+    adapter.patch(moe, "ssr-l", probability=1.0)
+    expected = moe.eval()(tokens())[0]
+    with sinkroute.LoadMonitor(moe) as monitor:
+        assert torch.equal(moe(tokens())[0], expected)
+        (probed,) = monitor.probe(tokens()).values()
+    (metrics,) = monitor.metrics("eval").values()
+    assert metrics["tokens"] == len(probed) > 0 and sum(metrics["load"]) == 2 * metrics["tokens"]

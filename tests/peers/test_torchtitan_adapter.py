@@ -419,3 +419,14 @@ def test_scores_that_are_spread_by_experts_are_refused(mesh):
     moe.router.gate.weight = nn.Parameter(distribute_tensor(moe.router.gate.weight.detach(), mesh, [Shard(0)]))
     with pytest.raises(NotImplementedError, match="whole rows"):
         moe.router(distribute_tensor(tokens(), mesh, [Replicate()]))
+
+
+def test_a_monitor_sees_what_serves_and_changes_nothing():
+    moe = make_layer(route_norm=True)
+    adapter.patch(moe, "ssr-l", probability=1.0)
+    expected = moe.eval()(tokens())
+    with sinkroute.LoadMonitor(moe) as monitor:
+        assert torch.equal(moe(tokens()), expected)
+        (probed,) = monitor.probe(tokens()).values()
+    (metrics,) = monitor.metrics("eval").values()
+    assert metrics["tokens"] == len(probed) == 60 and sum(metrics["load"]) == 60 * TOP_K

@@ -57,29 +57,24 @@ def fit_router(
                 f"{name}={options[name]!r} is read from {owner}: leave it out here, and set it where the model is "
                 "configured"
             )
-    # Models are built on the meta device or in bfloat16; what a router remembers is not.
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            router = create_router(method, num_experts=num_experts, top_k=top_k, **theirs, **options)
-            if type(router).make_gate is not Router.make_gate and not (linear_gate and method == "ssr-fold"):
-                raise ValueError(
-                    f"router {method!r} has a gate of its own, and {owner} keeps its gate; take a method that reads "
-                    'the logits of any gate, such as "ssr-l"'
-                )
-            if next(router.parameters(), None) is not None:
-                raise ValueError(
-                    f"router {method!r} with options {options} has a parameter, which no checkpoint of the model "
-                    "holds; give noise as a number or a schedule"
-                )
-            if not any_width and any(routes.chosen is not None for routes in trials(router)):
-                raise ValueError(
-                    f"router {method!r} does not give every token top_k={top_k} experts, which {owner} must; take a "
-                    'method in which tokens choose, such as "ssr-b"'
-                )
-    finally:
-        torch.set_default_dtype(dtype)
+    # Models are built on the meta device; what a router remembers is not.
+    with torch.device("cpu"):
+        router = create_router(method, num_experts=num_experts, top_k=top_k, **theirs, **options)
+        if type(router).make_gate is not Router.make_gate and not (linear_gate and method == "ssr-fold"):
+            raise ValueError(
+                f"router {method!r} has a gate of its own, and {owner} keeps its gate; take a method that reads "
+                'the logits of any gate, such as "ssr-l"'
+            )
+        if next(router.parameters(), None) is not None:
+            raise ValueError(
+                f"router {method!r} with options {options} has a parameter, which no checkpoint of the model "
+                "holds; give noise as a number or a schedule"
+            )
+        if not any_width and any(routes.chosen is not None for routes in trials(router)):
+            raise ValueError(
+                f"router {method!r} does not give every token top_k={top_k} experts, which {owner} must; take a "
+                'method in which tokens choose, such as "ssr-b"'
+            )
     return router
 
 

@@ -92,6 +92,10 @@ class SinkrouteGate(TopKGate):
         """
         router = holder(self)
         if not self.training and serves_as_theirs(router):
+            if router._forward_hooks:  # a monitor: ours would choose the same
+                with torch.no_grad():
+                    logits_SE = F.linear(input.float(), self.wg.weight.float())
+                    router(logits_SE, None if used_token is None else used_token.reshape(-1) != 0)
             return super().forward(input, used_token, sparse_routes, use_tutel)
         _check_ranks(router)
         if self.wall_clock_breakdown:
@@ -178,10 +182,11 @@ class SinkrouteEPRouter(TokenChoiceTopKRouter):
             ValueError: a bias in their choice, and a method that balances by other means.
         """
         router = holder(self)
-        if not self.training and serves_as_theirs(router):
+        serves = not self.training and serves_as_theirs(router)
+        if serves and not router._forward_hooks:
             return super().forward(x, expert_bias)
         _check_ranks(router)
-        if self.training and router.is_plain():
+        if serves or (self.training and router.is_plain()):  # serving: a monitor is told
             # Their own code, to the last bit; ours counts.
             logits: list[Tensor] = []
             hook = self.gate.register_forward_hook(lambda gate, inputs, output: logits.append(output))

@@ -119,12 +119,14 @@ class SinkrouteRouter(TokenChoiceTopKRouter):
             RuntimeError: the layer is compiled, or captured in a CUDA graph.
         """
         router = holder(self)
-        if self._debug_force_load_balance or (not self.training and serves_as_theirs(router)):
+        serves = not self.training and serves_as_theirs(router)
+        if self._debug_force_load_balance or (serves and not router._forward_hooks):  # a monitor: it is told
             return super().forward(x_BLD, expert_bias_E)
-        _refuse_frozen(x_BLD)
+        if not serves:
+            _refuse_frozen(x_BLD)
         if expert_bias_E is not None:
             refuse_bias(router, "load_balance_coeff")
-        if self.training and router.is_plain():
+        if serves or (self.training and router.is_plain()):
             # Their own code, to the last bit; ours counts.
             logits: list[Tensor] = []
             hook = self.gate.register_forward_hook(lambda gate, inputs, output: logits.append(output))

@@ -181,9 +181,7 @@ def test_layers_in_eval_are_the_models_own_in_a_model_that_trains():
     model = make("mixtral", "ssr-l", probability=1.0)
     for layer in model.model.layers:
         layer.eval()
-    with sinkroute.LoadMonitor(model) as monitor, pytest.raises(RuntimeError, match="without calling"):
-        model(**given())
-    del monitor
+    model(**given())  # nobody is asked
     model.model.layers[1].train()
     seen = []
     model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
