@@ -118,6 +118,32 @@ def test_a_run_is_exported_and_what_has_no_architecture_is_refused(
     assert "model.activation='gelu' cannot be exported" in err
 
 
+@pytest.mark.parametrize("name", ["e[/]x[red]", "e\\[red]x"])
+def test_names_of_folders_are_printed_as_they_are(
+    capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir(parents=True)
+    run, output = f"{name}/run", f"{name}/hf"
+    for words, said in [
+        (("train", small, "--out", run), f"Run: {run}; a report of it: sinkroute report {run}"),
+        (("evaluate", run), f"{run} at step-000012"),
+        (("export", run, "--output", output), f"{output}: MixtralForCausalLM"),
+        (("report", run, "--out", f"{name}/p.html", "--picture", f"{name}/p.svg"), f"Report: {name}/p.html Picture:"),
+    ]:
+        code, out, err = sinkroute(capsys, *words)
+        assert code == 0, err
+        assert said in out
+    assert f"Picture: {name}/p.svg" in out
+
+
+@pytest.mark.parametrize("option", ["--lm-eval", "--lm_eval"])
+def test_lm_eval_without_a_task_is_a_wrong_command_line(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    code, _, err = sinkroute(capsys, "evaluate", "runs/none", option)
+    assert code == 2
+    assert "--lm-eval needs a TASK" in err
+
+
 def test_a_finished_run_is_not_trained_again(capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path) -> None:
     assert sinkroute(capsys, "train", small, "--out", tmp_path / "run")[0] == 0
     log = (tmp_path / "run" / "log.jsonl").read_text()
@@ -249,7 +275,26 @@ def _wait_for(path: Path, more_than: int = 0) -> None:
         time.sleep(0.01)
 
 
-def test_a_full_disk_is_told_as_such(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "export", "inspect", "report", "bench"])
+def test_only_what_keeps_checkpoints_is_said_to_continue_after_an_interruption(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    from sinkroute import cli
+
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, command, (interrupted, "", ""))
+    code, _, err = sinkroute(capsys, command)
+    assert code == 130
+    continued = " The same command continues from the last checkpoint." if command in ("demo", "train") else ""
+    assert err == "Interrupted." + continued
+
+
+@pytest.mark.parametrize(("command", "continues"), [("demo", True), ("export", False)])
+def test_a_full_disk_is_told_as_such(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, continues: bool
+) -> None:
     import errno
 
     from sinkroute import cli
@@ -257,8 +302,8 @@ def test_a_full_disk_is_told_as_such(capsys: pytest.CaptureFixture[str], monkeyp
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setitem(cli.COMMANDS, "demo", (full, "", ""))
-    code, _, err = sinkroute(capsys, "demo")
+    monkeypatch.setitem(cli.COMMANDS, command, (full, "", ""))
+    code, _, err = sinkroute(capsys, command)
     assert code == 1
     assert "the disk is full" in err
-    assert "continues from the last checkpoint" in err
+    assert ("continues from the last checkpoint" in err) is continues

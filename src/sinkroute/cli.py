@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sinkroute._errors import SinkrouteError
@@ -27,6 +28,9 @@ __all__ = ["main"]
 # model all but stops when another program wants a core; with this it only slows down, and on an idle machine nothing
 # changes. It must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+# Their runs keep checkpoints; the others start over. (bench, which keeps what it has measured, says so itself.)
+CONTINUED = ("demo", "train")
 
 # Errors that explain themselves. (What is heavy, Accelerate or matplotlib, is imported by the command that needs it.)
 EXPECTED_ERRORS = (SinkrouteError, ValueError, TypeError, OSError, ModuleNotFoundError)
@@ -56,28 +60,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UsageError(f"unknown command {command!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         return COMMANDS[command][0](rest, console)
     except UsageError as error:
-        errors.print(f"[red]error:[/] {_escape(error)}\nTry: sinkroute --help", highlight=False, soft_wrap=True)
+        errors.print(f"[red]error:[/] {escape(str(error))}\nTry: sinkroute --help", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        errors.print("[yellow]Interrupted.[/] The same command continues from the last checkpoint.")
+        cure = " The same command continues from the last checkpoint." if command in CONTINUED else ""
+        errors.print(f"[yellow]Interrupted.[/]{cure}", soft_wrap=True)
         return 130
     except EXPECTED_ERRORS as error:
         if os.environ.get("SINKROUTE_TRACEBACK"):
             raise
-        errors.print(f"[red]error:[/] {_escape(_words(error))}", highlight=False, soft_wrap=True)
+        errors.print(f"[red]error:[/] {escape(_words(error, command))}", highlight=False, soft_wrap=True)
         errors.print("[dim](SINKROUTE_TRACEBACK=1 shows where)[/]", highlight=False)
         return 1
 
 
-def _escape(text: object) -> str:
-    return str(text).replace("[", r"\[")
-
-
-def _words(error: BaseException) -> str:
+def _words(error: BaseException, command: str) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("sinkroute"):
         return f'the package {error.name!r} is missing; install what the lab needs: pip install "sinkroute[lab]"'
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error}); free some space, and the same command continues from the last checkpoint"
+        cure = ", and the same command continues from the last checkpoint" if command in CONTINUED else ""
+        return f"the disk is full ({error}); free some space{cure}"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}"
     return str(error) or type(error).__name__
@@ -89,7 +91,7 @@ def _print_overview(console: Console) -> None:
     )
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, (_, usage, purpose) in COMMANDS.items():
-        table.add_row(f"[bold]sinkroute {name}[/] {_escape(usage)}", purpose)
+        table.add_row(f"[bold]sinkroute {name}[/] {escape(usage)}", purpose)
     console.print(table)
     console.print("\nsinkroute COMMAND --help tells all options. sinkroute --version", highlight=False)
 
@@ -161,12 +163,13 @@ def _train(arguments: list[str], console: Console) -> int:
             )
             display.note("done", done=True)
         except Interrupted as error:
-            console.print(f"[yellow]Interrupted[/]: {error}.", highlight=False)
+            console.print(f"[yellow]Interrupted[/]: {escape(str(error))}.", highlight=False)
             return 130
     if console.quiet:
         return 0
     console.print(result_table(read_runs([folder])))
-    console.print(f"Run: [bold]{folder}[/]; a report of it: sinkroute report {folder}", highlight=False, soft_wrap=True)
+    shown = escape(str(folder))
+    console.print(f"Run: [bold]{shown}[/]; a report of it: sinkroute report {shown}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -220,6 +223,8 @@ def _evaluate(arguments: list[str], console: Console) -> int:
     from sinkroute.routing import set_inference
 
     command = tyro.cli(EvaluateCommand, args=arguments, prog="sinkroute evaluate")
+    if not command.lm_eval and any(word in ("--lm-eval", "--lm_eval") for word in arguments):
+        raise UsageError("--lm-eval needs a TASK: sinkroute evaluate RUN --lm-eval TASK [TASK ...]")
     if command.lm_eval:
         return _evaluate_tasks(command, console)
     folder = Path(command.run)
@@ -235,7 +240,7 @@ def _evaluate(arguments: list[str], console: Console) -> int:
         sys.stdout.write(json.dumps(found) + "\n")
         return 0
     how = "" if command.inference == "none" else f", inference by {command.inference}"
-    table = Table(title=f"{folder} at {run.checkpoint.name}, {command.split} split{how}")
+    table = Table(title=f"{escape(str(folder))} at {run.checkpoint.name}, {command.split} split{how}")
     for column in ("text", "bytes", "bits per byte", "perplexity"):
         table.add_column(column, justify="left" if column == "text" else "right")
     for name, quality in {"clean": found[command.split], **found["attacked"]}.items():
@@ -266,13 +271,13 @@ def _evaluate_tasks(command: EvaluateCommand, console: Console) -> int:
     if command.json:
         sys.stdout.write(json.dumps(found) + "\n")
         return 0
-    table = Table(title=f"{run.folder} at {run.checkpoint.name}, lm-evaluation-harness")
+    table = Table(title=f"{escape(str(run.folder))} at {run.checkpoint.name}, lm-evaluation-harness")
     for column in ("task", "metric", "value", "± standard error", "samples"):
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right", overflow="fold")
     for task, result in found.items():
         for name, metric in result["metrics"].items():
             error = "" if metric["stderr"] is None else f"{metric['stderr']:.4f}"
-            table.add_row(task, name, f"{metric['value']:.4f}", error, str(result["samples"] or ""))
+            table.add_row(escape(task), escape(name), f"{metric['value']:.4f}", error, str(result["samples"] or ""))
     console.print(table)
     return 0
 
@@ -302,9 +307,10 @@ def _export(arguments: list[str], console: Console) -> int:
     export = export_run(load_run(Path(command.run)), Path(command.output))
     agreement = export.agreement
     console.print(
-        f"[bold]{export.folder}[/]: {export.architecture} of {export.checkpoint}. Against the lab's model, on "
-        f"{agreement.symbols:,} random bytes: logits differ by {agreement.logit_difference:.1e} at most "
-        f"(of {agreement.logit_size:.1f}), the same experts are chosen at {agreement.same_experts:.2%}, "
+        f"[bold]{escape(str(export.folder))}[/]: {export.architecture} of {export.checkpoint}. "
+        f"Against the lab's model, on {agreement.symbols:,} random bytes: "
+        f"logits differ by {agreement.logit_difference:.1e} at most (of {agreement.logit_size:.1f}), "
+        f"the same experts are chosen at {agreement.same_experts:.2%}, "
         f"the same next byte is best at {agreement.same_best:.2%}.",
         highlight=False,
         soft_wrap=True,
@@ -334,8 +340,8 @@ class InspectCommand:
     """A text in UTF-8; its head is used."""
     tokens: int = 16384
     """At most so many tokens of the text, cut down to whole windows."""
-    length: int = 512
-    """Tokens in a window."""
+    length: int | None = None
+    """Tokens in a window; by default 512, or as many positions as the model has where they are fewer."""
     batch: int = 8
     """Windows in a batch, over which the balanced alternatives are balanced."""
     by_layer: bool = False
@@ -357,11 +363,18 @@ def _inspect(arguments: list[str], console: Console) -> int:
     from sinkroute.lab.inspect import audit_table, facts, inspect_checkpoint, summary, write_page
 
     command = tyro.cli(InspectCommand, args=arguments, prog="sinkroute inspect")
-    targets = [Path(command.json)] if command.json else []
+    # What cannot be written should not be found out after an hour.
+    targets = []
+    if command.json:
+        targets.append(Path(command.json))
+        if targets[0].is_dir() or not os.access(targets[0].parent, os.W_OK):
+            raise UsageError(f"--json {command.json} cannot be written: it needs a file in a folder that is there")
     if command.output:
-        # Made first: what cannot be written should not be found out after an hour.
         folder = Path(command.output)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output {folder} cannot be made a folder: {error.strerror}") from error
         targets.append(folder / "inspect.json")
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task("", total=None)
@@ -412,10 +425,10 @@ def _report(arguments: list[str], console: Console) -> int:
     console.print(result_table(runs))
     out = Path(command.out) if command.out else Path(command.runs[0]) / "report.html"
     write_report(runs, out, title=command.title)
-    console.print(f"Report: [bold]{out}[/]", highlight=False, soft_wrap=True)
+    console.print(f"Report: [bold]{escape(str(out))}[/]", highlight=False, soft_wrap=True)
     if command.picture:
         write_picture(runs, Path(command.picture))
-        console.print(f"Picture: [bold]{command.picture}[/]", highlight=False, soft_wrap=True)
+        console.print(f"Picture: [bold]{escape(command.picture)}[/]", highlight=False, soft_wrap=True)
     return 0
 
 

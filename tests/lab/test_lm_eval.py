@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from sinkroute.lab.config import Config, from_mapping
 from sinkroute.lab.data import load_corpus
 from sinkroute.lab.evaluation import evaluate_text
 from sinkroute.lab.export.serving import ExportError
-from sinkroute.lab.lm_eval import TaskError, evaluate_run
+from sinkroute.lab.lm_eval import TaskError, _load, evaluate_run
 from sinkroute.lab.run import execute
 from sinkroute.lab.trained import TrainedRun, load_run
 
@@ -28,7 +29,8 @@ def test_without_the_harness_the_error_names_the_extra(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["evaluate", "runs/none", "--lm-eval", "hellaswag"]) == 1
-    assert 'pip install "sinkroute[eval]"' in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert 'not installed; pip install "sinkroute[eval]" (SINKROUTE_TRACEBACK' in said
 
 
 def test_split_and_inference_do_not_go_with_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,6 +172,24 @@ def test_the_command_runs_several_tasks_and_prints_a_table(
     assert found["first"]["metrics"] == found["second"]["metrics"]
 
 
+def test_the_table_has_long_and_strange_names_of_tasks_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = "[red]" + "abcdefghij" * 6 + "[/]"
+    found = {task: {"metrics": {"acc[/]": {"value": 0.5, "stderr": 0.1}}, "samples": 4}}
+    run = SimpleNamespace(folder=tmp_path / "[i]run", checkpoint=tmp_path / "step-000001")
+    monkeypatch.setattr("sinkroute.lab.lm_eval.require_lm_eval", lambda: None)
+    monkeypatch.setattr("sinkroute.lab.lm_eval.evaluate_run", lambda run, tasks: found)
+    monkeypatch.setattr("sinkroute.lab.trained.load_run", lambda folder: run)
+    assert main(["evaluate", "[i]run", "--lm-eval", "mine"]) == 0
+    title, _, table = capsys.readouterr().out.partition("┏")
+    assert "[i]run at" in " ".join(title.split())
+    rows = [line.split("│") for line in table.splitlines() if "│" in line]
+    assert "".join(row[1].strip() for row in rows) == task
+    assert "".join(row[2].strip() for row in rows) == "acc[/]"
+    assert [row[3].strip() for row in rows if row[3].strip()] == ["0.5000"]
+
+
 @pytest.mark.parametrize("task", ["wikipedia", "wikipedia-cloze"])
 def test_the_example_tasks_run(run: TrainedRun, task: str) -> None:
     experiments = Path(__file__).parents[2] / "experiments" / "lm-eval"
@@ -203,6 +223,14 @@ def test_a_file_that_is_no_task_is_an_error_that_names_it(
 def test_a_path_where_nothing_is_is_told(run: TrainedRun, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no task file at .*none\.yaml"):
         evaluate_run(run, [str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(("known", "hint"), [("hellaswag", "; did you mean 'hellaswag'?"), ("mmlu", ";")])
+def test_an_unknown_name_is_told_with_where_all_are_listed(known: str, hint: str) -> None:
+    manager = SimpleNamespace(task_index={known: {}}, all_tasks=[known])
+    with pytest.raises(TaskError) as caught:
+        _load(manager, "helaswag")
+    assert str(caught.value) == f"unknown task 'helaswag'{hint} `lm-eval ls tasks` lists all; a file ends in .yaml"
 
 
 @pytest.mark.slow

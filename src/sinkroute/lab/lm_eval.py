@@ -46,8 +46,7 @@ def require_lm_eval() -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ModuleNotFoundError(
-            '--lm-eval needs the lm-evaluation-harness, which is not installed; pip install "sinkroute[eval]" '
-            "(in an environment of its own: it brings older versions of some packages)"
+            '--lm-eval needs the lm-evaluation-harness, which is not installed; pip install "sinkroute[eval]"'
         )
 
 
@@ -151,7 +150,7 @@ def _load(manager: Any, task: str) -> list[Any]:
         raise FileNotFoundError(f"no task file at {task}; pass a YAML file, or a name that lm-eval knows")
     if not _is_path(task) and task not in manager.task_index:
         near = difflib.get_close_matches(task, manager.all_tasks, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else ";"
         raise TaskError(f"unknown task {task!r}{hint} `lm-eval ls tasks` lists all; a file ends in .yaml")
     try:
         found = manager.load([task])

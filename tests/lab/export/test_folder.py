@@ -20,6 +20,10 @@ def names(path: Path) -> set[str]:
 def test_an_earlier_export_is_replaced_and_nothing_of_it_stays(make_run: Any, tmp_path: Path) -> None:
     export_run(make_run("loss-free", {"score": "sigmoid"}), tmp_path / "hf")
     (tmp_path / "hf" / "old.txt").write_text("of the earlier one")
+    mark = tmp_path / "hf" / "sinkroute-export.json"
+    written = json.loads(mark.read_text())
+    assert set(written["files"]) == names(tmp_path / "hf") - {"old.txt"}
+    mark.write_text(json.dumps({**written, "files": [*written["files"], "old.txt"]}))
     export_run(make_run(), tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "mixtral"
     assert "old.txt" not in names(tmp_path / "hf")
@@ -38,6 +42,29 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(make_run: Any, t
     with pytest.raises(ExportError, match=r"mine holds something else than an earlier export \(thesis.tex\)"):
         export_run(make_run(), tmp_path / "mine")
     assert names(tmp_path / "mine") == {"thesis.tex"}
+
+
+def test_files_that_were_put_into_an_export_are_named_and_left_alone(make_run: Any, tmp_path: Path) -> None:
+    run = make_run()
+    export_run(run, tmp_path / "hf")
+    (tmp_path / "hf" / ".git").mkdir()
+    (tmp_path / "hf" / "model.gguf").write_text("hours of work")
+    before = names(tmp_path / "hf")
+    with pytest.raises(
+        ExportError, match=r"something else than an earlier export \(\.git, model\.gguf\); move it away"
+    ):
+        export_run(run, tmp_path / "hf")
+    assert names(tmp_path / "hf") == before
+    assert names(tmp_path) == {"run", "hf"}
+
+
+@pytest.mark.parametrize("content", ["notes", "[]", "{}", '{"files": null}'])
+def test_a_file_that_only_has_the_name_of_the_list_makes_no_export(make_run: Any, tmp_path: Path, content: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "sinkroute-export.json").write_text(content)
+    with pytest.raises(ExportError, match=r"\(sinkroute-export.json\)"):
+        export_run(make_run(), tmp_path / "mine")
+    assert (tmp_path / "mine" / "sinkroute-export.json").read_text() == content
 
 
 def test_a_file_is_refused(make_run: Any, tmp_path: Path) -> None:
@@ -64,36 +91,75 @@ def test_an_export_that_fails_midway_leaves_the_earlier_one_and_no_rest(
     assert names(tmp_path) == {"run", "hf"}
 
 
+def interrupt_rename(
+    monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException, *, done: bool = False, again: bool = False
+) -> None:
+    """The so-manieth rename of a folder raises, before or when it is done; with `again`, all that follow raise, too."""
+    rename, count = Path.rename, iter(range(1, 100))
+
+    def stubborn(path: Path, target: Path) -> Path:
+        now = next(count)
+        stops = now == number or (again and now > number)
+        if stops and not done:
+            raise error
+        renamed = rename(path, target)
+        if stops:
+            raise error
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", stubborn)
+
+
+@pytest.mark.parametrize("error", [OSError("no"), KeyboardInterrupt("no")])
+@pytest.mark.parametrize(("number", "done"), [(1, False), (1, True), (2, False)])
 def test_an_export_that_cannot_take_its_place_puts_the_earlier_one_back(
+    make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, number: int, done: bool
+) -> None:
+    run = make_run()
+    export_run(run, tmp_path / "hf")
+    before = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    run.model.head.weight.data.mul_(2)
+    interrupt_rename(monkeypatch, number, error, done=done)
+    with pytest.raises(type(error), match="no"):
+        export_run(run, tmp_path / "hf")
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == before
+    assert names(tmp_path) == {"run", "hf"}
+
+
+def test_an_earlier_export_that_cannot_be_put_back_is_kept_beside(
     make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run()
     export_run(run, tmp_path / "hf")
-    rename = Path.rename
-
-    def stubborn(path: Path, target: Path) -> Path:
-        if path.name.endswith(".draft"):
-            raise OSError("no")
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", stubborn)
-    with pytest.raises(OSError, match="no"):
+    before = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    interrupt_rename(monkeypatch, 2, KeyboardInterrupt(), again=True)
+    with pytest.raises(KeyboardInterrupt):
         export_run(run, tmp_path / "hf")
-    assert "model.safetensors" in names(tmp_path / "hf")
-    assert names(tmp_path) == {"run", "hf"}
+    (kept,) = tmp_path.glob(".hf-*/old/model.safetensors")
+    assert kept.read_bytes() == before
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_what_killed_exports_left_is_cleared_away(make_run: Any, tmp_path: Path, there: bool) -> None:
+def test_folders_of_others_beside_an_export_are_left_alone(make_run: Any, tmp_path: Path, there: bool) -> None:
     run = make_run()
     if there:
         export_run(run, tmp_path / "hf")
     for name in (".hf.old", ".hf.draft"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "rest").write_text("half a file")
+        (tmp_path / name / "thesis.tex").write_text("years of work")
     export_run(run, tmp_path / "hf")
-    assert names(tmp_path) == {"run", "hf"}
-    assert "rest" not in names(tmp_path / "hf")
+    assert names(tmp_path) == {"run", "hf", ".hf.old", ".hf.draft"}
+    assert names(tmp_path / ".hf.old") == names(tmp_path / ".hf.draft") == {"thesis.tex"}
+
+
+def test_an_export_through_a_link_replaces_what_the_link_names(make_run: Any, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "hf").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        export_run(make_run(), tmp_path / "hf")
+    assert (tmp_path / "hf").is_symlink()
+    assert "model.safetensors" in names(tmp_path / "disk")
+    assert names(tmp_path) == {"run", "hf", "disk"}
 
 
 def test_what_does_not_say_the_same_is_not_written(

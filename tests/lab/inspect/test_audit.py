@@ -211,7 +211,7 @@ class _Block(nn.Module):
 def test_a_router_that_is_not_understood_is_counted_and_named() -> None:
     model = nn.Sequential(_Block(called=True))
     tokens_TD = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
-    with Tallies(model, 4, False) as tallies:
+    with Tallies(model, "odd", 4, False) as tallies:
         model(tokens_TD)
     (layer,) = tallies.layers()
     assert layer.load is not None
@@ -223,7 +223,7 @@ def test_a_router_that_is_not_understood_is_counted_and_named() -> None:
 
 def test_a_router_that_is_never_called_says_so_and_hooks_are_gone_afterwards() -> None:
     model = nn.Sequential(_Block(called=False))
-    with Tallies(model, 4, False) as tallies:
+    with Tallies(model, "odd", 4, False) as tallies:
         model(torch.randn(4, 8))
     (layer,) = tallies.layers()
     assert layer.load is None
@@ -233,5 +233,8 @@ def test_a_router_that_is_never_called_says_so_and_hooks_are_gone_afterwards() -
 
 def test_a_router_that_sees_other_tokens_is_refused() -> None:
     model = nn.Sequential(_Block(called=True))
-    with Tallies(model, 5, False), pytest.raises(InspectError, match="12 tokens, which are no whole windows of 5"):
+    with (
+        Tallies(model, "odd", 5, False),
+        pytest.raises(InspectError, match="12 tokens, which are no whole windows of 5"),
+    ):
         model(torch.randn(12, 8))

@@ -34,6 +34,18 @@ def test_an_error_is_one_line_and_code_1(capsys: pytest.CaptureFixture[str], sav
     assert "there is no file" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("option", "place"), [("--json", "none/x.json"), ("--json", "."), ("--output", "file"), ("--output", "file/below")]
+)
+def test_what_cannot_be_written_is_refused_before_the_audit(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, place: str
+) -> None:
+    monkeypatch.setattr("sinkroute.lab.inspect.inspect_checkpoint", lambda *_, **__: pytest.fail("it was begun"))
+    (tmp_path / "file").touch()
+    assert main(["inspect", "MODEL", "--text", "FILE", option, str(tmp_path / place)]) == 2
+    assert f"{option} {tmp_path / place} cannot be" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_by_layer_stays_far_below_the_size_of_the_checkpoint(save: Save, text: Path) -> None:
     """1.0 GiB of float32 in 16 layers, in a process of its own; less the 0.5 GiB that an empty one has."""

@@ -64,6 +64,7 @@ def test_batches_hold_whole_windows_and_the_last_may_hold_fewer(
     [
         (b"", 100, "is empty"),
         (b"abc", 100, "has 3 tokens, fewer than one window of length=4 holds.*take --length 3"),
+        (b"a", 100, r"has 1 tokens, fewer than one window of length=4 holds \(4\); take a longer text$"),
         (b"abcdefgh", 3, "tokens=3 are fewer than one window of length=4.*raise --tokens"),
         ("ÄÖÜ".encode("latin-1"), 100, r"is not UTF-8 .*b'\\xc4'.*iconv"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,14 +46,14 @@ def export_run(run: TrainedRun, output: Path) -> Export:
 
     Args:
         run: from `load_run`.
-        output: a folder that does not exist, is empty, or holds an earlier export, which is replaced.
+        output: a folder that does not exist, is empty, or holds an earlier export and nothing else, which is replaced.
 
     Raises:
         ExportError: no architecture computes this model, the folder holds something else, or the exported model does
             not say what the run's says.
         OSError: it cannot be written; what was there is untouched.
     """
-    _refuse_others_folder(output)
+    _refuse_others_files(output)
     length = run.config.data.length
     model = convert(run.model, run.config)
     agreement = measure_agreement(run.model, model, length)
@@ -62,44 +64,50 @@ def export_run(run: TrainedRun, output: Path) -> Export:
             "docs/export.md names the version that was tested"
         )
     export = Export(output, type(model).__name__, run.checkpoint.name, agreement)
-    draft = output.with_name(f".{output.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)  # left by a process that was killed
+    place = output.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-"))
+    draft, aside = work / "new", work / "old"
     try:
-        draft.mkdir(parents=True)
+        draft.mkdir()
         model.save_pretrained(draft)
         make_tokenizer(length).save_pretrained(draft)
         write_card(run, export, draft / "README.md")
-        mark = {"architecture": export.architecture, "checkpoint": export.checkpoint, "agreement": asdict(agreement)}
+        mark = {
+            "architecture": export.architecture,
+            "checkpoint": export.checkpoint,
+            "agreement": asdict(agreement),
+            "files": sorted([_MARK, *(path.name for path in draft.iterdir())]),
+        }
         write_json(mark, draft / _MARK)
-        _put(draft, output)
+        # A folder cannot be replaced in one step: the old one stands aside until it is done.
+        if place.exists():
+            place.rename(aside)
+        draft.rename(place)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        # Whatever came between, Ctrl-C included. If this rename fails, the old folder is not deleted either.
+        if aside.exists() and not place.exists():
+            aside.rename(place)
+        shutil.rmtree(work, ignore_errors=True)
     return export
 
 
-def _refuse_others_folder(output: Path) -> None:
+def _refuse_others_files(output: Path) -> None:
     if not output.exists():
         return
     if not output.is_dir():
         raise ExportError(f"{output} is a file; choose a folder for --output")
-    names = sorted(path.name for path in output.iterdir())
-    if names and _MARK not in names:
+    others = sorted({path.name for path in output.iterdir()} - _written(output))
+    if others:
         raise ExportError(
-            f"{output} holds something else than an earlier export ({', '.join(names[:3])}"
-            f"{', …' if len(names) > 3 else ''}); choose another --output"
+            f"{output} holds something else than an earlier export ({', '.join(others[:3])}"
+            f"{', …' if len(others) > 3 else ''}); move it away, or choose another --output"
         )
 
 
-def _put(draft: Path, output: Path) -> None:
-    """Give the draft its name. A folder cannot be replaced in one step: the old one stands aside until it is done."""
-    aside = output.with_name(f".{output.name}.old")
-    if output.exists():
-        shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
-        output.rename(aside)
+def _written(folder: Path) -> set[str]:
+    """The names of an earlier export's files, as it wrote them down; empty if the folder holds none."""
     try:
-        draft.rename(output)
-    except OSError:
-        if aside.exists():
-            aside.rename(output)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        return set(json.loads((folder / _MARK).read_text(encoding="utf-8"))["files"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return set()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sinkroute._errors import require_count
 from sinkroute.lab.inspect.by_layer import LayeredCheckpoint, layers_of
-from sinkroute.lab.inspect.loading import checkpoint_files, load_config, load_model, load_tokenizer
+from sinkroute.lab.inspect.loading import checkpoint_files, explained, load_config, load_model, load_tokenizer
 from sinkroute.lab.inspect.lockstep import run_in_lockstep
 from sinkroute.lab.inspect.result import Audit, Setting
 from sinkroute.lab.inspect.tally import Tallies
@@ -34,7 +34,7 @@ def inspect_checkpoint(
     text: str | Path,
     *,
     tokens: int = 16384,
-    length: int = 512,
+    length: int | None = None,
     batch: int = 8,
     by_layer: bool = False,
     on_status: Callable[[str], None] = lambda words: None,
@@ -46,7 +46,7 @@ def inspect_checkpoint(
         model: folder of a Hugging Face checkpoint, or a hub id. Safetensors only, and no code of the checkpoint's.
         text: a UTF-8 file; its head is used.
         tokens: at most so many, cut down to whole windows.
-        length: of a window.
+        length: of a window; None: 512, or as many positions as the model has where they are fewer.
         batch: windows in a batch, over which alternatives are balanced.
         by_layer: whether to have one layer in memory at a time, and the hidden states of all windows.
         on_status: is told what is being done.
@@ -57,13 +57,16 @@ def inspect_checkpoint(
         ValueError: a number out of range.
     """
     require_count("tokens", tokens, 1)
-    require_count("length", length, 2)
+    if length is not None:
+        require_count("length", length, 2)
     require_count("batch", batch, 1)
     started = time.perf_counter()
     reset_peak_memory()
     config = load_config(model)
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and length > most:
+    if length is None:
+        length = 512 if most is None else min(512, most)
+    elif most is not None and length > most:
         raise InspectError(f"length={length} is more than the {most} positions that {model!r} has; lower --length")
     on_status("reading the text")
     windows = read_windows(Path(text), load_tokenizer(model, config), length, tokens)
@@ -78,7 +81,7 @@ def inspect_checkpoint(
         folder, network = model, load_model(model, config)
         run = partial(_run_whole, network)
     on_status("routing")
-    with Tallies(network, length, windows.begun) as tallies:
+    with Tallies(network, model, length, windows.begun) as tallies, explained(f"{model!r} cannot be run"):
         run([site.path for site in tallies.sites], batches, on_progress)
     dtype = next(network.parameters()).dtype
     files = checkpoint_files(folder)

@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sinkroute.lab.inspect.loading import checkpoint_files, model_class, quietly, refuse_quantized, require_complete
+from sinkroute.lab.inspect.loading import (
+    checkpoint_files,
+    explained,
+    model_class,
+    quietly,
+    refuse_quantized,
+    require_complete,
+    require_fitting,
+)
 from sinkroute.lab.inspect.text import InspectError
 
 if TYPE_CHECKING:
@@ -37,7 +45,7 @@ class LayeredCheckpoint:
         device: where parts are run.
 
     Raises:
-        InspectError: no folder of safetensors, or a quantised one.
+        InspectError: no folder of safetensors, a quantised one, or one whose model cannot be made.
     """
 
     def __init__(self, folder: str, config: PretrainedConfig, device: torch.device) -> None:
@@ -48,7 +56,7 @@ class LayeredCheckpoint:
         self._files = checkpoint_files(folder) or []
         self._dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(self._files)
         # Buffers are made for real: positions and the like are computed, not read.
-        with init_empty_weights(include_buffers=False):
+        with explained(f"{folder!r} cannot be loaded"), init_empty_weights(include_buffers=False):
             self.model: PreTrainedModel = model_class(config)._from_config(config, dtype=self._dtype)
         self.model.eval()
         for module in self.model.modules():
@@ -90,7 +98,7 @@ class LayeredCheckpoint:
         # A tensor of the checkpoint may become several of the model's, of which one is known: take all of the module.
         modules = {name.rpartition(".")[0] for name in names}
         wanted = {source for source, target in self._targets.items() if target.rpartition(".")[0] in modules}
-        with quietly(), _open(self._files, wanted) as tensors:
+        with explained(f"{self._folder!r} cannot be loaded"), quietly(), _open(self._files, wanted) as tensors:
             told, _ = convert_and_load_state_dict_in_model(
                 self.model,
                 tensors,
@@ -101,9 +109,7 @@ class LayeredCheckpoint:
                     weight_mapping=self._mapping,
                 ),
             )
-        troubles = [*told.conversion_errors, *(name for name, *_ in told.mismatched_keys)]
-        if troubles:
-            raise InspectError(f"the weights of {self._folder!r} do not fit the model: {', '.join(troubles[:3])}")
+        require_fitting(self._folder, [*told.conversion_errors, *(name for name, *_ in told.mismatched_keys)])
         require_complete(self._folder, names & told.missing_keys)
 
     def _stored(self, part: nn.Module) -> set[str]:

@@ -2,20 +2,22 @@
 
 Nothing of a checkpoint is run: `trust_remote_code` is never set, and weights are read from safetensors only (a torch
 pickle can run anything). A name that is no folder is a repository of the Hugging Face hub, which transformers then
-downloads; for a folder nothing is looked up.
+downloads; for a folder nothing is looked up. What the libraries raise over a broken checkpoint is of many kinds, few of
+which name it: `explained` makes one error of them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sinkroute._errors import SinkrouteError
 from sinkroute.lab.inspect.text import InspectError
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "checkpoint_files",
+    "explained",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -30,7 +33,21 @@ __all__ = [
     "quietly",
     "refuse_quantized",
     "require_complete",
+    "require_fitting",
 ]
+
+
+@contextmanager
+def explained(failure: str) -> Iterator[None]:
+    """Raises:
+    InspectError: `failure` and the cause, in place of whatever is raised inside; our own errors pass.
+    """
+    try:
+        yield
+    except SinkrouteError:
+        raise
+    except Exception as error:  # of transformers, safetensors, quantisers, torch: there is no common base
+        raise InspectError(f"{failure}: {_cause(error)}") from error
 
 
 def load_config(model: str) -> PretrainedConfig:
@@ -43,11 +60,13 @@ def load_config(model: str) -> PretrainedConfig:
         raise InspectError(f"there is no folder {model!r}; MODEL is a folder of a checkpoint or a hub id (OWNER/NAME)")
     if _is_folder(model) and not Path(model, "config.json").is_file():
         raise InspectError(f"{model!r} has no config.json, so it is no Hugging Face checkpoint")
-    try:
-        return AutoConfig.from_pretrained(model, **_source(model))
-    except (OSError, ValueError, KeyError) as error:
-        where = "" if _is_folder(model) else " (there is no folder of that name, so it was looked up on the hub)"
-        raise InspectError(f"the configuration of {model!r} cannot be read{where}: {_first_line(error)}") from error
+    where = "" if _is_folder(model) else " (there is no folder of that name, so it was looked up on the hub)"
+    with explained(f"the configuration of {model!r} cannot be read{where}"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(model, **_source(model))
+        # A checkpoint may name kernels here, which are code that transformers would fetch and run.
+        config._attn_implementation = None
+        config._experts_implementation = None
+    return config
 
 
 def load_tokenizer(model: str, config: PretrainedConfig) -> PreTrainedTokenizerBase:
@@ -61,7 +80,7 @@ def load_tokenizer(model: str, config: PretrainedConfig) -> PreTrainedTokenizerB
         tokenizer("a")
     except Exception as error:  # whatever the libraries say where files are missing
         raise InspectError(
-            f"{model!r} has no tokenizer that can be loaded, and a text has to become tokens ({_first_line(error)}); "
+            f"{model!r} has no tokenizer that can be loaded, and a text has to become tokens ({_cause(error)}); "
             "put the tokenizer's files beside the model's: tokenizer.save_pretrained(MODEL)"
         ) from error
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
@@ -105,10 +124,11 @@ def load_model(model: str, config: PretrainedConfig) -> PreTrainedModel:
     """The whole model, in its own dtype: on the accelerators that there are, else on the CPU.
 
     Raises:
-        InspectError: there are no safetensors, some weights are missing, or the memory does not suffice.
+        InspectError: it cannot be read, some weights are missing or do not fit, or the memory does not suffice.
     """
     files = checkpoint_files(model)
     options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are told, and refused below by name
     if torch.accelerator.is_available():
         options["device_map"] = "auto"
     elif files is not None:
@@ -118,12 +138,10 @@ def load_model(model: str, config: PretrainedConfig) -> PreTrainedModel:
 
         # Its kernel routes by itself and never calls the router.
         options["quantization_config"] = Mxfp4Config(dequantize=True)
-    try:
-        with quietly():
-            loaded: Any = model_class(config).from_pretrained(model, config=config, **_source(model), **options)
-    except (OSError, ValueError) as error:
-        raise InspectError(f"{model!r} cannot be loaded: {_first_line(error)}") from error
+    with explained(f"{model!r} cannot be loaded"), quietly():
+        loaded: Any = model_class(config).from_pretrained(model, config=config, **_source(model), **options)
     network, told = loaded
+    require_fitting(model, [name for name, *_ in told["mismatched_keys"]])
     require_complete(model, told["missing_keys"])
     found: PreTrainedModel = network.eval()
     return found
@@ -147,14 +165,17 @@ def checkpoint_files(model: str) -> list[Path] | None:
     """The safetensors that hold a folder's weights; None for a repository of the hub.
 
     Raises:
-        InspectError: a folder without any, or without some.
+        InspectError: a folder without any, without some, or with one that is damaged.
     """
+    from safetensors import safe_open
+
     if not _is_folder(model):
         return None
     index, whole = Path(model, "model.safetensors.index.json"), Path(model, "model.safetensors")
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = [Path(model, name) for name in sorted(names)]
+        with explained(f"the index of {model!r}, {index.name}, cannot be read"):
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = [Path(model, name) for name in sorted(names)]
         absent = [file.name for file in files if not file.is_file()]
         if absent:
             raise InspectError(f"{model!r} lacks {absent[0]}, one of {len(files)} files that its index names")
@@ -167,6 +188,9 @@ def checkpoint_files(model: str) -> list[Path] | None:
             + (f" but torch pickles ({pickles[0]}, ...), which can run anything and are not read" if pickles else "")
             + "; save it again with transformers' save_pretrained"
         )
+    for file in files:
+        with explained(f"{file} is no whole file of safetensors; copy or download it again"), safe_open(file, "pt"):
+            pass
     return files
 
 
@@ -179,6 +203,17 @@ def require_complete(model: str, missing: set[str] | list[str]) -> None:
         raise InspectError(
             f"{model!r} lacks {len(absent)} of its weights ({', '.join(absent[:3])}{', ...' * (len(absent) > 3)}); "
             "they would be random, and the routes with them"
+        )
+
+
+def require_fitting(model: str, troubles: Sequence[str]) -> None:
+    """Raises:
+    InspectError: weights have other shapes than the configuration gives the model.
+    """
+    if troubles:
+        raise InspectError(
+            f"the weights of {model!r} do not fit the model that its config.json describes: "
+            f"{', '.join(sorted(troubles)[:3])}{', ...' * (len(troubles) > 3)}"
         )
 
 
@@ -219,5 +254,8 @@ def _is_folder(model: str) -> bool:
     return Path(model).is_dir()
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _cause(error: BaseException) -> str:
+    """The kind of an error, for many say little more, and what it says up to its first full line."""
+    first, _, rest = str(error).strip().partition("\n")
+    said = f"{first} {rest.strip().partition(chr(10))[0]}" if first.endswith(":") else first
+    return f"{type(error).__name__}: {said}".removesuffix(": ")

@@ -38,6 +38,7 @@ class Tallies:
 
     Args:
         model: in `eval()`; its weights may be elsewhere.
+        checkpoint: what errors call it.
         length: of the windows that it will be called with.
         begun: whether the first token of a window is not to be counted.
 
@@ -45,7 +46,7 @@ class Tallies:
         InspectError: there is no router in it.
     """
 
-    def __init__(self, model: nn.Module, length: int, begun: bool) -> None:
+    def __init__(self, model: nn.Module, checkpoint: str, length: int, begun: bool) -> None:
         known, refused = find_routers(model)
         if not known and not refused:
             raise InspectError(
@@ -55,7 +56,7 @@ class Tallies:
         order = {path: place for place, (path, _) in enumerate(model.named_modules())}
         found: dict[Site, Scoring | str] = {**known, **refused}
         self.sites = sorted(found, key=lambda site: order[site.path])
-        self._tallies = [_Tally(site, found[site], length, begun) for site in self.sites]
+        self._tallies = [_Tally(site, found[site], checkpoint, length, begun) for site in self.sites]
 
     def __enter__(self) -> Tallies:
         self._hooks = [tally.site.host.register_forward_hook(tally) for tally in self._tallies]
@@ -73,8 +74,8 @@ class Tallies:
 class _Tally:
     """The forward hook on one router."""
 
-    def __init__(self, site: Site, found: Scoring | str, length: int, begun: bool) -> None:
-        self.site, self.length, self.begun = site, length, begun
+    def __init__(self, site: Site, found: Scoring | str, checkpoint: str, length: int, begun: bool) -> None:
+        self.site, self.checkpoint, self.length, self.begun = site, checkpoint, length, begun
         self.scoring = found if isinstance(found, Scoring) else None
         self.reason = found if isinstance(found, str) else None
         self.contract: Contract | None = None if self.scoring is None else self.scoring.contract
@@ -105,6 +106,12 @@ class _Tally:
         if not self.decided:
             self.begin(decision)
         logits_TE = decision.logits_TE if self.scoring is None else self.scoring.logits(decision)
+        # A rule that is not known may give -inf to experts that a token may not have.
+        if (logits_TE.isnan() if self.scoring is None else ~logits_TE.isfinite()).any():
+            raise InspectError(
+                f"the logits of {self.site.path} in {self.checkpoint!r} are NaN or infinite: a weight of that layer or "
+                f"of one before it is, or they overflow in {str(logits_TE.dtype).removeprefix('torch.')}"
+            )
         load_E = _count(decision.experts_TK, len(self.load_E))
         self.load_E += load_E
         self.max_vio += max_violation(load_E).item()

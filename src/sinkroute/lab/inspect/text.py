@@ -71,9 +71,10 @@ def read_windows(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, to
         raise InspectError(f"{path} is empty; --text needs a text of {own} tokens or more")
     windows = min(len(ids), tokens) // own
     if not windows:
+        most = len(ids) + (begin is not None)
         raise InspectError(
             f"{path} has {len(ids)} tokens, fewer than one window of length={length} holds ({own}); "
-            f"take --length {len(ids) + (begin is not None)} or less, or a longer text"
+            + (f"take --length {most} or less, or a longer text" if most > 1 else "take a longer text")
         )
     ids_NL = torch.tensor(ids[: windows * own]).view(windows, own)
     if begin is not None:
