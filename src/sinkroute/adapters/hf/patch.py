@@ -52,10 +52,10 @@ def patch(model: nn.Module, router: str, *, keep_aux_loss: bool | None = None, *
         model: a model of transformers, or a part of one that has `attention_mask` among its arguments.
         router: a name of `sinkroute.list_routers()`: one that serves as plain top-k (SSR: `"ssr-l"`, `"ssr-s"`,
             `"ssr-b"`, `"ssr-ec"`; `"softmax"`, which only counts; losses; ...). For models that have a correction bias
-            also `"ssr-bias"` and `"loss-free"`, which then move that of the model; for those with a linear gate (nearly
-            all) `"ssr-fold"`, which moves the gate.
+            also `"ssr-bias"` and `"loss-free"`, which then move that of the model; for others with a linear gate
+            (nearly all) `"ssr-fold"`, which moves the gate.
         keep_aux_loss: whether the model's own balancing loss stays. It is computed from the logits and knows nothing
-            of the choices that the router makes. None: switched off, unless the router is `"softmax"`.
+            of the choices that the router makes. None: off in training passes, unless the router is `"softmax"`.
         options: the router's own, such as `probability`; not those that the model decides (`score`, `norm_topk`, ...).
 
     Returns:
