@@ -35,7 +35,7 @@ from sinkroute import LoadMonitor, Router, set_step
 from sinkroute.lab.config import Config, ModelConfig, RouterConfig
 from sinkroute.lab.files import write_json
 from sinkroute.lab.machine import machine
-from sinkroute.lab.training import make_model
+from sinkroute.lab.models import make_model
 from sinkroute.routing.monitor import Tier
 
 BRANCHES = {

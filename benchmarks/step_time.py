@@ -29,7 +29,7 @@ from rich.table import Table
 from sinkroute.lab.config import Config, ModelConfig, RouterConfig
 from sinkroute.lab.files import write_json
 from sinkroute.lab.machine import machine
-from sinkroute.lab.training import make_model
+from sinkroute.lab.models import make_model
 from sinkroute.routing import set_step
 
 VARIANTS: dict[str, RouterConfig] = {

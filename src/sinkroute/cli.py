@@ -30,7 +30,7 @@ __all__ = ["main"]
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Their runs keep checkpoints; the others start over. (bench, which keeps what it has measured, says so itself.)
-CONTINUED = ("demo", "train")
+CONTINUED = ("demo", "train", "compare")
 
 # Errors that explain themselves. (What is heavy, Accelerate or matplotlib, is imported by the command that needs it.)
 EXPECTED_ERRORS = (SinkrouteError, ValueError, TypeError, OSError, ModuleNotFoundError)
@@ -115,11 +115,11 @@ def _demo(arguments: list[str], console: Console) -> int:
 
 def _train(arguments: list[str], console: Console) -> int:
     from sinkroute.lab.config import Config, find_preset, read_yaml
-    from sinkroute.lab.data import load_corpus
     from sinkroute.lab.display import Display
     from sinkroute.lab.interrupt import Interrupted, stop_on_signal
     from sinkroute.lab.report import read_runs, result_table
     from sinkroute.lab.run import execute
+    from sinkroute.lab.tasks import load_data
 
     @dataclass
     class TrainCommand(Config):
@@ -148,13 +148,13 @@ def _train(arguments: list[str], console: Console) -> int:
         command.label = "" if command.label == preset.label else command.label
     config = Config(**{name: value for name, value in vars(command).items() if name not in ("out", "fresh")})
     folder = Path(command.out or Path("runs") / path.stem)
-    corpus = load_corpus(config.data.name, config.data.path)
+    data = load_data(config)
     with Display(console) as display, stop_on_signal() as stop:
         display.begin(config.label or config.router.name, config.train.steps)
         try:
             execute(
                 config,
-                corpus,
+                data,
                 folder,
                 fresh=command.fresh,
                 stop=stop,
@@ -215,11 +215,11 @@ class EvaluateCommand:
 
 
 def _evaluate(arguments: list[str], console: Console) -> int:
-    from sinkroute.lab.data import load_corpus
     from sinkroute.lab.files import write_json
     from sinkroute.lab.run import evaluate_split
+    from sinkroute.lab.tasks import load_data, make_task
     from sinkroute.lab.trained import load_run
-    from sinkroute.lab.training import check_corpus
+    from sinkroute.lab.training import check_data
     from sinkroute.routing import set_inference
 
     command = tyro.cli(EvaluateCommand, args=arguments, prog="sinkroute evaluate")
@@ -229,10 +229,10 @@ def _evaluate(arguments: list[str], console: Console) -> int:
         return _evaluate_tasks(command, console)
     folder = Path(command.run)
     run = load_run(folder)
-    corpus = load_corpus(run.config.data.name, run.config.data.path)
-    check_corpus(corpus, folder)
+    data = load_data(run.config)
+    check_data(data, folder)
     set_inference(run.model, command.inference)
-    evaluation = evaluate_split(run.model, run.config, corpus, command.split)
+    evaluation = evaluate_split(run.model, make_task(run.config, data), command.split)
     found = {"checkpoint": run.checkpoint.name, "inference": command.inference, **evaluation}
     mode = "" if command.inference == "none" else f"-{command.inference}"
     write_json(found, folder / f"evaluation-{command.split}{mode}.json")
@@ -241,10 +241,14 @@ def _evaluate(arguments: list[str], console: Console) -> int:
         return 0
     how = "" if command.inference == "none" else f", inference by {command.inference}"
     table = Table(title=f"{escape(str(folder))} at {run.checkpoint.name}, {command.split} split{how}")
-    for column in ("text", "bytes", "bits per byte", "perplexity"):
-        table.add_column(column, justify="left" if column == "text" else "right")
-    for name, quality in {"clean": found[command.split], **found["attacked"]}.items():
-        table.add_row(name, f"{quality['bytes']:,}", f"{quality['bits_per_byte']:.4f}", f"{quality['perplexity']:.3f}")
+    qualities = {"clean": found[command.split], **found["attacked"]}
+    numbers = list(found[command.split])
+    for column in ("evaluated", *numbers):
+        table.add_column(column.replace("_", " "), justify="left" if column == "evaluated" else "right")
+    for name, quality in qualities.items():
+        # The first number is the count.
+        shown = [f"{quality[key]:.4f}" for key in numbers[1:]]
+        table.add_row(escape(name), f"{quality[numbers[0]]:,}", *shown)
     console.print(table)
     load = found["serving"]
     console.print(
@@ -443,9 +447,19 @@ def _bench(arguments: list[str], console: Console) -> int:
     return run_bench(tyro.cli(Bench, args=arguments, prog="sinkroute bench"), console)
 
 
+# -- compare -------------------------------------------------------------------------------------------------------
+
+
+def _compare(arguments: list[str], console: Console) -> int:
+    from sinkroute.lab.compare import CompareCommand, run_compare
+
+    return run_compare(tyro.cli(CompareCommand, args=arguments, prog="sinkroute compare"), console)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str], Console], int], str, str]] = {
     "demo": (_demo, "[CONFIG]", "SSR and its rivals side by side on Wikipedia text, in minutes"),
     "train": (_train, "CONFIG", "train, evaluate and attack one model; continues what was interrupted"),
+    "compare": (_compare, "CONFIG", "methods × sizes × seeds in parallel, with intervals and paired tests"),
     "evaluate": (_evaluate, "RUN", "measure a run's last checkpoint"),
     "export": (_export, "RUN", "a run's model as a Hugging Face checkpoint"),
     "inspect": (_inspect, "MODEL --text FILE", "the expert load of a Hugging Face checkpoint on a text"),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from sinkroute.lab.config import ModelConfig, RouterConfig
 from sinkroute.lab.evaluation import evaluate_text
-from sinkroute.lab.model import Decoder
+from sinkroute.lab.models import Decoder
 
 
 def decoder(router: str = "softmax", **options: object) -> Decoder:

@@ -7,7 +7,7 @@ import torch
 
 import sinkroute
 from sinkroute.lab.config import ModelConfig, RouterConfig
-from sinkroute.lab.model import Decoder, _rotate, _rotations
+from sinkroute.lab.models import Decoder, _rotate, _rotations
 
 SMALL = ModelConfig(layers=2, d_model=32, heads=2, d_hidden=24, experts=4, top_k=2)
 

@@ -10,7 +10,7 @@ import torch
 from sinkroute.lab.checkpoint import save_checkpoint
 from sinkroute.lab.config import Config, from_mapping, write_yaml
 from sinkroute.lab.trained import load_run
-from sinkroute.lab.training import make_model
+from sinkroute.lab.models import make_model
 
 CONFIG = from_mapping(Config, {"model": {"layers": 1, "d_model": 16, "heads": 2, "d_hidden": 8, "experts": 4}})
 

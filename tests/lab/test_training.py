@@ -20,7 +20,8 @@ from sinkroute.lab.checkpoint import CheckpointError
 from sinkroute.lab.config import Config, TrainConfig, from_mapping, read_yaml, write_yaml
 from sinkroute.lab.data import Corpus, load_corpus
 from sinkroute.lab.interrupt import Interrupted, StopRequest
-from sinkroute.lab.training import Diverged, Progress, learning_rate, make_model, prepare_folder, train
+from sinkroute.lab.models import make_model
+from sinkroute.lab.training import Diverged, Progress, learning_rate, prepare_folder, train
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +203,7 @@ def test_a_configuration_of_something_else_is_never_touched(corpus: Corpus, tmp_
 
 def test_a_run_of_another_text_is_refused(corpus: Corpus, tmp_path: Path) -> None:
     run(config(steps=1), corpus, tmp_path)
-    with pytest.raises(ValueError, match=r"was trained on another text: SHA-256 .* now 0{12}…"):
+    with pytest.raises(ValueError, match=r"was trained on other data: SHA-256 .* now 0{12}…"):
         prepare_folder(config(steps=1), replace(corpus, sha256="0" * 64), tmp_path)
 
 

@@ -1,7 +1,8 @@
 """Checkpoints that survive `kill -9`, a full disk and a flipped bit, and hold no pickle.
 
 A checkpoint is a folder `step-000100` with `model.safetensors`, `optimizer.safetensors` and `state.json`, which
-carries what is no tensor and the SHA-256 of all three. It is written beside its place under another name and then
+carries what is no tensor and the SHA-256 of all of them; where there is more to remember, also with `average.safetensors`
+(the average of the weights) and `carried.safetensors` (the memory of streams). It is written beside its place under another name and then
 renamed, which the file system does wholly or not at all: a folder of that name is complete.
 """
 
@@ -34,6 +35,7 @@ __all__ = [
     "CheckpointError",
     "latest_checkpoint",
     "list_checkpoints",
+    "load_carried",
     "load_checkpoint",
     "load_model",
     "save_checkpoint",
@@ -48,7 +50,15 @@ class CheckpointError(SinkrouteError):
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+    *,
+    carried: Mapping[str, Tensor] | None = None,
+    average: nn.Module | None = None,
 ) -> Path:
     """Write `folder/step-…` and remove all but the newest `keep` checkpoints.
 
@@ -58,6 +68,8 @@ def save_checkpoint(
         model, optimizer: what to save.
         state: anything JSON holds, kept with it.
         keep: how many to leave, 1 or more.
+        carried: tensors beside weights and optimiser that the next step needs.
+        average: the model with the average of its weights.
 
     Raises:
         CheckpointError: it could not be written (a full disk, say). Earlier checkpoints are untouched.
@@ -67,15 +79,24 @@ def save_checkpoint(
     optimizer_state: Any = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
     moments = optimizer_state["state"]
     tensors = {f"{name}/{key}": tensor for name in moments for key, tensor in moments[name].items()}
+    contents: dict[str, Mapping[str, Any]] = {
+        "model": get_model_state_dict(model, options=_OPTIONS),
+        "optimizer": tensors,
+        "average": {} if average is None else get_model_state_dict(average, options=_OPTIONS),
+        "carried": carried or {},
+    }
     try:
         shutil.rmtree(draft, ignore_errors=True)  # left by a process that was killed
         draft.mkdir(parents=True)
-        save_file(_whole(get_model_state_dict(model, options=_OPTIONS)), draft / "model.safetensors")
-        save_file(_whole(tensors), draft / "optimizer.safetensors")
-        digests = {name: _digest(draft / name) for name in ("model.safetensors", "optimizer.safetensors")}
-        content = {"step": step, "sha256": digests, "param_groups": optimizer_state["param_groups"], "state": state}
-        content["own_sha256"] = _own_digest(content)
-        (draft / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        digests = {}
+        for name, content in contents.items():
+            if content or name in ("model", "optimizer"):
+                file = draft / f"{name}.safetensors"
+                save_file(_whole(content), file)
+                digests[file.name] = _digest(file)
+        about = {"step": step, "sha256": digests, "param_groups": optimizer_state["param_groups"], "state": state}
+        about["own_sha256"] = _own_digest(about)
+        (draft / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         for path in draft.iterdir():
             _flush(path)
         shutil.rmtree(target, ignore_errors=True)
@@ -129,13 +150,24 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     return content["state"]
 
 
-def load_model(path: Path, model: nn.Module) -> None:
-    """Restore the weights of a model in place from a checkpoint folder.
+def load_carried(path: Path) -> dict[str, Tensor]:
+    """What was saved as `carried`; nothing where there was nothing.
+
+    Raises:
+        CheckpointError: damaged or incomplete.
+    """
+    content = _read_state(path)
+    return _read_tensors(path, "carried.safetensors", content) if "carried.safetensors" in content["sha256"] else {}
+
+
+def load_model(path: Path, model: nn.Module, *, averaged: bool = False) -> None:
+    """Restore the weights of a model in place from a checkpoint folder: the last ones, or their average.
 
     Raises:
         CheckpointError: damaged, incomplete, or of another model.
     """
-    tensors: dict[str, Any] = {**_read_tensors(path, "model.safetensors", _read_state(path))}
+    name = "average.safetensors" if averaged else "model.safetensors"
+    tensors: dict[str, Any] = {**_read_tensors(path, name, _read_state(path))}
     try:
         set_model_state_dict(model, tensors, options=_OPTIONS)
     except RuntimeError as error:
@@ -176,7 +208,7 @@ def _cure(path: Path) -> str:
 
 
 def _whole(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _digest(path: Path) -> str:

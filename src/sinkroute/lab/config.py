@@ -18,6 +18,7 @@ import tyro
 import yaml
 
 from sinkroute._errors import unknown_name
+from sinkroute.lab.images.augment import Augment
 
 __all__ = [
     "Config",
@@ -25,7 +26,9 @@ __all__ = [
     "EvalConfig",
     "ModelConfig",
     "RouterConfig",
+    "StreamConfig",
     "TrainConfig",
+    "VisionConfig",
     "differences",
     "find_preset",
     "from_mapping",
@@ -41,20 +44,24 @@ Scalar = bool | int | float | str
 
 @dataclass
 class DataConfig:
-    """The text."""
+    """What is learnt: a text (`sinkroute.lab.data`) or labelled images (`sinkroute.lab.images`)."""
 
     name: str = "wikipedia"
-    """"wikipedia" (inside the gensim package), "text" (a local file or folder) or "enwik8" (given its zip)."""
+    """A text ("wikipedia", "wikitext-103", "enwik8", "text", ...) or, for a "vit", images ("mnist-5k", "imagenet", ...)."""
     path: str | None = None
-    """Where it lies; "wikipedia" needs none."""
+    """Where it lies; what a package brings along needs none."""
     length: int = 128
-    """Bytes in a training or evaluation window."""
+    """Symbols in a training or evaluation window, or in a block of a stream."""
+    augment: Augment = field(default_factory=Augment)
+    """What is done to training images."""
 
 
 @dataclass
 class ModelConfig:
-    """The decoder."""
+    """The compact decoder of today's kind."""
 
+    name: Literal["decoder"] = "decoder"
+    """The kind of model."""
     vocab: int = 256
     """Symbols; 256 for bytes."""
     layers: int = 4
@@ -76,6 +83,68 @@ class ModelConfig:
 
 
 @dataclass
+class StreamConfig:
+    """The decoder of the paper's family, which reads a text as one stream and remembers what it read."""
+
+    name: Literal["stream"] = "stream"
+    """The kind of model."""
+    vocab: int = 256
+    """Symbols."""
+    layers: int = 6
+    """Blocks, each with attention and a mixture of experts."""
+    d_model: int = 352
+    """Width."""
+    heads: int = 8
+    """Attention heads."""
+    span: int = 1024
+    """Symbols that a symbol sees, all of them before itself."""
+    d_hidden: int = 352
+    """Hidden width of each expert."""
+    experts: int = 16
+    """Experts in a layer."""
+    top_k: int = 2
+    """Experts that a token, or a sub-token, visits."""
+    sub_tokens: int = 1
+    """Heads of the mixture (MH-MoE): parts of a token that visit experts by themselves; 1: a plain mixture."""
+    dense_blocks: bool = False
+    """Whether a block with a dense layer follows each block with a mixture, as in GLaM."""
+    dropout: float = 0.1
+    """In attention, inside the experts and behind the mixture."""
+
+
+@dataclass
+class VisionConfig:
+    """A vision transformer whose later feed-forward layers are mixtures of experts."""
+
+    name: Literal["vit"] = "vit"
+    """The kind of model."""
+    image_size: int = 224
+    """Side of the images in pixels; others are resized."""
+    channels: int = 3
+    """1 for grey images, 3 for colour."""
+    classes: int = 1000
+    """Classes to tell apart."""
+    patch: int = 16
+    """Side of a patch in pixels."""
+    layers: int = 12
+    """Blocks."""
+    d_model: int = 192
+    """Width."""
+    heads: int = 3
+    """Attention heads."""
+    d_hidden: int = 768
+    """Hidden width of the dense feed-forward layers and of each expert."""
+    moe_from: int = 6
+    """Blocks from this one on, counted from 0, have a mixture instead of a dense feed-forward layer."""
+    experts: int = 8
+    """Experts in a layer."""
+    top_k: int = 2
+    """Experts that a token visits."""
+    drop_path: float = 0.1
+    """Share of the samples that skip the last block while training; earlier blocks less, in proportion to their depth."""
+
+
+@dataclass
 class RouterConfig:
     """How tokens choose experts."""
 
@@ -87,28 +156,34 @@ class RouterConfig:
 
 @dataclass
 class TrainConfig:
-    """The training run: AdamW, linear warm-up, cosine decay."""
+    """The training run: AdamW (Adam with a weight decay of 0), linear warm-up, then a cosine or a constant rate."""
 
     steps: int = 600
     """Optimiser steps."""
     batch: int = 16
-    """Sequences per optimiser step, over all processes and micro-batches."""
+    """Sequences or images per optimiser step, over all processes and micro-batches."""
     accumulation: int = 1
     """Micro-batches into which a step's batch is cut, one after the other."""
     lr: float = 3e-3
     """Peak learning rate."""
     warmup: int = 40
     """Steps of linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What the learning rate does after warm-up."""
     final_lr: float = 0.05
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end of a cosine, as a share of the peak."""
     weight_decay: float = 0.1
     """On matrices; gains have none."""
     beta2: float = 0.98
     """AdamW's second decay rate."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
+    clip: float | None = 1.0
+    """Largest norm of the gradient; None: as it comes."""
+    average: float | None = None
+    """Decay of a running average of the weights, which is then evaluated; None: no average."""
     precision: Literal["no", "bf16"] = "no"
     """Autocast; routing stays in float32."""
+    workers: int = 0
+    """Processes that read and prepare data, beside each training process."""
     log_every: int = 10
     """Steps between lines of log.jsonl."""
     checkpoint_every: int = 100
@@ -124,13 +199,20 @@ class EvalConfig:
     """What is measured when training is over."""
 
     batch: int = 64
-    """Windows in a forward pass."""
+    """Windows, streams or images in a forward pass."""
+    exact: bool = True
+    """Whether a stream is evaluated to its last symbol; False drops the tail that does not fill the batch, as the
+    paper's family does."""
+    limit: int | None = None
+    """At most so many symbols or images from the head of the split; None: all of it."""
     every: int = 0
     """Steps between evaluations during training; 0: none."""
+    inference: tuple[Literal["noise", "sinkhorn", "both"], ...] = ()
+    """What else an SSR router may do when serving, measured beside plain top-k."""
     attacks: Annotated[dict[str, dict[str, Scalar]], tyro.conf.Suppress] = field(
         default_factory=lambda: {"word-swap": {"rate": 0.025}}
     )
-    """Attacks on the text, with their options."""
+    """Attacks, with their options; `word-swap@5%` is a name for another `word-swap`."""
 
 
 @dataclass
@@ -142,7 +224,10 @@ class Config:
     seed: int = 0
     """Of initial weights, data order and the routers' draws."""
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    # Told apart by their name; the command line takes the kind that the preset has.
+    model: Annotated[ModelConfig | StreamConfig | VisionConfig, tyro.conf.AvoidSubcommands] = field(
+        default_factory=ModelConfig
+    )
     router: RouterConfig = field(default_factory=RouterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -157,24 +242,27 @@ class Config:
             ("train", "log_every", 1),
             ("train", "checkpoint_every", 1),
             ("train", "keep_checkpoints", 1),
+            ("train", "workers", 0),
             ("eval", "batch", 1),
             ("eval", "every", 0),
         ):
             value = getattr(getattr(self, section), name)
             if value < least:
                 raise ValueError(f"{section}.{name} must be {least} or more, got {value}")
-        for name, above in (("lr", 0), ("clip", 0)):
+        for name in ("lr", "clip"):
             value = getattr(self.train, name)
-            if not above < value < math.inf:
-                raise ValueError(f"train.{name} must be a finite number above {above}, got {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"train.{name} must be a finite number above 0, got {value}")
+        if self.train.average is not None and not 0 < self.train.average < 1:
+            raise ValueError(f"train.average must be above 0 and below 1, got {self.train.average}")
         for name, below in (("weight_decay", math.inf), ("final_lr", 1 + 1e-9), ("beta2", 1)):
             value = getattr(self.train, name)
             if not 0 <= value < below:
                 raise ValueError(f"train.{name} must be 0 or more and below {below:g}, got {value}")
+        if self.eval.limit is not None and self.eval.limit < 1:
+            raise ValueError(f"eval.limit must be 1 or more, got {self.eval.limit}")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
-        if self.model.vocab < 256:
-            raise ValueError(f"model.vocab must be 256 or more, got {self.model.vocab}: the text is bytes")
         if self.train.batch % self.train.accumulation:
             raise ValueError(
                 f"train.batch={self.train.batch} must be a multiple of train.accumulation={self.train.accumulation}: "
@@ -219,6 +307,8 @@ def from_mapping(cls: type[T], mapping: Any, where: str = "") -> T:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
+        if dataclasses.is_dataclass(args[0]):
+            return _convert(_named(args, value, where), value, where)
         return _numeric(value) if type(value) in args else _convert(args[0], value, where)
     if dataclasses.is_dataclass(hint):
         return from_mapping(typing.cast(type, hint), value, where)
@@ -243,6 +333,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     wanted = getattr(origin or hint, "__name__", str(hint))
     raise ValueError(f"{where} must be {wanted}, got {value!r} ({type(value).__name__})")
+
+
+def _named(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    """Which of several dataclasses a mapping is meant for: the one with its `name`, without a name the first."""
+    names = {kind.name: kind for kind in kinds}
+    name = value.get("name", kinds[0].name) if isinstance(value, dict) else kinds[0].name
+    if name not in names:
+        raise unknown_name(f"value of {where}.name:", name, names)
+    return names[name]
 
 
 def _numeric(value: Any) -> Any:

@@ -1,10 +1,10 @@
-"""How good a model is on a text, and how its experts share the work when it serves."""
+"""What an evaluation finds: how good a model is, and how its experts share the work when it serves."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,33 +12,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sinkroute.lab.data import evaluation_windows
-from sinkroute.lab.model import Decoder
+from sinkroute.lab.models import SparseModel
 from sinkroute.routing import Router
 from sinkroute.routing.metrics import load_metrics, max_violation
 
-__all__ = ["Evaluation", "evaluate_text"]
+__all__ = ["Evaluation", "Score", "evaluate_text", "serving_mode"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass over a text found.
+    """What one pass over a text or over images found.
 
     Attributes:
-        bytes: how many bytes were predicted, each once.
-        bits_per_byte: mean −log2 of the probability given to the right byte.
-        load_LE: choices per mixture layer and expert over the whole text, int64.
+        count: symbols or images that were predicted, each once.
+        nats: mean −ln of the probability given to the right answer.
+        wrong: how many answers were not the right one.
+        load_LE: choices per mixture layer and expert over all of it, int64.
         max_vio_batch: MaxVio of single forward passes, averaged over passes and layers.
     """
 
-    bytes: int
-    bits_per_byte: float
+    count: int
+    nats: float
+    wrong: int
     load_LE: Tensor
     max_vio_batch: float
 
     @property
+    def bits(self) -> float:
+        """Mean −log2 of the probability given to the right answer; of bytes, bits per byte."""
+        return self.nats / math.log(2)
+
+    @property
     def perplexity(self) -> float:
-        """Per byte: 2 to the bits per byte."""
-        return 2**self.bits_per_byte
+        """Per symbol: e to the nats."""
+        return math.exp(min(self.nats, 700.0))
+
+    @property
+    def error(self) -> float:
+        """Wrong answers in per cent."""
+        return 100 * self.wrong / self.count
 
     def serving(self) -> dict[str, object]:
         """Load metrics: MaxVio, entropy and CV averaged over layers, dead experts summed, and the counts themselves."""
@@ -53,9 +65,61 @@ class Evaluation:
         }
 
 
-@torch.no_grad()
+class serving_mode:
+    """A model as it serves, inside a `with`: no gradients, `eval()`, and its routers told which pass it is.
+
+    A router that is noisy when serving must not repeat itself, nor depend on what was evaluated before.
+    """
+
+    def __init__(self, model: SparseModel) -> None:
+        self.model, self.was_training, self.no_grad = model, model.training, torch.no_grad()
+        self.routers = [module for module in model.modules() if isinstance(module, Router)]
+
+    def __enter__(self) -> serving_mode:
+        self.model.eval()
+        self.no_grad.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.no_grad.__exit__(*error)  # type: ignore[arg-type]
+        self.model.train(self.was_training)
+
+    def begin_pass(self, number: int) -> None:
+        for router in self.routers:
+            router.micro_batch = number
+
+
+@dataclass
+class Score:
+    """Adds up what single forward passes find. Sums are float64: a text may have 10^8 symbols."""
+
+    count: int = 0
+    nats: float = 0.0
+    wrong: int = 0
+    load_LE: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+    violations: list[float] = field(default_factory=list)
+
+    def add(self, scores: Tensor, targets: Tensor, mask: Tensor | None = None) -> None:
+        """Scores (..., V) against targets (...) int64, where `mask` (...) bool is True or everywhere."""
+        kept = slice(None) if mask is None else mask.flatten()
+        rows_TV, targets_T = scores.flatten(0, -2)[kept].float(), targets.flatten()[kept]
+        self.count += len(targets_T)
+        self.nats += F.cross_entropy(rows_TV, targets_T, reduction="none").double().sum().item()
+        self.wrong += int((rows_TV.argmax(-1) != targets_T).sum())
+
+    def add_load(self, model: SparseModel) -> None:
+        """The load of the pass that the model has just made."""
+        loads_LE = torch.stack([layer.routes.load for layer in model.moe_layers if layer.routes is not None]).cpu()
+        self.load_LE = self.load_LE + loads_LE
+        self.violations.append(max_violation(loads_LE).mean().item())
+
+    def found(self) -> Evaluation:
+        violation = sum(self.violations) / len(self.violations)
+        return Evaluation(self.count, self.nats / self.count, self.wrong, self.load_LE, violation)
+
+
 def evaluate_text(
-    model: Decoder,
+    model: SparseModel,
     text: np.ndarray,
     *,
     length: int,
@@ -63,14 +127,14 @@ def evaluate_text(
     before: int = 0x0A,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Predict every byte of `text` once, in windows of `length`, as the model serves.
+    """Predict every symbol of `text` once, in windows of `length`, as the model serves.
 
     Args:
         model: in any mode; it is evaluated in `eval()` mode and left in the one it was in.
-        text: uint8, at least one byte.
-        length: of the windows; a byte sees what stands before it in its window.
+        text: (n,) integers, at least one.
+        length: of the windows; a symbol sees what stands before it in its window.
         batch: windows in a forward pass.
-        before: the byte that stands before the text.
+        before: the symbol that stands before the text.
         on_batch: told (windows done, windows in all) after each forward pass.
 
     Raises:
@@ -78,28 +142,16 @@ def evaluate_text(
     """
     inputs, targets, mask = evaluation_windows(text, length, before)
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    nats, violations = 0.0, []
-    load_LE = torch.zeros(1, dtype=torch.int64)
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    for number, start in enumerate(range(0, len(inputs), batch)):
-        for router in routers:
-            router.micro_batch = number  # a router that is noisy when serving must not repeat itself
-        rows = slice(start, start + batch)
-        symbols_BL = torch.from_numpy(inputs[rows].astype(np.int64)).to(device)
-        targets_BL = torch.from_numpy(targets[rows].astype(np.int64)).to(device)
-        mask_BL = None if mask[rows].all() else torch.from_numpy(mask[rows]).to(device)
-        scores_BLV = model(symbols_BL, mask_BL)
-        nats_BL = F.cross_entropy(scores_BLV.flatten(0, 1).float(), targets_BL.flatten(), reduction="none").view_as(
-            targets_BL
-        )
-        # Summed in float64: the text may have 10^8 bytes.
-        nats += (nats_BL if mask_BL is None else nats_BL * mask_BL).double().sum().item()
-        loads = torch.stack([layer.routes.load for layer in model.moe_layers if layer.routes is not None]).cpu()
-        load_LE = load_LE + loads
-        violations.append(max_violation(loads).mean().item())
-        if on_batch is not None:
-            on_batch(min(start + batch, len(inputs)), len(inputs))
-    model.train(was_training)
-    return Evaluation(len(text), nats / len(text) / math.log(2), load_LE, sum(violations) / len(violations))
+    score = Score()
+    with serving_mode(model) as serving:
+        for number, start in enumerate(range(0, len(inputs), batch)):
+            serving.begin_pass(number)
+            rows = slice(start, start + batch)
+            symbols_BL = torch.from_numpy(inputs[rows].astype(np.int64)).to(device)
+            targets_BL = torch.from_numpy(targets[rows].astype(np.int64)).to(device)
+            mask_BL = None if mask[rows].all() else torch.from_numpy(mask[rows]).to(device)
+            score.add(model(symbols_BL, mask_BL), targets_BL, mask_BL)
+            score.add_load(model)
+            if on_batch is not None:
+                on_batch(min(start + batch, len(inputs)), len(inputs))
+    return score.found()

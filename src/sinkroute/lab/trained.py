@@ -7,8 +7,7 @@ from pathlib import Path
 
 from sinkroute.lab.checkpoint import latest_checkpoint, load_model
 from sinkroute.lab.config import Config, read_yaml
-from sinkroute.lab.model import Decoder
-from sinkroute.lab.training import make_model
+from sinkroute.lab.models import SparseModel, make_model
 
 __all__ = ["TrainedRun", "load_run"]
 
@@ -21,13 +20,13 @@ class TrainedRun:
         folder: of the run.
         config: with which it was trained.
         checkpoint: the folder of the last checkpoint.
-        model: with the weights of that checkpoint, on the CPU, in training mode.
+        model: with the weights of that checkpoint (with `train.average`, their average), on the CPU, in training mode.
     """
 
     folder: Path
     config: Config
     checkpoint: Path
-    model: Decoder
+    model: SparseModel
 
     @property
     def step(self) -> int:
@@ -52,5 +51,5 @@ def load_run(folder: Path) -> TrainedRun:
         raise FileNotFoundError(f"{folder} has no checkpoint yet; let it train to train.checkpoint_every steps")
     config = read_yaml(Config, folder / "config.yaml")
     model = make_model(config)
-    load_model(checkpoint, model)
+    load_model(checkpoint, model, averaged=config.train.average is not None)
     return TrainedRun(folder, config, checkpoint, model)

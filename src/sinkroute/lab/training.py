@@ -15,28 +15,46 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 
 from sinkroute._errors import NonFiniteScores, SinkrouteError
-from sinkroute.lab.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from sinkroute.lab.checkpoint import (
+    latest_checkpoint,
+    list_checkpoints,
+    load_carried,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
 from sinkroute.lab.config import Config, TrainConfig, differences, read_yaml, write_yaml
-from sinkroute.lab.data import Corpus, Windows
-from sinkroute.lab.evaluation import evaluate_text
 from sinkroute.lab.files import write_json
 from sinkroute.lab.interrupt import Interrupted, StopRequest
 from sinkroute.lab.log import RunLog
-from sinkroute.lab.model import Decoder
+from sinkroute.lab.models import SparseModel, make_model
+from sinkroute.lab.tasks import make_task
 from sinkroute.routing import end_step, set_step
 from sinkroute.routing.metrics import max_violation
 
-__all__ = ["Diverged", "Progress", "check_corpus", "learning_rate", "make_model", "prepare_folder", "train"]
+__all__ = ["Data", "Diverged", "Progress", "check_data", "learning_rate", "prepare_folder", "train"]
+
+
+class Data(Protocol):
+    """What identifies a text or a set of images."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
 
 
 class Diverged(SinkrouteError):
@@ -55,7 +73,7 @@ class Progress:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Of optimiser step `step` (from 0): linear warm-up, then a cosine down to `final_lr` times the peak.
+    """Of optimiser step `step` (from 0): linear warm-up, then the peak, or a cosine down to `final_lr` times the peak.
 
     >>> config = TrainConfig(steps=100, warmup=10, lr=1.0, final_lr=0.1)
     >>> learning_rate(0, config), learning_rate(9, config), round(learning_rate(99, config), 3)
@@ -63,41 +81,28 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
     span = max(config.steps - config.warmup - 1, 1)
     cosine = 0.5 * (1 + math.cos(math.pi * min((step - config.warmup) / span, 1.0)))
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
-
-
-def make_model(config: Config) -> Decoder:
-    """The decoder of a configuration, with initial weights that depend on the seed alone.
-
-    The global generator is left as it was. Routers' draws are keyed by the seed too, unless their options say
-    otherwise.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = Decoder(config.model, config.router)
-    if "seed" not in config.router.options:
-        for layer in model.moe_layers:
-            layer.router.seed = config.seed
-    return model
 
 
 # What a run writes; --fresh deletes these and nothing else.
 _OWN_FILES = ("config.yaml", "corpus.json", "log.jsonl", "result.json", "evaluation-*.json", "checkpoints", "sinkroute")
 
 # What may change between two calls of a run: it decides what is shown and kept, not which numbers come out of training.
-_FREE_KEYS = ("label", "eval.", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.trackers")
+FREE_KEYS = ("label", "eval.", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.trackers")
 
 
-def prepare_folder(config: Config, corpus: Corpus, folder: Path, fresh: bool = False) -> None:
-    """Make a run's folder, or check that the one there belongs to this configuration and this text.
+def prepare_folder(config: Config, data: Data, folder: Path, fresh: bool = False) -> None:
+    """Make a run's folder, or check that the one there belongs to this configuration and these data.
 
     A folder in which nothing was trained yet (the run failed at once, say of a misspelt option) is taken over; what
     does not change the trained model, such as `eval`, may differ and is written anew.
 
     Raises:
-        ValueError: the folder holds a run with another configuration or of another text, or something else.
+        ValueError: the folder holds a run with another configuration or of other data, or something else.
     """
     written = folder / "config.yaml"
     if written.exists():
@@ -111,18 +116,18 @@ def prepare_folder(config: Config, corpus: Corpus, folder: Path, fresh: bool = F
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif _begun(folder):
             lines = differences(earlier, config)
-            changed = [line for line in lines if not line.startswith(_FREE_KEYS)]
+            changed = [line for line in lines if not line.startswith(FREE_KEYS)]
             if changed:
                 raise ValueError(
                     f"{folder} holds a run with another configuration ({'; '.join(changed)}); "
                     "choose another --out, or --fresh to delete it and start anew"
                 )
-            check_corpus(corpus, folder)
+            check_data(data, folder)
             if any(line.startswith("eval.") for line in lines):
                 (folder / "result.json").unlink(missing_ok=True)  # it answers other questions; training is not repeated
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(config, written)
-    about = {"name": corpus.name, "source": corpus.source, "sha256": corpus.sha256}
+    about = {"name": data.name, "source": data.source, "sha256": data.sha256}
     write_json(about, folder / "corpus.json")
 
 
@@ -132,42 +137,42 @@ def _begun(folder: Path) -> bool:
     return logged or (folder / "result.json").exists() or latest_checkpoint(folder / "checkpoints") is not None
 
 
-def check_corpus(corpus: Corpus, folder: Path) -> None:
-    """Check that a run was trained on this very text: another one would be split elsewhere, training bytes in the test.
+def check_data(data: Data, folder: Path) -> None:
+    """Check that a run was trained on this very data: others would be split elsewhere, training examples in the test.
 
     Raises:
-        ValueError: the text has changed since.
+        ValueError: the data have changed since.
     """
     try:
         known = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'corpus.json'} cannot be read ({error!r}); --fresh starts the run anew") from None
-    if known != corpus.sha256:
+    if known != data.sha256:
         raise ValueError(
-            f"{folder} was trained on another text: SHA-256 {known[:12]}…, now {corpus.sha256[:12]}… "
-            f"({corpus.source}); restore the text, or --fresh to start anew"
+            f"{folder} was trained on other data: SHA-256 {known[:12]}…, now {data.sha256[:12]}… "
+            f"({data.source}); restore it, or --fresh to start anew"
         )
 
 
 def train(
     config: Config,
-    corpus: Corpus,
+    data: Any,
     folder: Path,
     *,
     stop: StopRequest | None = None,
     on_progress: Callable[[Progress], None] | None = None,
-) -> Decoder:
+) -> SparseModel:
     """Train a model, from its latest checkpoint if there is one, and leave the last checkpoint in `folder/checkpoints`.
 
     Args:
         config: of the run; `prepare_folder` has checked that `folder` belongs to it.
-        corpus: the text.
+        data: the text or the images, as `load_data` gives them.
         folder: for `log.jsonl` and `checkpoints/`.
         stop: when it turns true, a checkpoint is written and `Interrupted` raised.
         on_progress: called at each line of the log.
 
     Returns:
-        The trained model, unwrapped.
+        The trained model, unwrapped; with `train.average`, the average of its weights over the steps.
 
     Raises:
         Interrupted: as asked; the same call continues.
@@ -200,13 +205,23 @@ def train(
         _parameter_groups(model, settings.weight_decay), lr=settings.lr, betas=(0.9, settings.beta2), fused=True
     )
     wrapped, prepared = accelerator.prepare(model, optimizer)
+    task = make_task(config, data)
+    average = None
+    if settings.average is not None:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
     state = _State()
     checkpoints = folder / "checkpoints"
     if (latest := latest_checkpoint(checkpoints)) is not None:
         state = _State(**load_checkpoint(latest, model, optimizer))
-    windows = Windows(corpus.train, config.data.length, config.seed, settings.steps * settings.batch)
-    remaining = Subset(windows, range(state.step * settings.batch, len(windows)))
-    loader = accelerator.prepare(DataLoader(remaining, batch_size=micro_batch, drop_last=True))
+        task.carry_on(_own_rows(load_carried(latest), accelerator))
+        if average is not None:
+            load_model(latest, average.module, averaged=True)
+            average.n_averaged.fill_(state.step)
+    remaining = Subset(task.items, range(state.step * settings.batch, settings.steps * settings.batch))
+    loader = accelerator.prepare(
+        DataLoader(remaining, batch_size=micro_batch, drop_last=True, num_workers=settings.workers)
+    )
+    step_size = settings.batch * task.items_each
     if settings.trackers:
         accelerator.init_trackers("sinkroute")
     tally = _Tally()
@@ -215,22 +230,30 @@ def train(
     started = time.perf_counter() - state.seconds
 
     def evaluate() -> None:
-        found = evaluate_text(
-            model, corpus.valid, length=config.data.length, batch=config.eval.batch, before=int(corpus.train[-1])
-        )
-        log.write({"kind": "eval", "step": state.step, "split": "valid", "bits_per_byte": found.bits_per_byte})
+        quality = task.quality(task.evaluate(model, "valid"))
+        log.write({"kind": "eval", "step": state.step, "split": "valid", task.metric: quality[task.metric]})
 
     def save() -> None:
+        carried = {name: accelerator.gather(tensor.contiguous()) for name, tensor in task.carried().items()}
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            save_checkpoint(checkpoints, state.step, model, optimizer, asdict(state), settings.keep_checkpoints)
+            save_checkpoint(
+                checkpoints,
+                state.step,
+                model,
+                optimizer,
+                asdict(state),
+                settings.keep_checkpoints,
+                carried=carried,
+                average=None if average is None else average.module,
+            )
 
     def write_line() -> None:
         if not tally.steps:
             return
         seconds = time.perf_counter() - started
         rate = learning_rate(state.step - 1, settings)
-        line = tally.line(accelerator, state, seconds, rate, settings.batch * config.data.length)
+        line = tally.line(accelerator, state, seconds, rate, step_size)
         tally.clear()
         log.write(line)
         if settings.trackers:
@@ -245,6 +268,8 @@ def train(
             on_progress(Progress(state.step, settings.steps, line["loss"], line["tokens_per_second"], mean_vio))
 
     batches = iter(loader)
+    own_generator = torch.random.fork_rng()
+    own_generator.__enter__()
     try:
         while state.step < settings.steps:
             for group in prepared.param_groups:
@@ -252,17 +277,20 @@ def train(
             for part in range(settings.accumulation):
                 set_step(model, state.step, part, total_steps=settings.steps)
                 batch = next(batches)
+                _key_dropout(config.seed, state.step, part, accelerator.process_index)
                 with accelerator.accumulate(wrapped):
-                    loss = _loss(wrapped(batch["inputs"]), batch["targets"])
+                    loss = task.loss(wrapped, batch, state.step, part)
                     auxiliary = model.auxiliary_loss()
                     accelerator.backward(loss if auxiliary is None else loss + auxiliary)
                     tally.add_micro_batch(model, loss, auxiliary, settings.accumulation)
                     if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
+                        norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip or math.inf)
                         assert norm is not None  # it is None with DeepSpeed's own clipping only
                         tally.grad_norm = norm
                     prepared.step()
                     prepared.zero_grad()
+            if average is not None:
+                average.update_parameters(model)
             end_step(model)  # now, not when the next begins: what is evaluated or saved below has learnt from this step
             state.step += 1
             tally.end_step(accelerator)
@@ -285,10 +313,25 @@ def train(
     except NonFiniteScores as error:
         raise Diverged(_diverged(state.step, str(error), checkpoints)) from error
     finally:
+        own_generator.__exit__(None, None, None)
         log.close()
         if settings.trackers:
             accelerator.end_training()
+    if average is not None:
+        model.load_state_dict(average.module.state_dict())
     return model
+
+
+def _key_dropout(seed: int, step: int, part: int, rank: int) -> None:
+    """Dropout draws from torch's generator: what it draws in a micro-batch is the same after a resume."""
+    words = np.random.SeedSequence([seed, step, part, rank]).generate_state(2)
+    torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
+
+
+def _own_rows(carried: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Of what all processes carried, the rows of this one, as the loader shares them out."""
+    number, index = accelerator.num_processes, accelerator.process_index
+    return {name: tensor.chunk(number)[index].to(accelerator.device) for name, tensor in carried.items()}
 
 
 def _agreed(stop: StopRequest | None, accelerator: Accelerator) -> bool:
@@ -324,7 +367,7 @@ class _Tally:
     grad_norm: Tensor | float = 0.0
     since: float = field(default_factory=time.perf_counter)
 
-    def add_micro_batch(self, model: Decoder, loss: Tensor, auxiliary: Tensor | None, accumulation: int) -> None:
+    def add_micro_batch(self, model: SparseModel, loss: Tensor, auxiliary: Tensor | None, accumulation: int) -> None:
         self.loss = self.loss + loss.detach() / accumulation
         if auxiliary is not None:
             self.auxiliary = (0.0 if self.auxiliary is None else self.auxiliary) + auxiliary.detach() / accumulation
@@ -369,13 +412,14 @@ class _Tally:
         self.__init__()  # type: ignore[misc]
 
 
-def _loss(scores_BLV: Tensor, targets_BL: Tensor) -> Tensor:
-    return F.cross_entropy(scores_BLV.flatten(0, 1).float(), targets_BL.flatten())
+# Experts' biases, and what places in a picture begin with: matrices in shape alone.
+_NO_DECAY = (".b_in", ".b_out", "positions_ND")
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    matrices, vectors = [], []
+    for name, parameter in model.named_parameters():
+        (vectors if parameter.ndim < 2 or name.endswith(_NO_DECAY) else matrices).append(parameter)
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 

@@ -38,6 +38,7 @@ class Experts(nn.Module):
         num_experts: E.
         activation: `"swiglu"` (gated, three matrices), `"gelu"` or `"relu"` (two matrices).
         bias: whether each matrix has a bias.
+        dropout: share of the hidden numbers that is zeroed while training.
 
     Attributes:
         w_in: (E, F, D), or (E, 2F, D) with the gate's rows first when gated; the layout of `nn.Linear` per expert.
@@ -47,7 +48,14 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self, d_model: int, d_hidden: int, num_experts: int, activation: str = "swiglu", *, bias: bool = False
+        self,
+        d_model: int,
+        d_hidden: int,
+        num_experts: int,
+        activation: str = "swiglu",
+        *,
+        bias: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (("d_model", d_model), ("d_hidden", d_hidden), ("num_experts", num_experts)):
@@ -55,6 +63,9 @@ class Experts(nn.Module):
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         if activation not in ACTIVATIONS:
             raise unknown_name("activation", activation, ACTIVATIONS)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be 0 or more and below 1, got {dropout}")
+        self.dropout = dropout
         self.activation = activation
         self.function, self.gated = ACTIVATIONS[activation]
         self.w_in = nn.Parameter(torch.empty(num_experts, (1 + self.gated) * d_hidden, d_model))
@@ -73,8 +84,8 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         experts, d_model, d_hidden = self.w_out.shape
-        bias = "" if self.b_in is None else ", bias=True"
-        return f"num_experts={experts}, d_model={d_model}, d_hidden={d_hidden}, activation={self.activation}{bias}"
+        rest = ("" if self.b_in is None else ", bias=True") + (f", dropout={self.dropout}" if self.dropout else "")
+        return f"num_experts={experts}, d_model={d_model}, d_hidden={d_hidden}, activation={self.activation}{rest}"
 
     def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """Rows (R, D) sorted by expert, expert e's ending at `ends_E[e]` → (R, D)."""
@@ -93,6 +104,7 @@ class Experts(nn.Module):
             hidden_RF = self.function(gate_RF) * up_RF
         else:
             hidden_RF = self.function(hidden_RF)
+        hidden_RF = F.dropout(hidden_RF, self.dropout, self.training)
         return add_bias(linear(hidden_RF, w_out, ends_E), self.b_out, ends_E)
 
 

@@ -30,6 +30,7 @@ class MoE(nn.Module):
         shared_hidden: hidden width of an expert that all tokens visit beside their K; None: no shared expert.
         bias: whether the experts' matrices have biases.
         gate_bias: whether the gate has a bias, 0 at first; for gates that are a linear map.
+        dropout: share of the experts' hidden numbers that is zeroed while training.
         router_options: options of a router given by name.
 
     Attributes:
@@ -59,6 +60,7 @@ class MoE(nn.Module):
         shared_hidden: int | None = None,
         bias: bool = False,
         gate_bias: bool = False,
+        dropout: float = 0.0,
         router_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -86,8 +88,8 @@ class MoE(nn.Module):
                 )
             if self.gate.bias is None:
                 self.gate.bias = nn.Parameter(torch.zeros(self.gate.out_features))
-        self.experts = Experts(d_model, d_hidden, num_experts, activation, bias=bias)
-        self.shared = None if shared_hidden is None else Experts(d_model, shared_hidden, 1, activation, bias=bias)
+        self.experts = Experts(d_model, d_hidden, num_experts, activation, bias=bias, dropout=dropout)
+        self.shared = None if shared_hidden is None else Experts(d_model, shared_hidden, 1, activation, bias=bias, dropout=dropout)
         self.routes: Routes | None = None
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, *, token_ids: Tensor | None = None) -> Tensor:

@@ -31,7 +31,7 @@ class MultiHeadMoE(nn.Module):
         d_hidden: F, hidden width of each expert; `parity_hidden` tells which makes it as large as a plain `MoE`.
         num_experts: E.
         top_k: K, experts per sub-token.
-        router, activation, shared_hidden, bias, gate_bias, router_options: see `MoE`. A router counts and balances
+        router, activation, shared_hidden, bias, gate_bias, dropout, router_options: see `MoE`. A router counts and balances
             sub-tokens.
 
     Attributes:
@@ -60,6 +60,7 @@ class MultiHeadMoE(nn.Module):
         shared_hidden: int | None = None,
         bias: bool = False,
         gate_bias: bool = False,
+        dropout: float = 0.0,
         router_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -75,6 +76,7 @@ class MultiHeadMoE(nn.Module):
             shared_hidden=shared_hidden,
             bias=bias,
             gate_bias=gate_bias,
+            dropout=dropout,
             router_options=router_options,
         )
         self.merge = nn.Linear(d_model, d_model)

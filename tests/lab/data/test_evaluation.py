@@ -46,16 +46,16 @@ def test_data_that_fills_its_rows_gets_no_extra_row():
 
 
 def test_no_data_is_refused():
-    with pytest.raises(ValueError, match="data: expected at least 1 byte to evaluate, got none"):
+    with pytest.raises(ValueError, match="data: expected at least 1 symbol to evaluate, got none"):
         evaluation_windows(as_array(b""), length=3)
 
 
 def test_a_length_below_one_is_refused():
-    with pytest.raises(ValueError, match="length: expected at least 1 byte per row, got 0"):
+    with pytest.raises(ValueError, match="length: expected at least 1 symbol per row, got 0"):
         evaluation_windows(as_array(b"abc"), length=0)
 
 
 @pytest.mark.parametrize("before", [-1, 256])
-def test_a_byte_before_that_is_no_byte_is_refused(before):
-    with pytest.raises(ValueError, match=f"before: expected a byte from 0 to 255, got {before}"):
+def test_a_symbol_before_that_the_data_cannot_hold_is_refused(before):
+    with pytest.raises(ValueError, match=rf"before: expected a symbol from 0 to 255 \(uint8\), got {before}"):
         evaluation_windows(as_array(b"abc"), length=3, before=before)

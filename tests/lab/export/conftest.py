@@ -12,7 +12,7 @@ import torch
 
 from sinkroute.lab.config import Config, from_mapping, write_yaml
 from sinkroute.lab.trained import TrainedRun
-from sinkroute.lab.training import make_model
+from sinkroute.lab.models import make_model
 
 MakeRun = Callable[..., TrainedRun]
 

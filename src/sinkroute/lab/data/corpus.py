@@ -1,4 +1,4 @@
-"""A corpus: bytes in a fixed order, cut 90/5/5 into train, valid and test, with the digest that identifies them."""
+"""A corpus: symbols in a fixed order, split into train, valid and test, with the digest that identifies them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["MIN_SPLIT_BYTES", "Corpus", "split_corpus"]
+from sinkroute.lab.data._symbols import require_symbols, symbol_dtype
+from sinkroute.lab.data.vocabulary import Vocabulary
+
+__all__ = ["MIN_SPLIT_BYTES", "Corpus", "encoded_corpus", "split_corpus"]
 
 MIN_SPLIT_BYTES = 1024
 """Fewest bytes that valid and test must each hold: less than this gives no meaningful loss."""
@@ -15,15 +18,17 @@ MIN_SPLIT_BYTES = 1024
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes split in order into train, valid and test. Two corpora are equal when name, source and digest are.
+    """Symbols split in order into train, valid and test. Two corpora are equal when name, source and digest are.
 
     Attributes:
-        name: The registry name: "wikipedia", "text" or "enwik8".
-        source: Where the bytes came from, in human words.
-        sha256: Hex digest of the whole content in its order (train, valid, test joined).
-        train: (n,) uint8, read-only.
-        valid: (n,) uint8, read-only.
-        test: (n,) uint8, read-only.
+        name: The registry name, see `list_corpora()`.
+        source: Where the text came from, in human words.
+        sha256: Hex digest of the whole content in its order (train, valid, test joined), and of the vocabulary if
+            there is one.
+        train: (n,) ids, read-only: uint8 for bytes, else the smallest of uint8, uint16 and int32 that holds them.
+        valid: (n,) of the same dtype, read-only.
+        test: (n,) of the same dtype, read-only.
+        vocabulary: What the ids mean; None for plain bytes.
     """
 
     name: str
@@ -33,6 +38,54 @@ class Corpus:
     train: np.ndarray = field(compare=False, repr=False)
     valid: np.ndarray = field(compare=False, repr=False)
     test: np.ndarray = field(compare=False, repr=False)
+    vocabulary: Vocabulary | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def symbols(self) -> int:
+        """How many different symbols there are: 256 for bytes, else the size of the vocabulary."""
+        return 256 if self.vocabulary is None else len(self.vocabulary)
+
+
+def encoded_corpus(
+    name: str, source: str, vocabulary: Vocabulary, train: np.ndarray, valid: np.ndarray, test: np.ndarray
+) -> Corpus:
+    """A corpus of ids in a vocabulary.
+
+    Args:
+        name: The registry name of the corpus.
+        source: Where the text came from, in human words.
+        vocabulary: What the ids mean.
+        train: (n,) ids, n >= 1. Copied only to become of the smallest dtype.
+        valid: As `train`.
+        test: As `train`.
+
+    Raises:
+        TypeError, ValueError: a split is no 1-d array of integers.
+        ValueError: a split is empty, or holds an id that the vocabulary lacks.
+
+    >>> vocabulary = Vocabulary(("to", "be", "<eos>"))
+    >>> corpus = encoded_corpus("text", "a line", vocabulary, *np.array([[0, 1, 2], [1, 0, 2], [0, 0, 2]]))
+    >>> corpus.symbols, corpus.train
+    (3, array([0, 1, 2], dtype=uint8))
+    """
+    dtype = symbol_dtype(len(vocabulary))
+    digest = hashlib.sha256("\n".join(vocabulary.words).encode())
+    splits: dict[str, np.ndarray] = {}
+    for argument, data in (("train", train), ("valid", valid), ("test", test)):
+        if len(require_symbols(argument, data)) == 0:
+            raise ValueError(f"{argument}: corpus {name!r} ({source}) has no symbols in this split; give it more text")
+        if data.min() < 0 or data.max() >= len(vocabulary):
+            raise ValueError(
+                f"{argument}: found ids from {data.min()} to {data.max()}, expected 0 to {len(vocabulary) - 1}, "
+                "the size of the vocabulary less 1"
+            )
+        split = np.ascontiguousarray(data, dtype=dtype).view()
+        split.setflags(write=False)
+        # The sizes too: the same symbols split elsewhere are another corpus.
+        digest.update(f"\n{argument} {len(split)} {dtype.name}\n".encode())
+        digest.update(split)
+        splits[argument] = split
+    return Corpus(name, source, digest.hexdigest(), **splits, vocabulary=vocabulary)
 
 
 def split_corpus(name: str, source: str, content: bytes) -> Corpus:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sinkroute.lab.data.corpus import Corpus, split_corpus
 
-__all__ = ["ENWIK8_BYTES", "ENWIK8_SHA1", "ENWIK8_URL", "load_enwik8"]
+__all__ = ["ENWIK8_BYTES", "ENWIK8_SHA1", "ENWIK8_URL", "load_enwik8", "read_enwik8"]
 
 ENWIK8_URL = "https://mattmahoney.net/dc/enwik8.zip"
 ENWIK8_BYTES = 100_000_000
@@ -30,27 +30,37 @@ def load_enwik8(path: str | Path | None = None) -> Corpus:
         path: The zip archive or the unpacked file.
 
     Raises:
-        ValueError: `path` is None or a folder; the zip is corrupt or has no member `enwik8`; size or SHA-1 differ from
-            the published ones.
-        FileNotFoundError: nothing is at `path`.
+        As `read_enwik8`.
 
     >>> load_enwik8()  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
     ValueError: path: corpus 'enwik8' needs a file, got None; download it from https://mattmahoney.net/dc/enwik8.zip ...
     """
+    content, source = read_enwik8("enwik8", path)
+    return split_corpus("enwik8", source, content)
+
+
+def read_enwik8(name: str, path: str | Path | None = None) -> tuple[bytes, str]:
+    """The bytes of enwik8, and where they came from in human words, for the corpus `name`.
+
+    Raises:
+        ValueError: `path` is None or a folder; the zip is corrupt or has no member `enwik8`; size or SHA-1 differ from
+            the published ones.
+        FileNotFoundError: nothing is at `path`.
+    """
     if path is None:
-        raise ValueError(f"path: corpus 'enwik8' needs a file, got None; {_CURE}")
+        raise ValueError(f"path: corpus {name!r} needs a file, got None; {_CURE}")
     file = Path(path)
     if not file.exists():
         raise FileNotFoundError(f"path: found nothing at {str(path)!r}; {_CURE}")
     if file.is_dir():
-        raise ValueError(f"path: corpus 'enwik8' needs a file, got the folder {str(path)!r}; {_CURE}")
+        raise ValueError(f"path: corpus {name!r} needs a file, got the folder {str(path)!r}; {_CURE}")
     content = _unzip(file) if _is_zip(file) else _read(file)
     sha1 = hashlib.sha1(content, usedforsecurity=False).hexdigest()
     if sha1 != ENWIK8_SHA1:
         raise ValueError(f"path: {file} is not enwik8: expected sha1 {ENWIK8_SHA1}, found {sha1}; {_CURE}")
-    return split_corpus("enwik8", f"{ENWIK8_URL}, read from {file}", content)
+    return content, f"{ENWIK8_URL}, read from {file}"
 
 
 def _is_zip(file: Path) -> bool:

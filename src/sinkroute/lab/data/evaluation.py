@@ -1,29 +1,29 @@
-"""Windows for evaluation: each byte of a split is predicted exactly once."""
+"""Windows for evaluation: each symbol of a split is predicted exactly once."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from sinkroute.lab.data._bytes import require_bytes
+from sinkroute.lab.data._symbols import require_symbols
 
 __all__ = ["evaluation_windows"]
 
 
 def evaluation_windows(data: np.ndarray, length: int, before: int = 0x0A) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut `data` into rows so that all of its n bytes are targets once, the first and the last included.
+    """Cut `data` into rows so that all of its n symbols are targets once, the first and the last included.
 
     Args:
-        data: (n,) uint8, n >= 1.
-        length: Bytes per row (L), at least 1.
-        before: The byte (0 to 255) taken to precede the data, as input for its first byte; a newline by default.
+        data: (n,) integers, n >= 1: bytes, or ids of a vocabulary.
+        length: Symbols per row (L), at least 1.
+        before: The symbol taken to precede the data, as input for its first one; by default a newline among bytes.
 
     Returns:
-        inputs: (N, L) uint8, N = ceil(n / L): `before`, then data[:-1]; the last row padded with 0.
-        targets: (N, L) uint8: data; the last row padded with 0.
-        mask: (N, L) bool: True where the target is a real byte. Its sum is n.
+        inputs: (N, L) of the data's dtype, N = ceil(n / L): `before`, then data[:-1]; the last row padded with 0.
+        targets: (N, L) of the data's dtype: data; the last row padded with 0.
+        mask: (N, L) bool: True where the target is a real symbol. Its sum is n.
 
     Raises:
-        TypeError, ValueError: `data` is no 1-d uint8 array.
+        TypeError, ValueError: `data` is no 1-d array of integers.
         ValueError: `data` is empty, or `length` or `before` is out of range.
 
     >>> inputs, targets, mask = evaluation_windows(np.frombuffer(b"abcde", dtype=np.uint8), length=3)
@@ -32,16 +32,17 @@ def evaluation_windows(data: np.ndarray, length: int, before: int = 0x0A) -> tup
     >>> mask.tolist()
     [[True, True, True], [True, True, False]]
     """
-    require_bytes("data", data)
+    require_symbols("data", data)
     if len(data) == 0:
-        raise ValueError("data: expected at least 1 byte to evaluate, got none; pass a split that is not empty")
+        raise ValueError("data: expected at least 1 symbol to evaluate, got none; pass a split that is not empty")
     if length < 1:
-        raise ValueError(f"length: expected at least 1 byte per row, got {length}")
-    if not 0 <= before <= 255:
-        raise ValueError(f"before: expected a byte from 0 to 255, got {before}")
+        raise ValueError(f"length: expected at least 1 symbol per row, got {length}")
+    most = np.iinfo(data.dtype).max
+    if not 0 <= before <= most:
+        raise ValueError(f"before: expected a symbol from 0 to {most} ({data.dtype}), got {before}")
     rows = -(-len(data) // length)
-    inputs = np.zeros(rows * length, dtype=np.uint8)
-    targets = np.zeros(rows * length, dtype=np.uint8)
+    inputs = np.zeros(rows * length, dtype=data.dtype)
+    targets = np.zeros(rows * length, dtype=data.dtype)
     inputs[0] = before
     inputs[1 : len(data)] = data[:-1]
     targets[: len(data)] = data

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sinkroute.lab.data.corpus import Corpus, split_corpus
 
-__all__ = ["WIKIPEDIA_BYTES", "WIKIPEDIA_SHA256", "load_wikipedia"]
+__all__ = ["WIKIPEDIA_BYTES", "WIKIPEDIA_SHA256", "load_wikipedia", "read_dump"]
 
 WIKIPEDIA_FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 WIKIPEDIA_BYTES = 6_089_746
@@ -28,9 +28,7 @@ def load_wikipedia(path: str | Path | None = None) -> Corpus:
         path: Must be None; the corpus is part of a package.
 
     Raises:
-        ValueError: `path` is given, or the unpacked content is not the one that published numbers were measured on.
-        ModuleNotFoundError: gensim is not installed.
-        FileNotFoundError: gensim is installed without its test data.
+        As `read_dump`.
 
     Source: https://github.com/piskvorky/gensim, folder `gensim/test/test_data`.
 
@@ -39,20 +37,32 @@ def load_wikipedia(path: str | Path | None = None) -> Corpus:
     ...
     ValueError: path: 'wikipedia' ships inside gensim and takes no path, got 'dump.xml'; use load_corpus('text', path)
     """
+    content, source = read_dump("wikipedia", path)
+    return split_corpus("wikipedia", source, content)
+
+
+def read_dump(name: str, path: str | Path | None = None) -> tuple[bytes, str]:
+    """The XML of the dump head, and where it came from in human words, for the corpus `name`.
+
+    Raises:
+        ValueError: `path` is given, or the unpacked content is not the one that published numbers were measured on.
+        ModuleNotFoundError: gensim is not installed.
+        FileNotFoundError: gensim is installed without its test data.
+    """
     if path is not None:
         raise ValueError(
-            f"path: 'wikipedia' ships inside gensim and takes no path, got {str(path)!r}; use load_corpus('text', path)"
+            f"path: {name!r} ships inside gensim and takes no path, got {str(path)!r}; use load_corpus('text', path)"
         )
     spec = importlib.util.find_spec("gensim")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            "corpus 'wikipedia' reads a file inside gensim, and gensim is not installed; "
+            f"corpus {name!r} reads a file inside gensim, and gensim is not installed; "
             'cure: pip install "sinkroute[lab]"'
         )
     archive = Path(spec.submodule_search_locations[0], "test", "test_data", WIKIPEDIA_FILE)
     if not archive.is_file():
         raise FileNotFoundError(
-            f"corpus 'wikipedia': gensim is installed without its test data, found no {archive}; "
+            f"corpus {name!r}: gensim is installed without its test data, found no {archive}; "
             'cure: pip install --force-reinstall --no-deps "gensim>=4.4"'
         )
     content = bz2.decompress(archive.read_bytes())
@@ -60,7 +70,7 @@ def load_wikipedia(path: str | Path | None = None) -> Corpus:
     version = importlib.metadata.version("gensim")
     if len(content) != WIKIPEDIA_BYTES or digest != WIKIPEDIA_SHA256:
         raise ValueError(
-            f"corpus 'wikipedia': gensim {version} holds another text. Expected {WIKIPEDIA_BYTES:,} bytes with sha256 "
+            f"corpus {name!r}: gensim {version} holds another text. Expected {WIKIPEDIA_BYTES:,} bytes with sha256 "
             f"{WIKIPEDIA_SHA256}, found {len(content):,} bytes with sha256 {digest}; cure: pip install gensim==4.4.0"
         )
-    return split_corpus("wikipedia", f"gensim {version}: {WIKIPEDIA_FILE}", content)
+    return content, f"gensim {version}: {WIKIPEDIA_FILE}"

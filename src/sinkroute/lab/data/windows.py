@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sinkroute.lab.data._bytes import require_bytes
+from sinkroute.lab.data._symbols import require_symbols
 
 __all__ = ["Windows"]
 
@@ -24,13 +24,14 @@ class Windows(Dataset[dict[str, Tensor]]):
     reader that jumps between epochs draws a permutation at each jump.
 
     Args:
-        data: (n,) uint8, with n >= 2 * length, so that one window and its last target fit at any phase. Not copied.
-        length: Bytes per window, at least 1.
+        data: (n,) integers (bytes, or ids of a vocabulary), with n >= 2 * length, so that one window and its last
+            target fit at any phase. Not copied.
+        length: Symbols per window, at least 1.
         seed: Key of the order, at least 0.
         count: Items in the data set, at least 0; it may span any number of epochs.
 
     Raises:
-        TypeError, ValueError: `data` is no 1-d uint8 array.
+        TypeError, ValueError: `data` is no 1-d array of integers.
         ValueError: `data` is too short, or `length`, `seed` or `count` is out of range.
 
     >>> text = np.frombuffer(b"to be or not to be, that is the question", dtype=np.uint8)
@@ -43,12 +44,12 @@ class Windows(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, data: np.ndarray, length: int, seed: int, count: int) -> None:
-        require_bytes("data", data)
+        require_symbols("data", data)
         if length < 1:
-            raise ValueError(f"length: expected at least 1 byte per window, got {length}")
+            raise ValueError(f"length: expected at least 1 symbol per window, got {length}")
         if len(data) < 2 * length:
             raise ValueError(
-                f"data: found {len(data):,} bytes, needed at least {2 * length:,} for windows of length {length:,} "
+                f"data: found {len(data):,} symbols, needed at least {2 * length:,} for windows of length {length:,} "
                 "at any phase; give more data or a smaller length"
             )
         if seed < 0:
@@ -68,7 +69,7 @@ class Windows(Dataset[dict[str, Tensor]]):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Item `index`: {"inputs": (length,) int64, "targets": (length,) int64}, targets one byte ahead of inputs.
+        """Item `index`: {"inputs": (length,) int64, "targets": (length,) int64}, targets one symbol ahead of inputs.
 
         Raises:
             IndexError: `index` is outside [0, count); negative indices are not counted from the end.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sinkroute.lab.model import Decoder
+from sinkroute.lab.models import Decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -25,7 +25,7 @@ from torch import Tensor
 from sinkroute.lab.config import Config, ModelConfig
 from sinkroute.lab.export.serving import ExportError, Serving, serving_rule
 from sinkroute.lab.export.tokenizer import NEWLINE, PAD
-from sinkroute.lab.model import Decoder
+from sinkroute.lab.models import Decoder
 from sinkroute.moe.experts import Experts
 
 if TYPE_CHECKING:

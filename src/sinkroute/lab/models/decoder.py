@@ -7,26 +7,18 @@ embeddings tied to nothing: what people train today, small. Shape suffixes: `B` 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkroute.lab.config import ModelConfig, RouterConfig
+from sinkroute.lab.models.sparse import SparseModel
 from sinkroute.moe import MoE
 
-__all__ = ["Decoder", "ParameterCount"]
+__all__ = ["Decoder"]
 
 
-class ParameterCount(NamedTuple):
-    """Parameters in all, and those that one token meets."""
-
-    total: int
-    active: int
-
-
-class Decoder(nn.Module):
+class Decoder(SparseModel):
     """Bytes (or any symbols) in, scores of the next one out.
 
     Args:
@@ -77,26 +69,6 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x_BLD = block(x_BLD, token_mask_BL, symbols_BL)
         return self.head(self.norm(x_BLD))
-
-    @property
-    def moe_layers(self) -> list[MoE]:
-        """The mixture layers, first to last."""
-        return [module for module in self.modules() if isinstance(module, MoE)]
-
-    def auxiliary_loss(self) -> Tensor | None:
-        """The sum of the routers' losses in the last forward pass, coefficients included; None if no router has one."""
-        routes = [layer.routes for layer in self.moe_layers]
-        losses = [route.aux_loss for route in routes if route is not None and route.aux_loss is not None]
-        return torch.stack(losses).sum() if losses else None
-
-    def count_parameters(self) -> ParameterCount:
-        """Exact counts, total and active: of the experts' weights a token meets K of E."""
-        total = sum(parameter.numel() for parameter in self.parameters())
-        idle = 0
-        for layer in self.moe_layers:
-            weights = sum(parameter.numel() for parameter in layer.experts.parameters())
-            idle += weights - weights * layer.router.top_k // layer.router.num_experts
-        return ParameterCount(total, total - idle)
 
 
 class _Block(nn.Module):

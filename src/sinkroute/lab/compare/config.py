@@ -1,0 +1,170 @@
+"""What to compare: a YAML file with a base configuration, methods, sizes and seeds, read strictly.
+
+A comparison is written as differences: a `base` preset, `config` over it for all runs, `sizes` over that, and a method's
+own sections last. `extends` lets one file change another.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sinkroute._errors import unknown_name
+from sinkroute.lab.config import Config, _preset_folder, find_preset, from_mapping
+
+__all__ = ["CompareConfig", "find_comparison", "merged", "read_base", "read_comparison"]
+
+# Their entries have names that the author chose: null takes one out.
+_NAMED = ("methods", "sizes", "grid")
+# Which keys these may have depends on their name: with another name they start over.
+_KINDS = ("router", "model")
+
+
+@dataclass
+class CompareConfig:
+    """A comparison: every method at every size with every seed."""
+
+    title: str = ""
+    """Heading of the page; empty: the name of the file."""
+    question: str = ""
+    """What it is to answer."""
+    out: str = ""
+    """Folder for the runs, the table and the page; empty: runs/ and the name of the file."""
+    base: str = ""
+    """A training preset or file, with which every run begins; empty: the defaults."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Merged over the base, for all runs."""
+    sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Size → what is merged over that; empty: one size."""
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Method → sections of its own, and `grid`: dotted key → values, one method for each combination."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """A run per method, size and seed."""
+    reference: str = ""
+    """The method that the others are compared with; empty: the first."""
+    metrics: tuple[str, ...] = ()
+    """Dotted keys of result.json; empty: quality, attacked quality, MaxVio and time."""
+    jobs: int | None = None
+    """Runs at a time, where the times matter; None: as many as the machine has cores or GPUs."""
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError("methods is empty; name at least one, such as vanilla: {router: {name: softmax}}")
+        if not self.seeds:
+            raise ValueError("seeds is empty; give at least one, such as [0, 1, 2]")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must differ from each other, got {list(self.seeds)}")
+        if self.jobs is not None and self.jobs < 1:
+            raise ValueError(f"jobs must be 1 or more, got {self.jobs}")
+
+
+def find_comparison(name: str, near: Path | None = None) -> Path:
+    """The file of a comparison: a preset of `experiments/compare`, `study/NAME` for one of another folder, or a path.
+
+    `near` is a folder in which a relative path is looked up first.
+    """
+    presets = _preset_folder()
+    places = [presets / f"{name}.yaml"] if os.sep in name else [presets / "compare" / f"{name}.yaml"]
+    places = [path for path in places if path.is_file()]
+    if near is not None and (near / name).is_file():
+        return near / name
+    return places[0] if places and not Path(name).is_file() else Path(name)
+
+
+def read_comparison(path: Path) -> CompareConfig:
+    """Read a comparison with all that it extends.
+
+    Raises:
+        FileNotFoundError: there is no such file, or one that it extends.
+        ValueError: no YAML, an unknown key, a wrong value, files that extend each other in a ring.
+    """
+    return from_mapping_of(path, _extended(path, ()))
+
+
+def from_mapping_of(path: Path, mapping: dict[str, Any]) -> CompareConfig:
+    try:
+        return from_mapping(CompareConfig, mapping)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_base(name: str, near: Path) -> dict[str, Any]:
+    """The training configuration with which every run begins, as the mapping that its file holds.
+
+    Raises:
+        FileNotFoundError: neither a preset nor a file.
+        ValueError: it is no training configuration.
+    """
+    if not name:
+        return {}
+    path = near / name if (near / name).is_file() else find_preset(name)
+    mapping = _read(path, "base")
+    try:
+        from_mapping(Config, mapping)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return mapping
+
+
+def merged(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """`new` over `old`: mappings entry by entry, all else replaced; neither is changed.
+
+    A method, a size or an entry of a grid that is null is taken out. `attacks` are replaced as a whole, and so is a
+    router or a model that gets another name.
+
+    >>> merged({"train": {"steps": 5, "lr": 1}}, {"train": {"lr": 2}})
+    {'train': {'steps': 5, 'lr': 2}}
+    >>> merged({"methods": {"a": {}, "b": {}}}, {"methods": {"a": None}})
+    {'methods': {'b': {}}}
+    """
+    out = {key: copy.deepcopy(value) for key, value in old.items()}
+    for key, value in new.items():
+        before = out.get(key)
+        if value is None and where in _NAMED:
+            out.pop(key, None)
+        elif isinstance(before, dict) and isinstance(value, Mapping) and not _starts_over(key, before, value):
+            out[key] = merged(before, value, str(key))
+        else:
+            out[key] = copy.deepcopy(value)
+    return out
+
+
+def _starts_over(key: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    return key == "attacks" or (key in _KINDS and after.get("name", before.get("name")) != before.get("name"))
+
+
+def _extended(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        ring = " → ".join(str(each) for each in (*seen, path.resolve()))
+        raise ValueError(f"{path} extends itself: {ring}")
+    mapping = _read(path, "comparison")
+    parent = mapping.pop("extends", None)
+    if parent is None:
+        return mapping
+    if not isinstance(parent, str):
+        raise ValueError(f"{path}: extends must be a name or a path, got {parent!r}")
+    found = find_comparison(parent, near=path.parent)
+    return merged(_extended(found, (*seen, path.resolve())), mapping)
+
+
+def _read(path: Path, what: str) -> dict[str, Any]:
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = sorted(each.stem for each in (_preset_folder() / "compare").glob("*.yaml"))
+        if what == "comparison":
+            raise unknown_name("comparison (neither a preset nor a file)", str(path), known) from None
+        raise FileNotFoundError(f"{what}: no configuration at {path}; pass a YAML file or a preset") from None
+    except IsADirectoryError:
+        raise ValueError(f"{what}: {path} is a folder; pass a YAML file or a preset") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{path} must hold a mapping of keys to values, got {type(mapping).__name__}")
+    return mapping

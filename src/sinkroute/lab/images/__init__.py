@@ -1,0 +1,62 @@
+"""Images to train and test on: data sets, their augmentation, and the order in which a model sees them.
+
+- `load_images(name, path, size)` reads one of the data sets that `list_images()` names, as `ImageData`.
+- `ImageBatches` serves augmented training images in an order that depends on (seed, index) alone.
+- `BatchMixing` mixes the images of a batch (mixup, cutmix) and makes soft targets.
+- `evaluation_batches` serves each image of a split once, as uint8; `normalise(scale(...))` is what a model reads.
+- `Augment` holds the settings of all that; `DEIT` is the published recipe.
+- `load_shifted` reads ImageNet-C, -A, -R and -O.
+
+Shapes: B images of a batch, C channels, H rows, W columns. A new data set is one file with a loader and one line in
+`registry.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sinkroute.lab.images.augment import DEIT, Augment
+    from sinkroute.lab.images.batches import ImageBatches, evaluation_batches
+    from sinkroute.lab.images.data import ImageData
+    from sinkroute.lab.images.registry import IMAGES, list_images, load_images
+    from sinkroute.lab.images.transforms.mixing import BatchMixing
+    from sinkroute.lab.images.transforms.scaling import normalise, scale
+
+__all__ = [
+    "DEIT",
+    "IMAGES",
+    "Augment",
+    "BatchMixing",
+    "ImageBatches",
+    "ImageData",
+    "evaluation_batches",
+    "list_images",
+    "load_images",
+    "normalise",
+    "scale",
+]
+
+# Loaded when first asked for: the configuration needs `Augment`, and the command line's help no torch.
+_HOMES = {
+    "DEIT": "augment",
+    "IMAGES": "registry",
+    "Augment": "augment",
+    "BatchMixing": "transforms.mixing",
+    "ImageBatches": "batches",
+    "ImageData": "data",
+    "evaluation_batches": "batches",
+    "list_images": "registry",
+    "load_images": "registry",
+    "normalise": "transforms.scaling",
+    "scale": "transforms.scaling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
