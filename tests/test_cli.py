@@ -118,6 +118,79 @@ def test_a_run_is_exported_and_what_has_no_architecture_is_refused(
     assert "model.activation='gelu' cannot be exported" in err
 
 
+STREAM = """
+data: {name: NAME, path: PATH, length: 16}
+model: {name: stream, layers: 2, d_model: 16, heads: 2, span: 16, d_hidden: 8, experts: 4}
+router: {name: ssr-l, options: {probability: 0.2}}
+train: {steps: 6, batch: 4, warmup: 2, log_every: 2, checkpoint_every: 6}
+eval: {batch: 4, limit: 400, attacks: {word-swap: {rate: 0.1}, word-swap@half: {rate: 0.5}}}
+"""
+
+
+@pytest.fixture
+def stream(text: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "stream.yaml"
+    path.write_text(STREAM.replace("NAME", "text").replace("PATH", str(text)))
+    return path
+
+
+def test_a_stream_of_bytes_is_trained_evaluated_and_reported_and_not_exported(
+    capsys: pytest.CaptureFixture[str], stream: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    code, out, err = sinkroute(capsys, "train", stream, "--out", run, "--model.dropout", "0.2")
+    assert code == 0, err
+    assert "bits/byte" in out and "word-swap@half" in out
+    assert "dropout: 0.2" in (run / "config.yaml").read_text()
+    result = json.loads((run / "result.json").read_text())
+    code, out, _ = sinkroute(capsys, "evaluate", run, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["valid"], found["attacked"]) == (result["valid"], result["attacked"])
+    assert sinkroute(capsys, "evaluate", run, "--inference", "both", "--split", "test")[0] == 0
+    assert sinkroute(capsys, "report", run, "--out", tmp_path / "p.html")[0] == 0
+    code, _, err = sinkroute(capsys, "export", run, "--output", tmp_path / "hf")
+    assert code == 1
+    assert "model.name='stream' cannot be exported: only the compact decoder" in err
+    assert "architecture in transformers" in err
+
+
+def test_words_are_trained_evaluated_and_reported_in_perplexity_and_not_exported(
+    capsys: pytest.CaptureFixture[str], stream: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sinkroute.lab.data import Vocabulary
+    from sinkroute.lab.data.corpus import encoded_corpus
+    from sinkroute.lab.data.registry import CORPORA
+
+    words = Vocabulary((*(f"word{number}" for number in range(300)), "<eos>", "AAA"))
+    ids = np.random.default_rng(0).integers(300, size=3000)
+    corpus = encoded_corpus("of-words", "drawn", words, ids, ids[:500], ids[500:900])
+    monkeypatch.setitem(CORPORA, "of-words", lambda path: corpus)
+    run, data = tmp_path / "run", ("--data.name", "of-words")
+    code, _, err = sinkroute(capsys, "train", stream, "--out", run, *data)
+    assert code == 1
+    assert "model.vocab must be 302 or more, got 256" in err
+    code, out, err = sinkroute(capsys, "train", stream, "--out", run, *data, "--model.vocab", "302")
+    assert code == 0, err
+    assert "perplexity" in out and "byte" not in out
+    code, out, _ = sinkroute(capsys, "evaluate", run)
+    assert code == 0
+    assert "perplexity" in out and "bits per symbol" in out and "word-swap@half" in out
+    page = tmp_path / "p.html"
+    assert sinkroute(capsys, "report", run, "--out", page)[0] == 0
+    assert "has finished, with a validation perplexity of" in page.read_text()
+    other = tmp_path / "decoder"
+    assert sinkroute(capsys, "train", small, "--out", other, *data, "--model.vocab", "302")[0] == 0
+    code, _, err = sinkroute(capsys, "export", other, "--output", tmp_path / "hf")
+    assert code == 1
+    assert "data.name='of-words' cannot be exported" in err
+    of_bytes = tmp_path / "of-bytes"
+    assert sinkroute(capsys, "train", stream, "--out", of_bytes)[0] == 0
+    code, _, err = sinkroute(capsys, "report", run, of_bytes, "--out", tmp_path / "both.html")
+    assert code == 1
+    assert "not measured alike, run in perplexity; of-bytes in bits per byte" in err
+
+
 @pytest.mark.parametrize("name", ["e[/]x[red]", "e\\[red]x"])
 def test_names_of_folders_are_printed_as_they_are(
     capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -169,6 +242,13 @@ def test_another_router_does_not_inherit_the_presets_options(
         (["train", "CONFIG", "--router.options.reg", "0"], 1, "reg must be a finite number above 0, got 0"),
         (["train", "CONFIG", "--model.top-k", "9"], 1, "top_k must be between 1 and num_experts=4, got 9"),
         (["train", "CONFIG", "--router.options.noise"], 2, "needs a value"),
+        (["train", "CONFIG", "--model.name", "stream"], 2, "invalid choice 'stream' for argument '--model.name'"),
+        (["train", "CONFIG", "--model.span", "9"], 2, "--model.span"),
+        (
+            ["train", "CONFIG", "--router.name", "softmax", "--eval.inference", "noise"],
+            1,
+            "'softmax' serves in one way",
+        ),
         (["train", "CONFIG", "--data.path", "/none/such.txt"], 1, "/none/such.txt"),
         (["train", "CONFIG", "--data.name", "enwik8", "--data.path", "CONFIG"], 1, "100,000,000"),
         (["train", "CONFIG", "--data.name", "enwik9"], 1, "did you mean 'enwik8'"),

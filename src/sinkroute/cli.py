@@ -1,4 +1,4 @@
-"""The command line: `sinkroute demo | train | evaluate | export | inspect | report | bench`.
+"""The command line: `sinkroute demo | train | evaluate | export | inspect | models | report | bench`.
 
 Exit codes: 0 done, 1 an error that the message explains, 2 a wrong command line, 130 stopped by Ctrl-C or SIGTERM.
 """
@@ -199,7 +199,8 @@ def _router_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
 class EvaluateCommand:
     """Evaluate the last checkpoint of a run on every byte of a split, clean and attacked, with the experts' load.
 
-    With --lm-eval, on tasks of the lm-evaluation-harness instead, as the Hugging Face model that `export` writes.
+    With --lm-eval, on tasks of the lm-evaluation-harness instead, as the Hugging Face model that `export` writes; with
+    --shifted, on ImageNet-A, -C, -O or -R.
     """
 
     run: tyro.conf.Positional[str]
@@ -210,6 +211,9 @@ class EvaluateCommand:
     """What an SSR router does when serving: plain top-k, noisy top-k, the transport plan, or the plan with noise."""
     lm_eval: tuple[str, ...] = ()
     """Tasks of the lm-evaluation-harness: names, or paths of YAML files."""
+    shifted: tuple[str, str, str] | None = None
+    """For a classifier of ImageNet: imagenet-a, -c, -o or -r; the folder of that set; and a list of the 1000 class ids,
+    or ImageNet's own folder."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -232,6 +236,8 @@ def _evaluate(arguments: list[str], console: Console) -> int:
     data = load_data(run.config)
     check_data(data, folder)
     set_inference(run.model, command.inference)
+    if command.shifted:
+        return _evaluate_shifted(command.shifted, run, data, command.json, console)
     evaluation = evaluate_split(run.model, make_task(run.config, data), command.split)
     found = {"checkpoint": run.checkpoint.name, "inference": command.inference, **evaluation}
     mode = "" if command.inference == "none" else f"-{command.inference}"
@@ -257,6 +263,38 @@ def _evaluate(arguments: list[str], console: Console) -> int:
         highlight=False,
         soft_wrap=True,
     )
+    return 0
+
+
+def _evaluate_shifted(shifted: tuple[str, str, str], run: Any, data: Any, as_json: bool, console: Console) -> int:
+    from sinkroute.lab.config import VisionConfig
+    from sinkroute.lab.tasks.shifted import evaluate_shifted
+
+    name, path, wnids = shifted
+    if not isinstance(run.config.model, VisionConfig) or run.config.model.classes != 1000:
+        raise UsageError(f"--shifted is for classifiers of ImageNet-1K; {run.folder} is none")
+    with console.status("") as status:
+        found = evaluate_shifted(
+            run.model,
+            data,
+            name,
+            path,
+            wnids,
+            batch=run.config.eval.batch,
+            workers=run.config.train.workers,
+            on_status=lambda words: status.update(escape(words)),
+        )
+    if as_json:
+        sys.stdout.write(json.dumps(found) + "\n")
+        return 0
+    numbers = {key: value for key, value in found.items() if key != "errors"}
+    numbers |= {corruption: sum(errors) / len(errors) for corruption, errors in found.get("errors", {}).items()}
+    table = Table(title=f"{escape(str(run.folder))} at {run.checkpoint.name}, {escape(name)}")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for key, value in numbers.items():
+        table.add_row(escape(key), f"{value:.3f}" if key == "aupr" else f"{value:.2f} %")
+    console.print(table)
     return 0
 
 
@@ -403,6 +441,34 @@ def _inspect(arguments: list[str], console: Console) -> int:
     return 0
 
 
+# -- models --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelsCommand:
+    """List the training presets: what each trains, on what and how long, with exact parameter counts.
+
+    Nothing is trained: models are built on the meta device, without memory.
+    """
+
+    names: tyro.conf.Positional[tuple[str, ...]] = field(default_factory=tuple)
+    """Presets or YAML files; by default all presets."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+def _models(arguments: list[str], console: Console) -> int:
+    from sinkroute.lab.models.listing import list_models, model_table
+
+    command = tyro.cli(ModelsCommand, args=arguments, prog="sinkroute models")
+    models = list_models(command.names)
+    if command.json:
+        sys.stdout.write(json.dumps([model.json() for model in models], indent=1) + "\n")
+    else:
+        console.print(model_table(models))
+    return 0
+
+
 # -- report --------------------------------------------------------------------------------------------------------
 
 
@@ -463,6 +529,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str], Console], int], str, str]] = {
     "evaluate": (_evaluate, "RUN", "measure a run's last checkpoint"),
     "export": (_export, "RUN", "a run's model as a Hugging Face checkpoint"),
     "inspect": (_inspect, "MODEL --text FILE", "the expert load of a Hugging Face checkpoint on a text"),
+    "models": (_models, "[NAME...]", "the training presets, with exact parameter counts"),
     "report": (_report, "RUN...", "a self-contained HTML page about runs"),
     "bench": (_bench, "", "what each router costs in time and memory, relative to plain top-k"),
 }

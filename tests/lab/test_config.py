@@ -9,7 +9,10 @@ import pytest
 from sinkroute.lab.config import (
     Config,
     DataConfig,
+    ModelConfig,
+    StreamConfig,
     TrainConfig,
+    VisionConfig,
     differences,
     find_preset,
     from_mapping,
@@ -55,7 +58,16 @@ def test_missing_keys_keep_their_defaults() -> None:
         ({"train": {"beta2": 2.0}}, r"train\.beta2 must be 0 or more and below 1, got 2"),
         ({"train": {"trackers": ["tensorbord"]}}, "did you mean 'tensorboard'"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
-        ({"model": {"vocab": 100}}, r"model\.vocab must be 256 or more, got 100"),
+        ({"train": {"average": 1.0}}, r"train\.average must be above 0 and below 1, got 1"),
+        ({"train": {"schedule": "linear"}}, r"unknown value of train\.schedule: 'linear'"),
+        ({"eval": {"limit": 0}}, r"eval\.limit must be 1 or more, got 0"),
+        ({"eval": {"inference": ["noize"]}}, r"unknown value of eval\.inference\[0\]: 'noize'; did you mean 'noise'"),
+        ({"model": {"name": "streem"}}, r"unknown value of model\.name: 'streem'; did you mean 'stream'"),
+        ({"model": {"name": "stream", "shared_hidden": 4}}, "unknown key in model 'shared_hidden'"),
+        ({"model": {"span": 64}}, "unknown key in model 'span'"),
+        ({"model": {"name": "vit", "vocab": 256}}, "unknown key in model 'vocab'"),
+        ({"model": {"name": ["vit"]}}, r"unknown value of model\.name: "),
+        ({"model": "vit"}, "model must be a mapping"),
         ({"train": {"lr": -1.0}}, r"train\.lr must be a finite number above 0, got -1"),
     ],
 )
@@ -113,6 +125,23 @@ def test_a_bare_no_in_yaml_means_no_autocast() -> None:
     assert from_mapping(TrainConfig, {"precision": False}).precision == "no"
 
 
+@pytest.mark.parametrize(("name", "kind"), [("decoder", ModelConfig), ("stream", StreamConfig), ("vit", VisionConfig)])
+def test_the_kinds_of_model_are_told_apart_by_their_name(name: str, kind: type, tmp_path: Path) -> None:
+    config = from_mapping(Config, {"model": {"name": name, "layers": 3}})
+    assert type(config.model) is kind and config.model.layers == 3
+    write_yaml(config, tmp_path / "c.yaml")
+    assert read_yaml(Config, tmp_path / "c.yaml") == config
+
+
+def test_a_model_without_a_name_is_the_decoder_as_in_earlier_runs() -> None:
+    assert from_mapping(Config, {"model": {"layers": 3}}).model == ModelConfig(layers=3)
+
+
+def test_another_kind_of_model_is_another_configuration() -> None:
+    decoder, stream = (from_mapping(Config, {"model": {"name": name}}) for name in ("decoder", "stream"))
+    assert "model.name: 'decoder' → 'stream'" in differences(decoder, stream)
+
+
 def test_differences_name_dotted_keys_old_and_new() -> None:
     new = Config(seed=1, data=DataConfig(length=64))
     assert differences(Config(), new) == ["seed: 0 → 1", "data.length: 128 → 64"]
@@ -120,10 +149,10 @@ def test_differences_name_dotted_keys_old_and_new() -> None:
 
 def test_every_preset_can_be_read() -> None:
     folder = find_preset("demo").parent
-    presets = sorted(path.stem for path in folder.glob("*.yaml"))
-    assert presets == ["demo", "selective", "wikipedia-ssr"]
-    for name in presets:
-        read_yaml(Config if name == "wikipedia-ssr" else DemoConfig, find_preset(name))
+    presets = {path.stem: path.read_text() for path in folder.glob("*.yaml")}
+    assert {"demo", "selective", "wikipedia-ssr", "wikipedia-stream"} <= set(presets)
+    for name, text in presets.items():
+        read_yaml(DemoConfig if "\nmethods:" in text else Config, find_preset(name))
 
 
 def test_every_router_of_a_comparison_can_be_made() -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sinkroute.lab.config import Config, from_mapping, to_mapping
-from sinkroute.lab.data import Corpus, load_corpus
+from sinkroute.lab.config import Config, RouterConfig, from_mapping, to_mapping
+from sinkroute.lab.data import Corpus, Vocabulary, load_corpus
+from sinkroute.lab.data.corpus import encoded_corpus
 from sinkroute.lab.files import write_json
 from sinkroute.lab.interrupt import Interrupted, StopRequest
 from sinkroute.lab.machine import machine
 from sinkroute.lab.run import execute
+from sinkroute.lab.trained import load_run
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ def test_a_stop_during_evaluation_is_heard_and_the_next_call_only_evaluates(corp
     with pytest.raises(Interrupted, match="while it was evaluated; the same command continues"):
         execute(CONFIG, corpus, tmp_path, stop=stop, on_status=listen)
     assert len(heard) == 3
-    assert heard[0].startswith("evaluating clean text: ")
+    assert heard[0].startswith("evaluating, clean: ")
     assert not (tmp_path / "result.json").exists()
     log = (tmp_path / "log.jsonl").read_text()
     assert execute(CONFIG, corpus, tmp_path)["steps"] == 8
@@ -79,10 +82,68 @@ def test_a_finished_run_is_evaluated_again_when_its_evaluation_changes(corpus: C
 
 
 def test_a_misspelt_attack_is_told_before_training(corpus: Corpus, tmp_path: Path) -> None:
-    config = from_mapping(Config, {**to_mapping(CONFIG), "eval": {"attacks": {"wordswap": {}}}})
-    with pytest.raises(ValueError, match="did you mean 'word-swap'"):
-        execute(config, corpus, tmp_path)
+    for name in ("wordswap", "wordswap@5%"):
+        config = from_mapping(Config, {**to_mapping(CONFIG), "eval": {"attacks": {name: {}}}})
+        with pytest.raises(ValueError, match="did you mean 'word-swap'"):
+            execute(config, corpus, tmp_path)
     assert not (tmp_path / "log.jsonl").exists()
+
+
+def evaluated(**evaluation: object) -> Config:
+    return from_mapping(Config, {**to_mapping(CONFIG), "eval": {"batch": 8, "limit": 500, **evaluation}})
+
+
+def test_every_way_of_serving_is_measured_and_none_is_left_behind(corpus: Corpus, tmp_path: Path) -> None:
+    result = execute(evaluated(inference=["noise", "sinkhorn", "both"]), corpus, tmp_path)
+    ways = [result, *result["inference"].values()]
+    assert list(result["inference"]) == ["noise", "sinkhorn", "both"]
+    assert [way["valid"]["bytes"] for way in ways] == [500] * 4
+    assert len({way["valid"]["bits_per_byte"] for way in ways}) == 4
+    assert len({str(way["serving"]["load"]) for way in ways}) == 4
+    plain = execute(evaluated(), corpus, tmp_path / "plain")
+    for key in ("valid", "attacked", "serving"):
+        assert plain[key] == result[key]
+    assert {layer.router.inference for layer in load_run(tmp_path).model.moe_layers} == {"none"}
+
+
+def test_a_way_of_serving_that_the_router_has_not_is_told_before_training(corpus: Corpus, tmp_path: Path) -> None:
+    config = replace(evaluated(inference=["noise"]), router=RouterConfig("softmax"))
+    with pytest.raises(
+        ValueError, match=r"eval\.inference=\['noise'\] is for routers of the SSR family, and 'softmax'"
+    ):
+        execute(config, corpus, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_attack_may_have_a_name_of_its_own_behind_an_at(corpus: Corpus, tmp_path: Path) -> None:
+    attacks = {"word-swap": {"rate": 0.1}, "word-swap@again": {"rate": 0.1}, "word-swap@50%": {"rate": 0.5}}
+    found = execute(evaluated(attacks=attacks), corpus, tmp_path)["attacked"]
+    assert [entry["rate"] for entry in found.values()] == [0.1, 0.1, 0.5]
+    assert found["word-swap"] == found["word-swap@again"]
+    assert found["word-swap"]["bits_per_byte"] != found["word-swap@50%"]["bits_per_byte"]
+
+
+def test_an_evaluation_may_be_limited_to_the_head_of_a_split(corpus: Corpus, tmp_path: Path) -> None:
+    result = execute(evaluated(limit=300), corpus, tmp_path)
+    assert result["valid"]["bytes"] == 300
+    assert sum(map(sum, result["serving"]["load"])) == 2 * 2 * 300  # layers · top-k
+
+
+def test_a_run_of_words_says_what_it_is_measured_in(tmp_path: Path) -> None:
+    words = Vocabulary((*(f"word{number}" for number in range(20)), "<eos>", "AAA"))
+    ids = np.random.default_rng(0).integers(20, size=3000)
+    corpus = encoded_corpus("drawn", "drawn", words, ids, ids[:500], ids[500:900])
+    config = evaluated(every=4)
+    config.model.vocab = len(words)
+    result = execute(config, corpus, tmp_path)
+    assert (result["task"], result["metric"]) == ("text", "perplexity")
+    assert result["valid"]["symbols"] == 500
+    assert result["valid"]["perplexity"] == pytest.approx(2 ** result["valid"]["bits_per_symbol"])
+    assert 5 < result["valid"]["perplexity"] < 40
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    found = [line for line in lines if line["kind"] == "eval"]
+    assert [set(line) for line in found] == [{"kind", "step", "split", "perplexity"}] * 2
+    assert found[-1]["perplexity"] == pytest.approx(result["valid"]["perplexity"])
 
 
 def test_training_figures_do_not_depend_on_where_log_lines_fall(tmp_path: Path) -> None:
@@ -96,12 +157,12 @@ def test_training_figures_do_not_depend_on_where_log_lines_fall(tmp_path: Path) 
             line = {"kind": "train", "step": end, "loss": mean, "max_vio": [mean], "seconds": 1.0}
             lines.append({**line, "tokens_per_second": 1.0, "sinkhorn_steps": 0})
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return _training_summary(from_mapping(Config, {"train": {"steps": 100}}), tmp_path)
+        return _training_summary(from_mapping(Config, {"train": {"steps": 100}}), tmp_path, tokens=1)
 
     regular, interrupted = summary(list(range(5, 101, 5))), summary([*range(5, 100, 5), 99, 100])
     assert regular["max_vio"] == pytest.approx(27 / 25)  # 24 steps of 1 and one of 3, of the last 25
     assert interrupted["max_vio"] == pytest.approx(27 / 25)
-    assert interrupted["bits_per_byte"] == pytest.approx(regular["bits_per_byte"])
+    assert interrupted["loss"] == pytest.approx(regular["loss"]) == pytest.approx(27 / 25)
 
 
 def test_a_damaged_result_is_named(corpus: Corpus, tmp_path: Path) -> None:

@@ -21,7 +21,16 @@ from sinkroute.lab.config import Config, TrainConfig, from_mapping, read_yaml, w
 from sinkroute.lab.data import Corpus, load_corpus
 from sinkroute.lab.interrupt import Interrupted, StopRequest
 from sinkroute.lab.models import make_model
-from sinkroute.lab.training import Diverged, Progress, learning_rate, prepare_folder, train
+from sinkroute.lab.trained import load_run
+from sinkroute.lab.training import (
+    Diverged,
+    Progress,
+    _key_dropout,
+    _parameter_groups,
+    learning_rate,
+    prepare_folder,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +157,110 @@ def test_tensorboard_gets_the_scalars(corpus: Corpus, tmp_path: Path) -> None:
     scalars = [event.value for event in reader.Scalars("train/loss")]
     assert scalars == pytest.approx(losses(tmp_path))
     assert "max_vio/layer-1" in reader.Tags()["scalars"]
+
+
+def test_a_constant_schedule_stays_at_the_peak_after_warm_up() -> None:
+    settings = TrainConfig(steps=20, warmup=4, lr=2.0, schedule="constant", final_lr=0.1)
+    assert [learning_rate(step, settings) for step in range(20)] == [0.5, 1.0, 1.5] + [2.0] * 17
+
+
+def test_without_a_clip_gradients_are_as_they_come(corpus: Corpus, tmp_path: Path) -> None:
+    for name, clip in (("none", None), ("huge", 1e30), ("tiny", 1e-9)):  # Adam's epsilon feels the last one
+        run(config("softmax", steps=3, clip=clip), corpus, tmp_path / name)
+    assert losses(tmp_path / "none") == losses(tmp_path / "huge") != losses(tmp_path / "tiny")
+
+
+def test_biases_of_experts_and_what_places_begin_with_have_no_weight_decay() -> None:
+    sizes = {"layers": 2, "d_model": 16, "heads": 2, "d_hidden": 8, "experts": 4}
+    found = {}
+    for name, more in (("stream", {"span": 4}), ("vit", {"image_size": 8, "patch": 4, "moe_from": 1, "classes": 4})):
+        model = make_model(from_mapping(Config, {"model": {"name": name, **sizes, **more}}))
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        decayed, others = _parameter_groups(model, 0.1)
+        assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+        found[name] = [{names[id(parameter)] for parameter in group["params"]} for group in (decayed, others)]
+        assert found[name][0] | found[name][1] == set(names.values())
+    for decayed, others in found.values():
+        assert {name.rpartition(".")[2] for name in others} >= {"bias", "weight", "b_in", "b_out"}
+        assert not any("norm" in name or name.endswith(("bias", "b_in", "b_out")) for name in decayed)
+        assert {name.rpartition(".")[2] for name in decayed} >= {"w_in", "w_out", "weight"}
+    assert {"class_D", "positions_ND"} <= found["vit"][1]
+
+
+# -- what is drawn --
+
+
+def test_dropout_draws_depend_on_seed_step_part_and_rank_alone() -> None:
+    def drawn(*key: int) -> float:
+        _key_dropout(*key)
+        return torch.rand(()).item()
+
+    with torch.random.fork_rng():
+        keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 2**20, 7, 0)]
+        first = [drawn(*key) for key in keys]
+        assert len(set(first)) == len(keys)
+        assert [drawn(*key) for key in reversed(keys)] == first[::-1]
+
+
+def test_training_leaves_the_generator_as_it_was_also_when_it_fails(corpus: Corpus, tmp_path: Path) -> None:
+    def fail(progress: Progress) -> None:
+        raise RuntimeError("of the display")
+
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    run(config(steps=2), corpus, tmp_path / "a")
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(RuntimeError, match="of the display"):
+        run(config(steps=2), corpus, tmp_path / "b", on_progress=fail)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# -- the average of the weights --
+
+
+def _every_step(folder: Path, name: str) -> list[dict[str, torch.Tensor]]:
+    return [load_file(path / f"{name}.safetensors") for path in sorted((folder / "checkpoints").glob("step-*"))]
+
+
+def test_the_average_is_that_of_the_weights_of_every_step(corpus: Corpus, tmp_path: Path) -> None:
+    settings = config("loss-free", steps=6, average=0.8, checkpoint_every=1, keep_checkpoints=9)
+    model = run(settings, corpus, tmp_path)
+    weights, averages = _every_step(tmp_path, "model"), _every_step(tmp_path, "average")
+    parameters = {name for name, _ in model.named_parameters()}
+    assert parameters < weights[0].keys() == averages[0].keys()
+    for name in weights[0]:
+        if ".saved_" in name:
+            continue  # the counts of a step that has not ended: nothing is left of them
+        expected = weights[0][name].double()
+        for step in range(6):
+            if name in parameters:
+                expected = expected if step == 0 else 0.8 * expected + 0.2 * weights[step][name].double()
+            else:  # what a router remembers is no weight: as the step left it
+                expected = weights[step][name].double()
+            torch.testing.assert_close(averages[step][name].double(), expected, atol=1e-6, rtol=1e-5)
+    assert any(weights[-1][name].any() for name in weights[0] if name.endswith("bias_E"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, averages[-1][name])
+    loaded = load_run(tmp_path).model
+    assert all(torch.equal(tensor, averages[-1][name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_an_averaged_run_continues_with_the_same_bits_and_trains_as_without(corpus: Corpus, tmp_path: Path) -> None:
+    settings = config(steps=6, average=0.8, checkpoint_every=2)
+    run(settings, corpus, tmp_path / "whole")
+    run(config(steps=6, checkpoint_every=2), corpus, tmp_path / "without")
+    stop = StopRequest()
+
+    def at_three(progress: Progress) -> None:
+        stop.asked = progress.step == 2
+
+    with pytest.raises(Interrupted):
+        run(settings, corpus, tmp_path / "parts", stop=stop, on_progress=at_three)
+    run(settings, corpus, tmp_path / "parts")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole") == losses(tmp_path / "without")
+    for name in ("model", "average"):
+        one, two = _every_step(tmp_path / "whole", name)[-1], _every_step(tmp_path / "parts", name)[-1]
+        assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 # -- stopping and continuing --

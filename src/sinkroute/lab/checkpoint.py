@@ -1,9 +1,10 @@
 """Checkpoints that survive `kill -9`, a full disk and a flipped bit, and hold no pickle.
 
 A checkpoint is a folder `step-000100` with `model.safetensors`, `optimizer.safetensors` and `state.json`, which
-carries what is no tensor and the SHA-256 of all of them; where there is more to remember, also with `average.safetensors`
-(the average of the weights) and `carried.safetensors` (the memory of streams). It is written beside its place under another name and then
-renamed, which the file system does wholly or not at all: a folder of that name is complete.
+carries what is no tensor and the SHA-256 of all of them; where there is more to remember, also with
+`average.safetensors` (the average of the weights) and `carried.safetensors` (the memory of streams). It is written
+beside its place under another name and then renamed, which the file system does wholly or not at all: a folder of that
+name is complete.
 """
 
 from __future__ import annotations

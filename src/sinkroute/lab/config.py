@@ -35,6 +35,7 @@ __all__ = [
     "parse_scalar",
     "read_yaml",
     "to_mapping",
+    "training_presets",
     "write_yaml",
 ]
 
@@ -47,7 +48,7 @@ class DataConfig:
     """What is learnt: a text (`sinkroute.lab.data`) or labelled images (`sinkroute.lab.images`)."""
 
     name: str = "wikipedia"
-    """A text ("wikipedia", "wikitext-103", "enwik8", "text", ...) or, for a "vit", images ("mnist-5k", "imagenet", ...)."""
+    """A text ("wikipedia", "wikitext-103", "enwik8", "text", ...), for a "vit" images ("mnist-5k", "imagenet-1k", ...)."""
     path: str | None = None
     """Where it lies; what a package brings along needs none."""
     length: int = 128
@@ -141,7 +142,7 @@ class VisionConfig:
     top_k: int = 2
     """Experts that a token visits."""
     drop_path: float = 0.1
-    """Share of the samples that skip the last block while training; earlier blocks less, in proportion to their depth."""
+    """Share of the samples that skip the last block while training; earlier blocks less, in proportion to depth."""
 
 
 @dataclass
@@ -204,7 +205,7 @@ class EvalConfig:
     """Whether a stream is evaluated to its last symbol; False drops the tail that does not fill the batch, as the
     paper's family does."""
     limit: int | None = None
-    """At most so many symbols or images from the head of the split; None: all of it."""
+    """At most so many symbols from the head of the split, or images from all over it; None: all of it."""
     every: int = 0
     """Steps between evaluations during training; 0: none."""
     inference: tuple[Literal["noise", "sinkhorn", "both"], ...] = ()
@@ -338,7 +339,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def _named(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     """Which of several dataclasses a mapping is meant for: the one with its `name`, without a name the first."""
     names = {kind.name: kind for kind in kinds}
-    name = value.get("name", kinds[0].name) if isinstance(value, dict) else kinds[0].name
+    name = str(value.get("name", kinds[0].name)) if isinstance(value, dict) else kinds[0].name
     if name not in names:
         raise unknown_name(f"value of {where}.name:", name, names)
     return names[name]
@@ -400,6 +401,20 @@ def _preset_folder() -> Path:
 
 def _presets() -> list[str]:
     return sorted(path.stem for path in _preset_folder().glob("*.yaml"))
+
+
+def training_presets() -> list[str]:
+    """The presets that `sinkroute train` takes; others compare several methods.
+
+    >>> "wikipedia-ssr" in training_presets(), "demo" in training_presets()
+    (True, False)
+    """
+    folder = _preset_folder()
+    return [
+        name
+        for name in _presets()
+        if "methods" not in yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+    ]
 
 
 def find_preset(name: str) -> Path:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 from sinkroute._errors import unknown_name
 from sinkroute.lab.checkpoint import CheckpointError
@@ -61,7 +62,7 @@ def run_demo(demo: DemoConfig, console: Console) -> int:
     runs = _runs(demo)
     console.print(
         f"[bold]sinkroute demo[/]: {len(runs)} runs of {demo.train.steps} steps on {corpus.name} "
-        f"({len(corpus.train):,} bytes to train on) → {out}",
+        f"({len(corpus.train):,} bytes to train on) → {escape(str(out))}",
         highlight=False,
     )
     write_json(_baselines(corpus, [name for name, _ in runs]), out / "baselines.json")
@@ -92,12 +93,12 @@ def run_demo(demo: DemoConfig, console: Console) -> int:
         found = read_runs(begun)
         console.print(result_table(found))
         report = write_report(found, out / "report.html")
-        console.print(f"Report: [bold]{report}[/] (open it in a browser)", highlight=False, soft_wrap=True)
+        console.print(f"Report: [bold]{escape(str(report))}[/] (open it in a browser)", highlight=False, soft_wrap=True)
     for failure in failures:
-        console.print(f"[red]failed[/] {failure}", highlight=False, soft_wrap=True)
+        console.print(f"[red]failed[/] {escape(failure)}", highlight=False, soft_wrap=True)
     if stop:
         console.print(
-            f"[yellow]Interrupted[/]: {interrupted or 'between two runs'}; the report shows what is there.",
+            f"[yellow]Interrupted[/]: {escape(interrupted) or 'between two runs'}; the report shows what is there.",
             soft_wrap=True,
         )
         return 130

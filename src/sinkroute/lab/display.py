@@ -26,10 +26,10 @@ class Display:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.bars = Progress(
-            TextColumn("[bold]{task.description:<14}"),
+            TextColumn("{task.description:<14}", style="bold", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -63,7 +63,8 @@ class Display:
         tenths = 10 * progress.step // progress.steps
         if not self.console.is_terminal and tenths > self.tenths:
             self.tenths = tenths
-            self.console.print(f"{self.label:<14} step {progress.step}/{progress.steps}  {note}", highlight=False)
+            words = f"{self.label:<14} step {progress.step}/{progress.steps}  {note}"
+            self.console.print(words, highlight=False, markup=False)
 
     def status(self, text: str) -> None:
         """Passing words beside the bar of the current run."""
@@ -75,4 +76,4 @@ class Display:
         if self.task is not None:
             self.bars.update(self.task, note=text, completed=self.steps if done else None)
         if not self.console.is_terminal:
-            self.console.print(f"{self.label:<14} {text}", highlight=False)
+            self.console.print(f"{self.label:<14} {text}", highlight=False, markup=False)

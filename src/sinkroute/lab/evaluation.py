@@ -81,7 +81,7 @@ class serving_mode:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.no_grad.__exit__(*error)  # type: ignore[arg-type]
+        self.no_grad.__exit__(*error)
         self.model.train(self.was_training)
 
     def begin_pass(self, number: int) -> None:

@@ -17,10 +17,11 @@ from sinkroute.lab.evaluation import Evaluation
 from sinkroute.lab.files import write_json
 from sinkroute.lab.interrupt import Interrupted, StopRequest
 from sinkroute.lab.memory import peak_memory_mb, reset_peak_memory
-from sinkroute.lab.models import SparseModel
+from sinkroute.lab.models import SparseModel, make_model
 from sinkroute.lab.tasks import Task, make_task
 from sinkroute.lab.training import Diverged, Progress, prepare_folder, train
 from sinkroute.routing import set_inference
+from sinkroute.routing.routers.ssr import SSRRouter
 
 __all__ = ["evaluate_split", "execute"]
 
@@ -44,11 +45,13 @@ def execute(
         What `result.json` holds; on other than the main process nothing.
 
     Raises:
-        As `prepare_folder` and `train`.
+        ValueError: attacks or ways of serving that there are not; or as `prepare_folder` and `train`, which tell the
+            rest.
     """
     task = make_task(config, data)
     for name, attack in config.eval.attacks.items():
         task.check_attack(kind_of(name), attack)
+    _check_inference(config)
     processes = PartialState(cpu=not torch.accelerator.is_available())
     if processes.is_main_process:
         prepare_folder(config, data, folder, fresh)
@@ -89,6 +92,19 @@ def execute(
         result["inference"] = others
     write_json(result, result_file)
     return result
+
+
+def _check_inference(config: Config) -> None:
+    """Ways of serving are for one family of routers: any other must not fail when it is trained."""
+    if not config.eval.inference:
+        return
+    with torch.device("meta"):
+        router = make_model(config).moe_layers[0].router
+    if not isinstance(router, SSRRouter):
+        raise ValueError(
+            f"eval.inference={list(config.eval.inference)} is for routers of the SSR family, and "
+            f"{config.router.name!r} serves in one way only; leave eval.inference empty for it"
+        )
 
 
 def evaluate_split(

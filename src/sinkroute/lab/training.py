@@ -289,9 +289,9 @@ def train(
                         tally.grad_norm = norm
                     prepared.step()
                     prepared.zero_grad()
+            end_step(model)  # now, not when the next begins: what is evaluated or saved below has learnt from this step
             if average is not None:
                 average.update_parameters(model)
-            end_step(model)  # now, not when the next begins: what is evaluated or saved below has learnt from this step
             state.step += 1
             tally.end_step(accelerator)
             asked = _agreed(stop, accelerator)
@@ -417,7 +417,8 @@ _NO_DECAY = (".b_in", ".b_out", "positions_ND")
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (vectors if parameter.ndim < 2 or name.endswith(_NO_DECAY) else matrices).append(parameter)
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

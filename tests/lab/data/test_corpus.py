@@ -1,11 +1,19 @@
-"""The 90/5/5 split and the registry."""
+"""The 90/5/5 split, corpora of ids and the registry."""
 
 import hashlib
 
 import numpy as np
 import pytest
 
-from sinkroute.lab.data import CORPORA, MIN_SPLIT_BYTES, list_corpora, load_corpus, split_corpus
+from sinkroute.lab.data import (
+    CORPORA,
+    MIN_SPLIT_BYTES,
+    Vocabulary,
+    encoded_corpus,
+    list_corpora,
+    load_corpus,
+    split_corpus,
+)
 
 SMALLEST = 20 * MIN_SPLIT_BYTES
 
@@ -58,3 +66,63 @@ def test_a_registered_loader_gets_the_path(monkeypatch):
     monkeypatch.setitem(CORPORA, "echo", lambda path: split_corpus("echo", str(path), bytes(SMALLEST)))
     assert load_corpus("echo", "here").source == "here"
     assert "echo" in list_corpora()
+
+
+def test_bytes_are_256_symbols_without_a_vocabulary():
+    corpus = split_corpus("text", "zeros", bytes(SMALLEST))
+    assert corpus.symbols == 256
+    assert corpus.vocabulary is None
+
+
+WORDS = Vocabulary(tuple(f"word{number}" for number in range(300)))
+
+
+def encoded(train=(0, 299), valid=(1,), test=(2,), vocabulary=WORDS):
+    return encoded_corpus("words", "a list", vocabulary, *map(np.array, (train, valid, test)))
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_splits_of_ids_are_of_the_smallest_type_and_read_only(split):
+    array = getattr(encoded(), split)
+    assert array.dtype == np.uint16
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 1
+
+
+def test_the_given_array_stays_writable():
+    train = np.array([0, 1], dtype=np.uint16)
+    encoded_corpus("words", "a list", WORDS, train, train, train)
+    train[0] = 2
+
+
+def test_symbols_are_the_words_of_the_vocabulary():
+    assert encoded().symbols == 300
+    assert encoded().vocabulary is WORDS
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"train": (0, 298)},
+        {"valid": (3,)},
+        {"test": (3,)},
+        {"train": (0,), "valid": (299, 1)},
+        {"vocabulary": Vocabulary((*WORDS.words[:-1], "moss"))},
+        {"vocabulary": Vocabulary((*WORDS.words, "moss"))},
+    ],
+)
+def test_another_content_split_or_vocabulary_is_another_corpus(other):
+    assert encoded(**other) != encoded()
+    assert encoded() == encoded()
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+@pytest.mark.parametrize("ids", [(0, 300), (-1, 0)])
+def test_an_id_that_the_vocabulary_lacks_is_refused(split, ids):
+    with pytest.raises(ValueError, match=f"{split}: found ids from {ids[0]} to {ids[1]}, expected 0 to 299"):
+        encoded(**{split: ids})
+
+
+def test_an_empty_split_is_refused():
+    with pytest.raises(ValueError, match=r"valid: corpus 'words' \(a list\) has no symbols in this split"):
+        encoded(valid=np.array([], dtype=int))

@@ -59,3 +59,16 @@ def test_a_length_below_one_is_refused():
 def test_a_symbol_before_that_the_data_cannot_hold_is_refused(before):
     with pytest.raises(ValueError, match=rf"before: expected a symbol from 0 to 255 \(uint8\), got {before}"):
         evaluation_windows(as_array(b"abc"), length=3, before=before)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_windows_keep_the_type_of_the_data(dtype):
+    data = np.array([1, 200, 3], dtype=dtype)
+    inputs, targets, _ = evaluation_windows(data, length=2, before=255)
+    assert inputs.dtype == targets.dtype == dtype
+    assert inputs.tolist() == [[255, 1], [200, 0]]
+
+
+def test_a_symbol_before_may_be_any_word_id():
+    inputs, _, _ = evaluation_windows(np.array([5], dtype=np.int32), length=1, before=267_734)
+    assert inputs.tolist() == [[267_734]]

@@ -14,6 +14,7 @@ from sinkroute.lab.data.markup import strip_markup
     [
         ("a [[link]] here", "a link here"),
         ("a [[page|label]] here", "a label here"),
+        ("a [[page|first|last]] here", "a last here"),
         ("two [[bus]]es", "two buses"),
         ("[[:Category:Moss]]", "Category:Moss"),
         ("a [[Category:Moss]]b", "a b"),
@@ -53,7 +54,7 @@ def test_any_text_gives_lines_that_are_not_blank(text):
 
 @pytest.mark.parametrize("opening", ["{{", "{|", "[[", "<ref>", "<!--", "[http://", "[http://x ", "<", "=", "[", "'''"])
 def test_markup_that_never_closes_does_not_take_cubic_time(opening):
-    # 10 ms with patterns that look ahead once from each start; minutes where they do so from each place in turn.
+    # A quarter of a second at most where a pattern looks ahead once from each start, many where from each place too.
     started = time.process_time()
-    strip_markup(opening * 2000)
-    assert time.process_time() - started < 5
+    strip_markup(opening * 600)
+    assert time.process_time() - started < 2

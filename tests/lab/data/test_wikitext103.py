@@ -1,6 +1,7 @@
 """WikiText-103 in each form in which it is published, on small files: the published counts are replaced by theirs."""
 
-import io
+import os
+import pickle
 import zipfile
 
 import numpy as np
@@ -15,27 +16,8 @@ TEXTS = {
     "valid": " \n = Fern = \n \n A fern is a plant . \n",
     "test": " \n Moss and fern \n \n",
 }
-COUNTS = _Counts(train=29, valid=14, test=6, vocabulary=18)
-WORDS = [
-    "<eos>",
-    "=",
-    "Moss",
-    "is",
-    "<unk>",
-    ",",
-    "a",
-    "small",
-    "@-@",
-    "leaved",
-    "plant",
-    ".",
-    "Uses",
-    "AAA",
-    "Fern",
-    "A",
-    "fern",
-    "and",
-]
+COUNTS = _Counts(train=27, valid=13, test=6, vocabulary=18)
+WORDS = "<eos> = Moss is <unk> , a small @-@ leaved plant . Uses AAA Fern A fern and"
 
 
 @pytest.fixture(autouse=True)
@@ -98,14 +80,14 @@ def test_each_form_gives_the_same_digest(tmp_path, form):
 
 def test_ids_follow_train_then_valid_then_test_in_first_seen_order(tmp_path):
     corpus = _load(write_tokens(tmp_path / "data"), COUNTS)
-    assert list(corpus.vocabulary.words) == WORDS
+    assert " ".join(corpus.vocabulary.words) == WORDS
     assert corpus.symbols == 18
     assert corpus.train[:5].tolist() == [0, 1, 2, 1, 0]
 
 
 def test_a_last_line_without_an_end_gets_its_eos(tmp_path):
     texts = TEXTS | {"test": TEXTS["test"].rstrip(" \n")}
-    corpus = _load(write_tokens(tmp_path / "data", texts), _Counts(29, 14, 5, 18))
+    corpus = _load(write_tokens(tmp_path / "data", texts), _Counts(27, 13, 5, 18))
     assert corpus.vocabulary.words[corpus.test[-1]] == "<eos>"
 
 
@@ -113,7 +95,7 @@ def test_pieces_of_a_long_file_are_joined_where_they_were_cut(tmp_path):
     # 3 MB, read a megabyte at a time.
     line = " ".join(f"word{number}" for number in range(1000))
     texts = TEXTS | {"train": f" {line} \n" * 400}
-    corpus = _load(write_tokens(tmp_path / "data", texts), _Counts(400 * 1001, 14, 6, 1001 + 11))
+    corpus = _load(write_tokens(tmp_path / "data", texts), _Counts(400 * 1001, 13, 6, 1001 + 10))
     assert np.array_equal(corpus.train, np.tile(np.arange(1001), 400))
 
 
@@ -123,14 +105,14 @@ def test_other_counts_are_refused_with_those_found_and_where_to_get_the_text(tmp
         load_corpus("wikitext-103", folder)
     message = str(error.value)
     assert f"{folder} is not WikiText-103: expected 103,227,021 / 217,646 / 245,569 symbols" in message
-    assert "267,735 different ones; found 29 / 14 / 6 symbols in train / valid / test and 18 different ones" in message
+    assert "267,735 different ones, found 27 / 13 / 6 symbols in train / valid / test and 18 different ones" in message
     assert "https://huggingface.co/datasets/Salesforce/wikitext" in message
     assert "--data.path" in message
 
 
 @pytest.mark.parametrize("place", range(4))
 def test_each_of_the_four_counts_is_checked(tmp_path, place):
-    counts = list(_Counts(29, 14, 6, 18))
+    counts = list(_Counts(27, 13, 6, 18))
     counts[place] += 1
     with pytest.raises(ValueError, match="is not WikiText-103"):
         _load(write_tokens(tmp_path / "data"), _Counts(*counts))
@@ -221,8 +203,6 @@ def test_text_that_is_no_utf8_is_named(tmp_path):
 class TestCache:
     """What was encoded once is read from the cache folder."""
 
-    COUNTS = _Counts(29, 14, 6, 18)
-
     @pytest.fixture
     def folder(self, tmp_path):
         return write_tokens(tmp_path / "data")
@@ -238,22 +218,22 @@ class TestCache:
         return forbid
 
     def test_the_second_time_nothing_is_encoded_and_the_corpus_is_the_same(self, folder, no_encoding):
-        first = _load(folder, self.COUNTS)
+        first = _load(folder, COUNTS)
         no_encoding()
-        second = _load(folder, self.COUNTS)
+        second = _load(folder, COUNTS)
         assert second == first
         assert second.vocabulary == first.vocabulary
         assert all(np.array_equal(getattr(second, split), getattr(first, split)) for split in TEXTS)
         assert not second.train.flags.writeable
 
     def test_a_changed_file_is_encoded_again(self, folder):
-        first = _load(folder, self.COUNTS)
+        first = _load(folder, COUNTS)
         (folder / "wiki.test.tokens").write_text(" fern and Moss moss \n \n")
-        assert _load(folder, _Counts(29, 14, 6, 19)) != first
+        assert _load(folder, _Counts(27, 13, 6, 19)) != first
 
     @pytest.mark.parametrize("damage", ["cut", "changed", "missing", "json"])
     def test_what_is_damaged_is_encoded_again(self, folder, cache, damage):
-        first = _load(folder, self.COUNTS)
+        first = _load(folder, COUNTS)
         (kept,) = (cache / "sinkroute").iterdir()
         array = kept / "train.npy"
         if damage == "cut":
@@ -264,21 +244,24 @@ class TestCache:
             array.unlink()
         else:
             (kept / "corpus.json").write_text("{")
-        assert _load(folder, self.COUNTS) == first
+        assert _load(folder, COUNTS) == first
         assert [file.name for file in (cache / "sinkroute").iterdir()] == [kept.name]
         assert sorted(file.name for file in kept.iterdir()) == ["corpus.json", "test.npy", "train.npy", "valid.npy"]
 
-    def test_a_cached_array_of_pickled_objects_is_not_unpickled(self, folder, cache):
-        first = _load(folder, self.COUNTS)
+    def test_a_pickle_in_the_place_of_an_array_is_not_loaded(self, folder, cache, tmp_path):
+        class Trap:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "sprung"),)
+
+        first = _load(folder, COUNTS)
         (kept,) = (cache / "sinkroute").iterdir()
-        stream = io.BytesIO()
-        np.save(stream, np.array([{}], dtype=object), allow_pickle=True)
-        (kept / "train.npy").write_bytes(stream.getvalue())
-        assert _load(folder, self.COUNTS) == first
+        (kept / "train.npy").write_bytes(pickle.dumps(Trap()))
+        assert _load(folder, COUNTS) == first
+        assert not (tmp_path / "sprung").exists()
 
     def test_without_a_place_to_keep_it_the_corpus_is_still_read(self, folder, cache):
         cache.write_text("a file where the folder would be")
-        assert _load(folder, self.COUNTS).symbols == 18
+        assert _load(folder, COUNTS).symbols == 18
 
     def test_what_is_not_wikitext_103_is_not_kept(self, folder, cache):
         with pytest.raises(ValueError, match="is not WikiText-103"):

@@ -121,3 +121,12 @@ def test_data_that_is_no_array_of_integers_is_refused(data):
 def test_data_of_two_dimensions_is_refused():
     with pytest.raises(ValueError, match=r"data: expected a 1-d array of integers, got shape \(25, 10\)"):
         Windows(COUNTING.reshape(25, 10), 8, 0, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
+def test_items_are_int64_whatever_integers_the_data_holds(dtype):
+    item = Windows(COUNTING.astype(dtype), 8, 0, count=1)[0]
+    expected = Windows(COUNTING, 8, 0, count=1)[0]
+    for key in ("inputs", "targets"):
+        assert item[key].dtype == torch.int64
+        assert torch.equal(item[key], expected[key])

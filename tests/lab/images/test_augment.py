@@ -78,7 +78,9 @@ def test_policies_are_read(text, policy):
     assert parse_policy(text) == policy
 
 
-@pytest.mark.parametrize("text", ["", "rand-m9", "rand-m9-mstd0.5-inc0", "rand-inc1", "augmix-m3-inc1", "rand-m9-inc1-x"])
+@pytest.mark.parametrize(
+    "text", ["", "rand-m9", "rand-m9-mstd0.5-inc0", "rand-inc1", "augmix-m3-inc1", "rand-m9-inc1-x"]
+)
 def test_other_policies_are_refused_with_the_form(text):
     with pytest.raises(ValueError, match=r"such as 'rand-m9-mstd0\.5-inc1', got"):
         parse_policy(text)

@@ -62,7 +62,7 @@ def test_drawing_leaves_no_global_state(demo: Path) -> None:
 def test_a_curve_over_seeds_is_their_mean_with_their_range(make_run: MakeRun, tmp_path: Path) -> None:
     make_run(tmp_path, "a", "softmax", "Vanilla", seed=0, bits=3.0)
     make_run(tmp_path, "b", "softmax", "Vanilla", seed=1, bits=4.0)
-    line = figures.curve(read_runs(tmp_path), "bits")
+    line = figures.curve(read_runs(tmp_path), "loss")
     # Seed 0 is 3 + 4 / i, seed 1 is 4 + 4 / i, and four lines are not smoothed.
     assert line.steps.tolist() == [10, 20, 30, 40]
     np.testing.assert_allclose(line.mean, [7.5, 5.5, 4.5 + 1 / 3, 4.5])
@@ -78,7 +78,7 @@ def test_a_diverged_seed_makes_the_mean_nan_from_there_on(demo: Path, make_run: 
     other = make_run(demo, "ssr-s-1", "ssr-s", "SSR-S", seed=1)
     log = other / "log.jsonl"
     log.write_text(log.read_text(encoding="utf-8") + '{"kind": "train", "step": 50, "loss": NaN}\n', encoding="utf-8")
-    line = figures.curve(read_runs([demo / "ssr-s", other]), "bits")
+    line = figures.curve(read_runs([demo / "ssr-s", other]), "loss")
     assert math.isnan(line.mean[-1]) and np.isfinite(line.mean[:-1]).all()
 
 

@@ -21,7 +21,7 @@ from sinkroute.lab.compare.config import CompareConfig, merged, read_base
 from sinkroute.lab.config import Config, from_mapping, parse_scalar, to_mapping
 from sinkroute.lab.training import FREE_KEYS
 
-__all__ = ["Cell", "Plan", "configuration_hash", "expand", "select"]
+__all__ = ["Cell", "Plan", "configuration_hash", "expand", "select", "short_value"]
 
 _SECTIONS = ("data", "model", "router", "train", "eval")
 
@@ -123,16 +123,18 @@ def expand(
     Raises:
         ValueError: a key or value that is wrong in some run, an unknown reference, two methods of one name.
     """
-    base = merged(read_base(compare.base, path.parent), compare.config)
     _check_sections("config", compare.config)
     changes = dict(_override(word) for word in overrides)
     variants = [variant for name, method in compare.methods.items() for variant in _variants(name, method)]
-    for size, section in compare.sizes.items():
-        _check_sections(f"sizes.{size}", section)
+    sizes = {}
+    for size, section in (compare.sizes or {"": {}}).items():
+        own = {key: value for key, value in section.items() if key != "base"}
+        _check_sections(f"sizes.{size}", own)
+        base = merged(read_base(section.get("base", compare.base), path.parent), compare.config)
+        sizes[size] = merged(base, own)
     cells = []
     for seed in seeds or compare.seeds:
-        for size in compare.sizes or [""]:
-            sized = merged(base, compare.sizes.get(size, {}))
+        for size, sized in sizes.items():
             for family, label, sections, point in variants:
                 mapping = merged(sized, {key: value for key, value in sections.items() if key != "router"})
                 if "router" in sections:
@@ -189,7 +191,7 @@ def _variants(name: str, method: Mapping[str, Any]) -> list[tuple[str, str, dict
     out = []
     for values in itertools.product(*grid.values()):
         point = {key: _scalar(value) for key, value in zip(grid, values, strict=True)}
-        told = [f"{key}={_short(value)}" for key, value in zip(short, point.values(), strict=True)]
+        told = [f"{key}={short_value(value)}" for key, value in zip(short, point.values(), strict=True)]
         out.append((name, " ".join([name, *told]), sections, point))
     return out
 
@@ -199,7 +201,8 @@ def _scalar(value: Any) -> Any:
     return parse_scalar(value) if isinstance(value, str) else value
 
 
-def _short(value: Any) -> str:
+def short_value(value: Any) -> str:
+    """A value of a grid as labels show it."""
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
@@ -226,7 +229,9 @@ def _check_key(where: str, key: str) -> None:
 def _check_sections(where: str, sections: Mapping[str, Any]) -> None:
     for key in sections:
         if key in ("label", "seed"):
-            raise ValueError(f"{where}.{key} cannot be given: labels are the methods' names, seeds an axis of their own")
+            raise ValueError(
+                f"{where}.{key} cannot be given: labels are the methods' names, seeds an axis of their own"
+            )
         if key not in _SECTIONS:
             raise unknown_name(f"section in {where}", key, [*_SECTIONS, "grid"])
 

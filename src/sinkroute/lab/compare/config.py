@@ -1,7 +1,7 @@
 """What to compare: a YAML file with a base configuration, methods, sizes and seeds, read strictly.
 
-A comparison is written as differences: a `base` preset, `config` over it for all runs, `sizes` over that, and a method's
-own sections last. `extends` lets one file change another.
+A comparison is written as differences: a `base` preset, `config` over it for all runs, `sizes` over that, and a
+method's own sections last. `extends` lets one file change another.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CompareConfig:
     config: dict[str, Any] = field(default_factory=dict)
     """Merged over the base, for all runs."""
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Size → what is merged over that; empty: one size."""
+    """Size → what is merged over that, or a `base` of its own; empty: one size."""
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Method → sections of its own, and `grid`: dotted key → values, one method for each combination."""
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -1,4 +1,4 @@
-"""How far a comparison is: a bar for all runs and a line for each that runs; in a log file a line for each that ends."""
+"""How far a comparison is: a bar for it all and one for each run; in a log file a line for each run that ends."""
 
 from __future__ import annotations
 
@@ -77,9 +77,7 @@ class CompareDisplay:
         said = f"{self.done + self.failed}/{self.total} {name}: {kind}"
         said += f": {event['note']}" if event.get("note") else ""
         said += f" ({self._left()})" if kind == "done" and self._left() else ""
-        self.console.print(
-            said, style="red" if kind == "failed" else "", highlight=False, markup=False, soft_wrap=True
-        )
+        self.console.print(said, style="red" if kind == "failed" else "", highlight=False, markup=False, soft_wrap=True)
 
     def _update(self, name: str, **fields: Any) -> None:
         if name in self.tasks:

@@ -31,6 +31,7 @@ from sinkroute.lab.interrupt import StopRequest
 __all__ = ["WorkerError", "order_of", "run_cells"]
 
 Listen = Callable[[Cell, dict[str, Any]], None]
+_PROGRAM = [sys.executable, "-m", "sinkroute.lab.compare.worker"]
 _OTHERS_SECONDS = 2.0  # between two looks at what other processes have
 
 
@@ -182,7 +183,7 @@ def _start(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sinkroute.lab.compare.worker"],
+            _PROGRAM,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -20,9 +20,13 @@ import sinkroute
 from sinkroute.lab.compare.cells import Cell, Plan, expand, select
 from sinkroute.lab.compare.config import find_comparison, read_comparison
 from sinkroute.lab.compare.display import CompareDisplay
+from sinkroute.lab.compare.page import write_page
 from sinkroute.lab.compare.pool import run_cells
+from sinkroute.lab.compare.results import gather
 from sinkroute.lab.compare.state import State, check_folders, read_state
-from sinkroute.lab.files import write_json
+from sinkroute.lab.compare.table import all_tables, markdown
+from sinkroute.lab.config import parse_scalar
+from sinkroute.lab.files import write_json, write_text
 from sinkroute.lab.interrupt import stop_on_signal
 
 __all__ = ["CompareCommand", "run_compare"]
@@ -63,7 +67,7 @@ class CompareCommand:
     markdown: str | None = None
     """Also write the table here, to paste it."""
     submit: str | None = None
-    """Hand the runs to this partition of a Slurm cluster, by submitit; "local": processes of this machine."""
+    """Hand the runs to this partition of a Slurm cluster, by submitit, --jobs of them at a time."""
     submit_options: tuple[str, ...] = ()
     """Of the jobs: --submit-options timeout_min=600 gpus_per_node=1 cpus_per_task=8 slurm_account=NAME"""
 
@@ -75,38 +79,50 @@ def run_compare(command: CompareCommand, console: Console) -> int:
         ValueError: a wrong configuration, or a folder with results of another one.
         WorkerError: the workers do not start.
     """
+    for name in ("jobs", "threads"):
+        if (value := getattr(command, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be 1 or more, got {value}")
+    if command.fresh and (command.list or command.report):
+        raise ValueError("--fresh runs everything anew; leave it out to look at what is there")
     path = find_comparison(command.config)
-    plan = expand(
-        path, read_comparison(path), out=command.out, seeds=command.seeds, overrides=command.set
-    )
+    plan = expand(path, read_comparison(path), out=command.out, seeds=command.seeds, overrides=command.set)
     chosen = select(plan, command.only, command.sizes_only)
     kept = [cell for cell in plan.cells if not (command.fresh and cell in chosen)]
     check_folders(kept, plan.out)
     if command.list:
         console.print(_listing(plan, chosen))
         return 0
-    interrupted = False
-    if not command.report:
-        interrupted = _run(command, plan, chosen, console)
-    failed = report(plan, console, command.markdown)
+    if command.submit and not command.report:
+        _submit(command, plan, chosen, console)
+        return 0
+    interrupted = not command.report and _run(command, plan, chosen, console)
+    failed = _report(plan, console, command.markdown)
     if interrupted:
         console.print("[yellow]Interrupted[/]: the same command continues from the last checkpoints.", soft_wrap=True)
         return 130
     return 1 if failed else 0
 
 
-def report(plan: Plan, console: Console, markdown: str | None) -> int:
-    return 0
+def _report(plan: Plan, console: Console, target: str | None) -> bool:
+    """Print and write what is there; True if a run failed."""
+    found = gather(plan)
+    for title, table in all_tables(found):
+        console.print(f"[bold]{escape(title)}[/]" if title else "", highlight=False, soft_wrap=True)
+        console.print(table)
+    for note in found.notes:
+        console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
+    if plan.out.is_dir():
+        write_json(found.json(), plan.out / "results.json")
+        for path in [plan.out / "table.md", *([Path(target)] if target else [])]:
+            write_text(markdown(found), path)
+        page = write_page(found, plan.out / "report.html")
+        console.print(f"Page: [bold]{escape(str(page))}[/]", highlight=False, soft_wrap=True)
+    return any(state.kind == "failed" for state in found.states.values())
 
 
 def _run(command: CompareCommand, plan: Plan, chosen: Sequence[Cell], console: Console) -> bool:
     """Run what is missing; True if it was interrupted."""
-    states = {cell.name: State("waiting") if command.fresh else read_state(cell, plan.out) for cell in chosen}
-    missing = [
-        cell
-        for cell in chosen
-        if states[cell.name].kind != "done" and (command.retry or states[cell.name].kind != "failed")
-    ]
+    states, missing = _missing(command, plan, chosen)
     counts = Counter(state.kind for state in states.values())
     gpus = _gpus()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -123,7 +139,7 @@ def _run(command: CompareCommand, plan: Plan, chosen: Sequence[Cell], console: C
     if not missing:
         return False
     plan.out.mkdir(parents=True, exist_ok=True)
-    write_plan(plan)
+    _write_plan(plan)
     at = {cell.name: states[cell.name].step for cell in missing}
     with stop_on_signal() as stop, CompareDisplay(console, missing, at) as display:
         run_cells(
@@ -140,7 +156,38 @@ def _run(command: CompareCommand, plan: Plan, chosen: Sequence[Cell], console: C
     return bool(stop)
 
 
-def write_plan(plan: Plan) -> None:
+def _missing(command: CompareCommand, plan: Plan, chosen: Sequence[Cell]) -> tuple[dict[str, State], list[Cell]]:
+    """How far each run is, and which are to be run."""
+    states = {cell.name: State("waiting") if command.fresh else read_state(cell, plan.out) for cell in chosen}
+    over = ("done",) if command.retry else ("done", "failed")
+    return states, [cell for cell in chosen if states[cell.name].kind not in over]
+
+
+def _submit(command: CompareCommand, plan: Plan, chosen: Sequence[Cell], console: Console) -> None:
+    """Hand what is missing to a cluster."""
+    from sinkroute.lab.compare.cluster import submit
+
+    words = [option.partition("=") for option in command.submit_options]
+    for name, equals, value in words:
+        if not (name and equals and value):
+            raise ValueError(f"--submit-options {name}{equals}{value} must be NAME=VALUE, such as timeout_min=600")
+    options = {name: parse_scalar(value) for name, _, value in words}
+    if command.jobs:
+        options.setdefault("slurm_array_parallelism", command.jobs)
+    _, missing = _missing(command, plan, chosen)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    _write_plan(plan)
+    about = {"commit": commit(), "jobs": 1}
+    ids = submit(missing, plan.out, command.submit or "", options, fresh=command.fresh, about=about) if missing else []
+    console.print(
+        f"{len(ids)} jobs submitted{': ' + ', '.join(ids[:3]) if ids else ''}{', …' if len(ids) > 3 else ''}. "
+        "The same command with --list says how far they are, with --report what came out.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _write_plan(plan: Plan) -> None:
     """`compare.json`: the comparison as it was read, and the hash that it demands of each run."""
     content = {
         "file": str(plan.path),
@@ -155,7 +202,7 @@ def write_plan(plan: Plan) -> None:
 
 
 def commit() -> str | None:
-    """The commit of the code that runs, where it lies in a checkout; "+" behind it if the code has been changed since."""
+    """The commit of the code, where it lies in a checkout; "+" behind it if the code has been changed since."""
     source = Path(sinkroute.__file__).parent
     try:
         asked: dict[str, Any] = {"cwd": source, "capture_output": True, "text": True, "timeout": 20, "check": True}

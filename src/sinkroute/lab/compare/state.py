@@ -16,7 +16,17 @@ from sinkroute.lab.config import Config, differences, read_yaml
 from sinkroute.lab.files import write_json
 from sinkroute.lab.training import FREE_KEYS
 
-__all__ = ["State", "begun", "check_folders", "read_result", "read_state", "record_begin", "record_end", "record_failure"]
+__all__ = [
+    "State",
+    "begun",
+    "check_data",
+    "check_folders",
+    "read_result",
+    "read_state",
+    "record_begin",
+    "record_end",
+    "record_failure",
+]
 
 _RECORD, _FAILURE = "cell.json", "failed.json"
 
@@ -37,22 +47,23 @@ class State:
 
 
 def read_state(cell: Cell, out: Path) -> State:
-    """Read it; the folder has passed `check_folders`."""
+    """Read it. What was made under another hash than the cell's counts for nothing."""
     folder = out / cell.name
     step = _last_step(folder)
     if (who := holder(folder)) is not None:
         return State("running", step, who)
     if (failure := _read(folder / _FAILURE)).get("hash") == cell.hash:
         return State("failed", step, str(failure.get("message", "")))
-    record = _read(folder / _RECORD)
-    if (folder / "result.json").is_file() and record.get("result"):
-        written = read_yaml(Config, folder / "config.yaml")
+    if not begun(folder) or not (folder / "config.yaml").is_file():
+        return State("waiting")
+    written = read_yaml(Config, folder / "config.yaml")
+    if configuration_hash(written) != cell.hash:
+        return State("waiting", note="an earlier run with another configuration is there")
+    if (folder / "result.json").is_file() and _read(folder / _RECORD).get("result"):
         asked = [line for line in differences(written, cell.config) if line.startswith("eval.")]
         if not asked:
             return State("done", cell.config.train.steps)
         return State("unfinished", step, f"to be evaluated again ({'; '.join(asked)})")
-    if not begun(folder):
-        return State("waiting")
     return State("unfinished", step, "to be evaluated" if step >= cell.config.train.steps else "")
 
 
@@ -119,20 +130,42 @@ def check_folders(cells: Iterable[Cell], out: Path) -> None:
     )
 
 
-def record_begin(folder: Path, hash_: str, about: dict[str, Any]) -> None:
+def check_data(cells: Iterable[Cell], out: Path) -> None:
+    """Check that runs whose configurations name the same data were trained on the same.
+
+    Raises:
+        ValueError: the data changed between runs; the message names two of them.
+    """
+    seen: dict[tuple[str, str | None], tuple[str, str]] = {}
+    for cell in cells:
+        digest = str(_read(out / cell.name / "corpus.json").get("sha256"))
+        other, known = seen.setdefault((cell.config.data.name, cell.config.data.path), (cell.name, digest))
+        if digest != known:
+            raise ValueError(
+                f"{out}: {other} and {cell.name} were trained on different data (SHA-256 {known[:12]}… and "
+                f"{digest[:12]}…), which must not be mixed; restore the data and run the one that is wrong with --fresh"
+            )
+
+
+def record_begin(folder: Path, hash_: str, about: dict[str, Any], fresh: bool = False) -> None:
     """Write down who runs a cell, before it runs; what an earlier failure left goes."""
     (folder / _FAILURE).unlink(missing_ok=True)
-    write_json({"hash": hash_, **about}, folder / _RECORD)
+    seconds = 0.0 if fresh else _read(folder / _RECORD).get("seconds", 0.0)
+    write_json({"hash": hash_, **about, "seconds": seconds}, folder / _RECORD)
 
 
-def record_end(folder: Path) -> None:
-    """Write down that a cell is done, with the digest of its result."""
-    digest = hashlib.sha256((folder / "result.json").read_bytes()).hexdigest()
-    write_json({**_read(folder / _RECORD), "result": digest}, folder / _RECORD)
+def record_end(folder: Path, seconds: float, done: bool) -> None:
+    """Write down how long a process worked on a cell and, when it is done, the digest of its result."""
+    record = _read(folder / _RECORD)
+    record["seconds"] = record.get("seconds", 0.0) + seconds
+    if done:
+        record["result"] = hashlib.sha256((folder / "result.json").read_bytes()).hexdigest()
+    write_json(record, folder / _RECORD)
 
 
 def record_failure(folder: Path, hash_: str, message: str) -> None:
     """Write down why a cell failed; it is not run again unless somebody asks for it."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_json({"hash": hash_, "message": message}, folder / _FAILURE)
 
 

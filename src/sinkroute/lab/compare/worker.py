@@ -12,6 +12,7 @@ import os
 import queue
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -66,22 +67,28 @@ def _execute(order: dict[str, Any], folder: Path, stop: StopRequest | None, say:
     def on_progress(progress: Progress) -> None:
         say(kind="progress", **vars(progress))
 
+    began = time.monotonic()
     config = from_mapping(Config, order["config"])
     say(kind="status", note="loading data")
     data = load_cell_data(config)
     # What Accelerate remembers of the run before, such as its precision, is none of this run's business.
     AcceleratorState._reset_state(reset_partial_state=True)
-    record_begin(folder, order["hash"], {**order["about"], **machine(), "threads": torch.get_num_threads()})
-    execute(
-        config,
-        data,
-        folder,
-        fresh=order["fresh"],
-        stop=stop,
-        on_progress=on_progress,
-        on_status=lambda text: say(kind="status", note=text),
-    )
-    record_end(folder)
+    about = {**order["about"], **machine(), "threads": torch.get_num_threads()}
+    record_begin(folder, order["hash"], about, order["fresh"])
+    done = False
+    try:
+        execute(
+            config,
+            data,
+            folder,
+            fresh=order["fresh"],
+            stop=stop,
+            on_progress=on_progress,
+            on_status=lambda text: say(kind="status", note=text),
+        )
+        done = True
+    finally:
+        record_end(folder, time.monotonic() - began, done)
 
 
 _loaded: dict[tuple[str, str | None, int | None], Any] = {}

@@ -1,4 +1,4 @@
-"""Encoded corpora kept on disk, where encoding takes a minute and reading a second."""
+"""Encoded corpora kept on disk, where encoding them takes much longer than reading what was encoded."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ def load_enwik8_symbols(path: str | Path | None = None) -> Corpus:
     content, source = read_enwik8("enwik8-symbols", path)
     corpus = split_corpus("enwik8-symbols", source, content)
     # In train, valid, test order, as the family's reader goes; train alone has them all.
-    places = {byte: place for byte in range(256) if (place := content.find(byte)) >= 0}
-    seen = bytes(sorted(places, key=lambda byte: places[byte]))
+    places = ((content.find(byte), byte) for byte in range(256))
+    seen = bytes(byte for place, byte in sorted(places) if place >= 0)
     if len(seen) != ENWIK8_SYMBOLS:
         raise ValueError(f"path: {path} is not enwik8: expected {ENWIK8_SYMBOLS} different bytes, found {len(seen)}")
     vocabulary = Vocabulary(tuple(EOS if byte == 0x0A else str(byte) for byte in seen), seen)

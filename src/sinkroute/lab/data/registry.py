@@ -14,7 +14,7 @@ from sinkroute.lab.data.wikipedia import load_wikipedia
 from sinkroute.lab.data.wikipedia_words import load_wikipedia_words
 from sinkroute.lab.data.wikitext103 import load_wikitext103
 
-__all__ = ["CORPORA", "list_corpora", "load_corpus"]
+__all__ = ["BYTE_CORPORA", "CORPORA", "list_corpora", "load_corpus"]
 
 CORPORA: dict[str, Callable[[str | Path | None], Corpus]] = {
     "enwik8": load_enwik8,
@@ -25,6 +25,9 @@ CORPORA: dict[str, Callable[[str | Path | None], Corpus]] = {
     "wikitext-103": load_wikitext103,
 }
 """Name -> loader; a loader takes the `path` of `load_corpus` and returns a `Corpus`."""
+
+BYTE_CORPORA = ("enwik8", "text", "wikipedia")
+"""Those whose symbols are the bytes themselves."""
 
 
 def list_corpora() -> list[str]:

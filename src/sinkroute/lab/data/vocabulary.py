@@ -118,7 +118,7 @@ class FirstSeen:
 
     def __init__(self) -> None:
         self._ids: defaultdict[str, int] = defaultdict()
-        # Looking up a missing word gives it the next id, in C: a hundred million words are encoded in half a minute.
+        # Looking up a missing word gives it the next id, in C: there may be a hundred million.
         self._ids.default_factory = self._ids.__len__
 
     def encode(self, words: Iterable[str]) -> array[int]:

@@ -2,9 +2,8 @@
 
 A stand-in for WikiText-103 (Merity et al. 2017, arXiv 1609.07843) in its kind, not in its size: articles under
 `= Title =`, section headings under `= = Title = =`, punctuation split off, `@-@` `@,@` `@.@` where it joins a word or a
-number, words seen fewer than three times replaced by `<unk>`, `<eos>` at the end of a line. What differs: the
-vocabulary is counted on the train split alone (there, on all of the text), so that `<unk>` is as frequent in valid and
-test as on text that nobody has seen; and there are no blank lines.
+number, words seen fewer than three times in the train split replaced by `<unk>`, `<eos>` at the end of a line. What
+differs: there are no blank lines.
 """
 
 from __future__ import annotations

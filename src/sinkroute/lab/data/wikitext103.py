@@ -50,8 +50,8 @@ _PUBLISHED = _Counts(103_227_021, 217_646, 245_569, 267_735)
 def load_wikitext103(path: str | Path | None = None) -> Corpus:
     """Read WikiText-103 in any form in which it is published, and check that it is all there.
 
-    Encoding takes about a minute; the result (about 420 MB) is kept in `$XDG_CACHE_HOME/sinkroute` (else
-    `~/.cache/sinkroute`) and read from there as long as the files have the same paths, sizes and times.
+    What is encoded (413 MB of ids) is kept in `$XDG_CACHE_HOME/sinkroute` (else `~/.cache/sinkroute`) and read from
+    there as long as the files have the same paths, sizes and times.
 
     Args:
         path: The folder with `wiki.train.tokens`, `wiki.valid.tokens` and `wiki.test.tokens`; `wikitext-103-v1.zip`,
@@ -86,7 +86,7 @@ def _load(path: str | Path | None, expected: _Counts) -> Corpus:
         found = _Counts(**{split: len(data) for split, data in ids.items()}, vocabulary=len(vocabulary))
         if found != expected:
             raise ValueError(
-                f"path: {root} is not WikiText-103: expected {_in_words(expected)}; found {_in_words(found)}. {_CURE}"
+                f"path: {root} is not WikiText-103: expected {_in_words(expected)}, found {_in_words(found)}; {_CURE}"
             )
         return encoded_corpus("wikitext-103", f"{WIKITEXT103_URL}, read from {root}", vocabulary, **ids)
 
@@ -189,7 +189,7 @@ def _chunks(stream: IO[bytes]) -> Iterator[str]:
 
 def _parquet_chunks(shards: list[Path]) -> Iterator[str]:
     """A row is a line, with its end or, where it is blank, without."""
-    from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
+    from pyarrow.parquet import ParquetFile
 
     for file in shards:
         with _damage_named(file), ParquetFile(file) as table:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sinkroute.lab.models import Decoder
+from sinkroute.lab.models import SparseModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,10 +41,10 @@ class Agreement:
 
 
 @torch.no_grad()
-def measure_agreement(decoder: Decoder, exported: PreTrainedModel, length: int) -> Agreement:
+def measure_agreement(decoder: SparseModel, exported: PreTrainedModel, length: int) -> Agreement:
     """Compare on 8 rows of `length` random symbols, the same at every call; both models as they serve."""
     generator = torch.Generator().manual_seed(0)
-    symbols_BL = torch.randint(0, decoder.config.vocab, (_ROWS, length), generator=generator)
+    symbols_BL = torch.randint(0, exported.config.vocab_size, (_ROWS, length), generator=generator)
     chosen: list[Tensor] = []
 
     def note(gate: torch.nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:

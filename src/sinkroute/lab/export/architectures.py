@@ -25,7 +25,7 @@ from torch import Tensor
 from sinkroute.lab.config import Config, ModelConfig
 from sinkroute.lab.export.serving import ExportError, Serving, serving_rule
 from sinkroute.lab.export.tokenizer import NEWLINE, PAD
-from sinkroute.lab.models import Decoder
+from sinkroute.lab.models import Decoder, SparseModel
 from sinkroute.moe.experts import Experts
 
 if TYPE_CHECKING:
@@ -161,15 +161,24 @@ def choose_architecture(sizes: ModelConfig, rule: Serving) -> Architecture:
     return MIXTRAL if rule.normalise and sizes.shared_hidden is None else QWEN2_MOE
 
 
-def convert(decoder: Decoder, config: Config) -> PreTrainedModel:
+def convert(decoder: SparseModel, config: Config) -> PreTrainedModel:
     """The same model as a class of transformers, in float32 and `eval()`; no tensor is shared.
 
     Raises:
         ExportError: no class computes it.
     """
+    if not isinstance(decoder, Decoder):
+        raise ExportError(
+            f'model.name={config.model.name!r} cannot be exported: only the compact decoder, "decoder", has an '
+            "architecture in transformers"
+        )
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = config.model
+    if not isinstance(decoder, Decoder) or not isinstance(sizes, ModelConfig):
+        raise ExportError(
+            f"only the compact decoder has an architecture in transformers; this run's model is of kind {sizes.name!r}"
+        )
     rules = [serving_rule(layer, config.router.name) for layer in decoder.moe_layers]
     architecture = choose_architecture(sizes, rules[0])
     hf_config = AutoConfig.for_model(

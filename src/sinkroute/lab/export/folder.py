@@ -8,12 +8,14 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from sinkroute.lab.data.registry import BYTE_CORPORA
 from sinkroute.lab.export.agreement import Agreement, measure_agreement
 from sinkroute.lab.export.architectures import convert
 from sinkroute.lab.export.card import write_card
 from sinkroute.lab.export.serving import ExportError
 from sinkroute.lab.export.tokenizer import make_tokenizer
 from sinkroute.lab.files import write_json
+from sinkroute.lab.models import Decoder
 from sinkroute.lab.trained import TrainedRun
 
 __all__ = ["Export", "export_run"]
@@ -54,7 +56,12 @@ def export_run(run: TrainedRun, output: Path) -> Export:
         OSError: it cannot be written; what was there is untouched.
     """
     _refuse_others_files(output)
-    length = run.config.data.length
+    length, corpus = run.config.data.length, run.config.data.name
+    if isinstance(run.model, Decoder) and corpus not in BYTE_CORPORA:
+        raise ExportError(
+            f"data.name={corpus!r} cannot be exported: the tokenizer of an export has the bytes of a text for ids, and "
+            "this corpus has others"
+        )
     model = convert(run.model, run.config)
     agreement = measure_agreement(run.model, model, length)
     if not agreement.usual_difference <= _TOLERANCE * max(agreement.logit_size, 1):

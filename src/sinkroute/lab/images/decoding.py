@@ -27,8 +27,6 @@ def decode(content: bytes, where: str) -> Image.Image:
     ValueError: n01440764_10026.JPEG is no image that can be read (...); get the file again
     """
     try:
-        image = Image.open(io.BytesIO(content))
-        image.load()
-        return image.convert("RGB")
+        return Image.open(io.BytesIO(content)).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where} is no image that can be read ({error}); get the file again") from error

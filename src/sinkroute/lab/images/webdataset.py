@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -112,8 +114,8 @@ def _read_index(file: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(file) as arrays:
             return {name: arrays[name] for name in ("shards", "stamps", "names", "labels", "places")}
-    except (OSError, ValueError, KeyError):
-        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None  # none yet, or a damaged one
 
 
 def _write_index(file: Path, index: dict[str, np.ndarray]) -> None:

@@ -35,7 +35,7 @@ class SparseModel(nn.Module):
         return torch.stack(losses).sum() if losses else None
 
     def count_parameters(self) -> ParameterCount:
-        """Exact counts. Of E experts a token meets K, or h·K where it is split into h sub-tokens; on any device, meta too.
+        """Exact counts, on any device, meta too. Of E experts a token meets K, or h·K where it is split in h parts.
 
         `per_moe` is of the last mixture layer; all are alike.
         """

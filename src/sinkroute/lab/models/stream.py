@@ -8,8 +8,8 @@ parameter counts and perplexities belong to it:
 - attention sees the `span` symbols before the current one, never the current one itself;
 - positions are learnt vectors, one per distance, (d_head, span), shared by all layers and heads;
 - each layer remembers the last `span` inputs that it had; the memory begins as zeros, which are attended to;
-- three layer norms in each block beside the mixture's own, of which a block uses two: the third has gradients of zero,
-  but it is a part of the counts.
+- three layer norms in each block beside the mixture's own, of which a block uses two: the third never learns, but is
+  a part of the counts.
 
 Shape suffixes: `B` streams, `L` symbols of a block, `S` the span, `D` width, `H` heads, `d` width of a head, `N` blocks
 of the model, `V` vocabulary.
@@ -98,6 +98,8 @@ class _Block(nn.Module):
         self.dense_norm = nn.LayerNorm(config.d_model)
         self.mixture = _Mixture(config, router) if sparse else None
         self.dense = None if sparse else _Dense(config)
+        # It never has a gradient, which DistributedDataParallel and the optimiser's checkpoint would take for an error.
+        (self.dense_norm if sparse else self.mixture_norm).requires_grad_(False)
 
     def forward(
         self, h_BLD: Tensor, seen_BAD: Tensor, positions_dS: Tensor, mask_BL: Tensor | None, symbols_BL: Tensor

@@ -54,8 +54,8 @@ class VisionTransformer(SparseModel):
         self._initialise()
 
     def _initialise(self) -> None:
-        # DeiT's: Normal(0, 0.02) for what is learnt per place and for all linear maps, no bias; the patches' map and the
-        # gates keep their own.
+        # DeiT's: Normal(0, 0.02) for what is learnt per place and for all linear maps, whose biases are 0. The patches'
+        # map keeps its own, and so do the gates, which are a matter of the router.
         for tensor in (self.class_D, self.positions_ND):
             nn.init.trunc_normal_(tensor, std=0.02)
         gates = {id(part) for layer in self.moe_layers for part in layer.gate.modules()}

@@ -6,6 +6,7 @@
 >>> write_report(runs, "runs/demo/report.html")  # doctest: +SKIP
 
 - `runs` reads run folders and groups the seeds of a method;
+- `metric` says what a run is measured in;
 - `table` holds every number and every sentence that compares methods, for the terminal and for the page alike;
 - `figures` draws (the only module that imports matplotlib);
 - `page` puts it all into one HTML file that needs no network.

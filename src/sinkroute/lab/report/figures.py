@@ -1,36 +1,40 @@
-"""The figures: matplotlib draws, and the SVG is rewritten so that it belongs to the page it stands in.
+"""The figures of the report, drawn as `drawing` says.
 
-Figures for the page are drawn with stand-in colours (`#000001` is the ink, `#000010` the first method, ...), which
-`_inline` turns into CSS variables: the same SVG is then right on light paper and on a dark screen. Heat maps get there
-by transparency: a balanced expert is a clear pixel, so it shows whatever ground the page has.
-
-Nothing here touches pyplot or leaves a changed rcParam behind.
+Heat maps suit light and dark pages by transparency: a balanced expert is a clear pixel, so it shows whatever ground the
+page has.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
+from sinkroute.lab.report.drawing import (
+    WIDTH,
+    Theme,
+    heading,
+    inline,
+    page_theme,
+    paper_theme,
+    settings,
+    short,
+    style,
+)
+from sinkroute.lab.report.metric import Metric, capital
 from sinkroute.lab.report.palette import OVER, UNDER, Ink
-from sinkroute.lab.report.runs import Group, Run
+from sinkroute.lab.report.runs import Group, Run, common_metric
 from sinkroute.lab.report.table import Spread, describe
 
 __all__ = [
@@ -47,30 +51,8 @@ __all__ = [
     "training_figure",
 ]
 
-_WIDTH = 10.6  # inches; 763 units of the SVG's view box
 _GAP = 12.5  # points between two labels at the end of curves
 _CLIP = 3.0
-
-
-@dataclass(frozen=True)
-class Theme:
-    """The colours that a figure is drawn with."""
-
-    ink: str
-    muted: str
-    grid: str
-    methods: tuple[str, ...]
-
-
-def _page_theme(n: int) -> Theme:
-    return Theme("#000001", "#000002", "#000003", tuple(f"#0000{16 + i:02x}" for i in range(n)))
-
-
-def _paper_theme(inks: Sequence[Ink]) -> Theme:
-    return Theme("#23262b", "#6a707a", "#e4e4e0", tuple(ink.light for ink in inks))
-
-
-_VARIABLES = {"#000001": "var(--ink)", "#000002": "var(--muted)", "#000003": "var(--grid)"}
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -111,14 +93,16 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def curve(runs: Sequence[Run], key: str) -> Curve:
-    """The curve of `key` ("bits" or "max_vio") over the steps of the runs; a step's mean is over the runs that have it.
+    """The curve of `key` ("loss", in the runs' metric, or "max_vio") over the steps of the runs.
+
+    A step's mean is over the runs that have it.
 
     A seed that diverged makes the mean nan from there on: an average over the survivors would hide it.
     """
     at: dict[int, list[tuple[int, float]]] = {}
     for which, run in enumerate(runs):
         for line in run.train:
-            value = _bits(line) if key == "bits" else _max_vio(line)
+            value = _loss(line, run.metric) if key == "loss" else _max_vio(line)
             if value is not None:
                 at.setdefault(int(line["step"]), []).append((which, value))
     steps = sorted(at)
@@ -165,9 +149,9 @@ def _relative(load: np.ndarray) -> np.ndarray:
     return np.divide(load, mean, out=np.full(load.shape, np.nan), where=mean > 0)
 
 
-def _bits(line: Mapping[str, Any]) -> float | None:
+def _loss(line: Mapping[str, Any], metric: Metric) -> float | None:
     loss = line.get("loss")
-    return float(loss) / math.log(2) if isinstance(loss, (int, float)) else None
+    return metric.of_loss(float(loss)) if isinstance(loss, (int, float)) else None
 
 
 def _max_vio(line: Mapping[str, Any]) -> float | None:
@@ -192,54 +176,6 @@ def _sinkhorn_share(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
 
 
 # -------------------------------------------------------------------------------------------------------------- pieces
-
-
-def _settings(fonttype: str) -> AbstractContextManager[None]:
-    return mpl.rc_context(
-        {
-            "svg.fonttype": fonttype,
-            "svg.hashsalt": "sinkroute",
-            "font.family": "sans-serif",
-            "font.sans-serif": ["DejaVu Sans"],
-            "font.size": 9.5,
-            "text.parse_math": False,  # labels come from configurations: a dollar sign is a dollar sign
-            "axes.unicode_minus": True,
-            "axes.titlesize": 10,
-            "path.simplify": True,
-        }
-    )
-
-
-def _short(label: str, width: int = 24) -> str:
-    # Control characters would make the SVG ill-formed.
-    flat = "".join(letter for letter in " ".join(label.split()) if letter.isprintable())
-    return flat if len(flat) <= width else flat[: width - 1] + "…"
-
-
-def _style(ax: Axes, theme: Theme, *, grid: Literal["x", "y", "both", ""] = "y") -> None:
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
-    ax.spines["bottom"].set_color(theme.grid)
-    ax.set_facecolor("none")
-    ax.tick_params(length=0, colors=theme.muted, labelsize=9, pad=5)
-    if grid:
-        ax.grid(axis=grid, color=theme.grid, linewidth=0.7)
-        ax.set_axisbelow(True)
-    ax.xaxis.label.set_color(theme.muted)
-    ax.yaxis.label.set_color(theme.muted)
-
-
-def _heading(ax: Axes, theme: Theme, text: str, note: str = "", lift: float = 11) -> None:
-    """A left-aligned title in ink with a muted note behind it, which says the axis' unit."""
-    title = ax.annotate(
-        text, (0, 1), (0, lift), xycoords="axes fraction", textcoords="offset points",
-        color=theme.ink, fontsize=10.5, fontweight="bold",
-    )  # fmt: skip
-    if note:
-        ax.annotate(
-            note, (1, 0), (7, 0), xycoords=title, textcoords="offset points",
-            color=theme.muted, fontsize=9, va="bottom",
-        )  # fmt: skip
 
 
 def _apart(targets: Sequence[float], gap: float) -> list[float]:
@@ -271,7 +207,7 @@ def _end_labels(ax: Axes, theme: Theme, ends: Sequence[tuple[int, float, float, 
     early = [end for end in ends if end[1] < low + 0.85 * (high - low)]
     for which, x, y, text in early:
         ax.annotate(
-            _short(text, 36), (x, y), (4, 10), textcoords="offset points", color=theme.methods[which], fontsize=9.5,
+            short(text, 36), (x, y), (4, 10), textcoords="offset points", color=theme.methods[which], fontsize=9.5,
             fontweight="bold", gid=f"m m{which} halo", zorder=6,
         )  # fmt: skip
     ends = [end for end in ends if end not in early]
@@ -284,7 +220,7 @@ def _end_labels(ax: Axes, theme: Theme, ends: Sequence[tuple[int, float, float, 
     for (which, x, y, text), place in zip(ends, places, strict=True):
         start = ax.transData.transform((x, y)) * scale
         label = ax.annotate(
-            _short(text, 20), (x, y), (edge + 20 - start[0], place - start[1]), textcoords="offset points",
+            short(text, 20), (x, y), (edge + 20 - start[0], place - start[1]), textcoords="offset points",
             color=theme.methods[which], fontsize=9.5, fontweight="bold", va="center", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": theme.methods[which], "lw": 0.7, "alpha": 0.6, "shrinkA": 2,
                         "shrinkB": 3, "relpos": (0, 0.5)},
@@ -303,7 +239,7 @@ def _near_labels(ax: Axes, theme: Theme, points: Sequence[tuple[int, float, floa
     taken = [(x - 10, y - 8, x + 10, y + 8) for x, y in at for _ in range(3)]
     taken += [(x - 3, y - 3, x + 3, y + 3) for x, y in ax.transData.transform(others) * scale]
     for (which, x, y, text), (px, py) in zip(points, at, strict=True):
-        text = _short(text)
+        text = short(text)
         wide, high = 6.2 * len(text), 12.0
         best, fewest = None, math.inf
         for dx, dy in (
@@ -382,7 +318,7 @@ def _reference(ax: Axes, theme: Theme, baselines: Mapping[str, Any], lines: Sequ
             # The curves fall: a line near their ends is labelled on the left, where they are far above it.
             left = any(-0.03 < (end - bits) / (high - low) < 0.15 for end in ends)
             ax.annotate(
-                f"{_short(name)} {bits:.3f}", (0 if left else 1, bits), (3 if left else -3, 3),
+                f"{short(name)} {bits:.3f}", (0 if left else 1, bits), (3 if left else -3, 3),
                 xycoords=("axes fraction", "data"), textcoords="offset points", color=theme.muted, fontsize=8.5,
                 ha="left" if left else "right",
             )  # fmt: skip
@@ -392,23 +328,23 @@ def _reference(ax: Axes, theme: Theme, baselines: Mapping[str, Any], lines: Sequ
 
 
 def training_figure(groups: Sequence[Group], inks: Sequence[Ink], baselines: Mapping[str, Any]) -> str:
-    """Bits per byte over training: the whole run on the left, its last 60 % on the right."""
-    theme = _page_theme(len(groups))
-    with _settings("none"):
-        fig = Figure(figsize=(_WIDTH, 4.3))
+    """The training loss in the runs' metric: the whole run on the left, its last 60 % on the right."""
+    theme, metric = page_theme(len(groups)), _metric(groups)
+    with settings("none"):
+        fig = Figure(figsize=(WIDTH, 4.3))
         whole = fig.add_axes((0.045, 0.115, 0.30, 0.76))
         close = fig.add_axes((0.405, 0.115, 0.41, 0.76))
-        lines = [curve(group.drawn, "bits") for group in groups]
+        lines = [curve(group.drawn, "loss") for group in groups]
         if not any(line.drawable for line in lines):
             whole.set_position((0.045, 0.115, 0.91, 0.76))
             close.remove()
-            _style(whole, theme, grid="")
+            style(whole, theme, grid="")
             _nothing(whole, theme, "no training loss in the logs yet")
-            return _inline(fig, "training", "Training curves: no data yet")
+            return inline(fig, "training", "Training curves: no data yet")
         end = max(float(line.steps[-1]) for line in lines if line.drawable)
         start = 0.4 * end
         for ax in (whole, close):
-            _style(ax, theme)
+            style(ax, theme)
             for which, (group, line) in enumerate(zip(groups, lines, strict=True)):
                 _draw_curve(ax, theme, inks, which, line, _stop(group, line))
                 points = [point for point in _evals(group.drawn) if ax is whole or point[0] >= start]
@@ -421,7 +357,14 @@ def training_figure(groups: Sequence[Group], inks: Sequence[Ink], baselines: Map
         whole.set_xlim(0, end)
         raws = [float(v) for line in lines for v in line.raw if np.isfinite(v)]
         ngrams = [bits for _, bits in describe(baselines)]
-        _fit(whole, [*raws, *ngrams], [*raws, *ngrams])
+        if metric.logarithmic and min(raws) > 0:
+            whole.set_yscale("log")
+            whole.set_ylim(min(raws) / 1.15, max(raws) * 1.15)
+            whole.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            whole.yaxis.set_minor_locator(NullLocator())
+            whole.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        else:
+            _fit(whole, [*raws, *ngrams], [*raws, *ngrams])
         close.set_xlim(start, end)
         seen = [
             float(v)
@@ -431,8 +374,8 @@ def training_figure(groups: Sequence[Group], inks: Sequence[Ink], baselines: Map
             if np.isfinite(v)
         ] + [v for group in groups for step, v in _evals(group.drawn) if step >= start]
         _fit(close, seen or raws, seen or raws, pad=0.1)
-        _heading(whole, theme, "Whole run", "bits per byte")
-        _heading(close, theme, "From 40 % on", "bits per byte, magnified")
+        heading(whole, theme, "Whole run", metric.curve + (", logarithmic" if whole.get_yscale() == "log" else ""))
+        heading(close, theme, "From 40 % on", f"{metric.curve}, magnified")
         _reference(whole, theme, baselines, lines)
         _reference(close, theme, baselines, lines)
         ends: list[tuple[int, float, float, str]] = []
@@ -446,38 +389,42 @@ def training_figure(groups: Sequence[Group], inks: Sequence[Ink], baselines: Map
         _end_labels(close, theme, ends)
         for rank, (which, _, _, text) in enumerate(early):
             close.annotate(
-                f"× {_short(text, 40)}: see left", (0, 0), (8, 8 + rank * _GAP), xycoords="axes fraction",
+                f"× {short(text, 40)}: see left", (0, 0), (8, 8 + rank * _GAP), xycoords="axes fraction",
                 textcoords="offset points", color=theme.methods[which], fontsize=9, gid=f"m m{which}",
             )  # fmt: skip
-        return _inline(fig, "training", "Bits per byte over training steps, one curve per method")
+        return inline(fig, "training", f"{capital(metric.curve)} over training steps, one curve per method")
+
+
+def _metric(groups: Sequence[Group]) -> Metric:
+    return common_metric([run for group in groups for run in group.runs])
 
 
 def _evals(runs: Sequence[Run]) -> list[tuple[float, float]]:
-    """Mean validation bits per byte over the runs, at each step where one was measured."""
+    """Mean in validation over the runs, at each step where it was measured; nothing if curves show something else."""
     at: dict[int, list[float]] = {}
     for run in runs:
-        for line in run.evals:
-            bits = line.get("bits_per_byte")
-            if isinstance(bits, (int, float)):
-                at.setdefault(int(line["step"]), []).append(float(bits))
+        for line in run.evals if run.metric.drawn else ():
+            value = line.get(run.metric.key)
+            if isinstance(value, (int, float)):
+                at.setdefault(int(line["step"]), []).append(float(value))
     means = [(float(step), sum(values) / len(values)) for step, values in sorted(at.items())]
     return [(step, value) for step, value in means if math.isfinite(value)]
 
 
 def balance_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
     """MaxVio over training, with the share of Sinkhorn calls of the selective methods below."""
-    theme = _page_theme(len(groups))
+    theme = page_theme(len(groups))
     selective = [(which, group) for which, group in enumerate(groups) if group.selective]
-    with _settings("none"):
+    with settings("none"):
         strip = 0.26 * len(selective) + (0.18 if selective else 0.0)
         height = 4.1 + strip
-        fig = Figure(figsize=(_WIDTH, height))
+        fig = Figure(figsize=(WIDTH, height))
         bottom = (0.5 + strip) / height
         ax = fig.add_axes((0.045, bottom, 0.77, 1 - bottom - 0.42 / height))
         _balance_panel(ax, theme, inks, groups, xlabel=not selective)
         if selective and ax.lines:
             low = fig.add_axes((0.045, 0.5 / height, 0.77, (strip - 0.14) / height), sharex=ax)
-            _style(low, theme, grid="")
+            style(low, theme, grid="")
             ax.tick_params(labelbottom=False)
             low.set_ylim(len(selective), 0)
             low.set_yticks([])
@@ -495,13 +442,13 @@ def balance_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
                 xycoords="axes fraction", va="center",
                 textcoords="offset points", color=theme.muted, fontsize=8.5, annotation_clip=False,
             )  # fmt: skip
-        return _inline(fig, "balance", "MaxVio over training steps, one curve per method")
+        return inline(fig, "balance", "MaxVio over training steps, one curve per method")
 
 
 def _balance_panel(
     ax: Axes, theme: Theme, inks: Sequence[Ink], groups: Sequence[Group], *, xlabel: bool, lift: float = 11
 ) -> None:
-    _style(ax, theme)
+    style(ax, theme)
     lines = [curve(group.drawn, "max_vio") for group in groups]
     if not any(line.drawable for line in lines):
         _nothing(ax, theme, "no MaxVio in the logs yet")
@@ -526,7 +473,7 @@ def _balance_panel(
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     if xlabel:
         ax.set_xlabel("training step", fontsize=9)
-    _heading(ax, theme, "MaxVio", "mean over layers" + (", logarithmic" if log else "") + "; 0 = perfectly even", lift)
+    heading(ax, theme, "MaxVio", "mean over layers" + (", logarithmic" if log else "") + "; 0 = perfectly even", lift)
     ends = []
     for which, (group, line) in enumerate(zip(groups, lines, strict=True)):
         if line.drawable:
@@ -547,17 +494,17 @@ def _load_rgba(relative: np.ndarray) -> np.ndarray:
 
 def experts_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
     """Load per expert over training: a row of panels per method (its first seed), a panel per layer."""
-    theme = _page_theme(len(groups))
+    theme = page_theme(len(groups))
     runs = [(which, group, group.runs[0]) for which, group in enumerate(groups)]
     histories = {which: load_history(run) for which, _, run in runs}
     layers = max((loads.shape[1] for _, loads in histories.values() if loads.size), default=0)
     across = min(max(layers, 1), 6)
     deep = max(1, math.ceil(layers / across))
-    with _settings("none"):
+    with settings("none"):
         rows = len(groups) * deep
         top, each, foot = 0.74, 0.74, 0.42
         height = top + rows * each + foot
-        fig = Figure(figsize=(_WIDTH, height))
+        fig = Figure(figsize=(WIDTH, height))
         left, width = 0.155, 0.835
         wide = width / across
         last = max((float(edges[-1]) for edges, loads in histories.values() if loads.size), default=1.0)
@@ -594,7 +541,7 @@ def experts_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
                     for expert in range(1, loads.shape[2]):
                         ax.axhline(expert, color=theme.grid, linewidth=0.35)
             y = (foot + (rows - deep * row - 0.5) * each) / height
-            fig.text(left - 0.014, y + 0.005, _short(group.label, 20), ha="right", va="bottom", fontweight="bold",
+            fig.text(left - 0.014, y + 0.005, short(group.label, 20), ha="right", va="bottom", fontweight="bold",
                      color=theme.methods[which], fontsize=10, gid=f"m m{which}")  # fmt: skip
             tag = f"seed {run.seed}" + ("" if run.finished else ", interrupted")
             fig.text(left - 0.014, y - 0.002, tag, ha="right", va="top", color=theme.muted, fontsize=8.5)
@@ -603,7 +550,7 @@ def experts_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
             fig.text(left + column * wide, 1 - (top - 0.08) / height, label, color=theme.muted, fontsize=9, va="bottom")
         fig.text(left + width - 0.012, 0.1 / height, "training step", color=theme.muted, fontsize=9, ha="right")
         _scale(fig, theme, (left + width - 0.312, 1 - 0.21 / height, 0.3, 0.11 / height))
-        return _inline(fig, "experts", "Heat maps of the load of each expert over training, per method and layer")
+        return inline(fig, "experts", "Heat maps of the load of each expert over training, per method and layer")
 
 
 def _columns(edges: np.ndarray, loads: np.ndarray, most: int = 240) -> np.ndarray:
@@ -631,7 +578,7 @@ def _scale(fig: Figure, theme: Theme, place: tuple[float, float, float, float]) 
 
 def serving_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
     """Serving load per expert, sorted within each layer: a row per method, a panel per layer."""
-    theme = _page_theme(len(groups))
+    theme = page_theme(len(groups))
     loads: dict[int, np.ndarray] = {}
     for which, group in enumerate(groups):
         for run in group.finished[:1]:
@@ -641,20 +588,20 @@ def serving_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
                 continue
             if load.ndim == 2 and load.size:
                 loads[which] = _relative(load)
-    with _settings("none"):
+    with settings("none"):
         if not loads:
-            fig = Figure(figsize=(_WIDTH, 1.6))
+            fig = Figure(figsize=(WIDTH, 1.6))
             ax = fig.add_axes((0.045, 0.1, 0.91, 0.8))
-            _style(ax, theme, grid="")
+            style(ax, theme, grid="")
             _nothing(ax, theme, "no serving loads yet: they are measured when a run finishes")
-            return _inline(fig, "serving", "Serving loads: no data yet")
+            return inline(fig, "serving", "Serving loads: no data yet")
         layers = max(load.shape[0] for load in loads.values())
         across = min(layers, 6)
         deep = math.ceil(layers / across)
         rows = len(loads) * deep
         top, each, foot = 0.36, 0.78 if deep == 1 else 0.95, 0.3
         height = top + rows * each + foot
-        fig = Figure(figsize=(_WIDTH, height))
+        fig = Figure(figsize=(WIDTH, height))
         left, width = 0.155, 0.835
         wide = width / across
         peak = max(float(np.nanmax(load, initial=1.0)) for load in loads.values()) * 1.04
@@ -665,7 +612,7 @@ def serving_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
                 ax = fig.add_axes(
                     (left + column * wide, y, wide - 0.016, (each - (0.16 if deep == 1 else 0.33)) / height)
                 )
-                _style(ax, theme, grid="")
+                style(ax, theme, grid="")
                 ax.set_yticks([])
                 ax.set_xticks([])
                 bars = np.sort(np.nan_to_num(load[layer]))[::-1]
@@ -686,36 +633,36 @@ def serving_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
                 if row == 0 or deep > 1:
                     ax.set_title(f"layer {layer + 1}", loc="left", color=theme.muted, fontsize=9, pad=6)
             y = (foot + (rows - deep * row - 0.5) * each) / height
-            fig.text(left - 0.014, y, _short(groups[which].label, 20), ha="right", va="center", fontweight="bold",
+            fig.text(left - 0.014, y, short(groups[which].label, 20), ha="right", va="center", fontweight="bold",
                      color=theme.methods[which], fontsize=10, gid=f"m m{which}")  # fmt: skip
         fig.text(left, 0.06 / height, "experts, busiest first", color=theme.muted, fontsize=9)
         fig.text(left + width - 0.016, 0.06 / height, "dashed line = fair share · cross = dead expert", ha="right",
                  color=theme.muted, fontsize=9)  # fmt: skip
-        return _inline(fig, "serving", "Bars of the load of each expert in serving, per method and layer")
+        return inline(fig, "serving", "Bars of the load of each expert in serving, per method and layer")
 
 
 def scatter_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
-    """Validation bits per byte against serving MaxVio: a large mark per method, a small one per seed."""
-    theme = _page_theme(len(groups))
+    """The metric in validation against serving MaxVio: a large mark per method, a small one per seed."""
+    theme, metric = page_theme(len(groups)), _metric(groups)
     clouds = []
     for which, group in enumerate(groups):
         pairs = [
-            (vio, bits)
+            (vio, quality)
             for run in group.finished
             if (vio := run.value("serving", "max_vio")) is not None
-            and (bits := run.value("valid", "bits_per_byte")) is not None
+            and (quality := run.quality) is not None
             and math.isfinite(vio)
-            and math.isfinite(bits)
+            and math.isfinite(quality)
         ]
         if pairs:
             clouds.append((which, group, np.array(pairs)))
-    with _settings("none"):
-        fig = Figure(figsize=(_WIDTH, 4.0 if clouds else 1.6))
+    with settings("none"):
+        fig = Figure(figsize=(WIDTH, 4.0 if clouds else 1.6))
         ax = fig.add_axes((0.06, 0.125, 0.915, 0.77) if clouds else (0.045, 0.1, 0.91, 0.8))
-        _style(ax, theme, grid="both" if clouds else "")
+        style(ax, theme, grid="both" if clouds else "")
         if not clouds:
             _nothing(ax, theme, "no finished run to place yet")
-            return _inline(fig, "scatter", "Quality against balance: no data yet")
+            return inline(fig, "scatter", "Quality against balance: no data yet")
         everything = np.concatenate([points for _, _, points in clouds])
         right = float(everything[:, 0].max()) * 1.12 or 1.0
         ax.set_xlim(0, right)
@@ -723,7 +670,7 @@ def scatter_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
         ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
         ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         ax.set_xlabel("MaxVio in serving (smaller is more even)", fontsize=9)
-        _heading(ax, theme, "Validation bits per byte", "(smaller is better), axis does not start at 0")
+        heading(ax, theme, f"Validation {metric.title}", "(smaller is better), axis does not start at 0")
         ends = []
         for which, group, points in clouds:
             colour, gid = theme.methods[which], f"m m{which}"
@@ -740,33 +687,34 @@ def scatter_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
             "better", (0, 0), (34, 30), xycoords="axes fraction", textcoords="offset points", color=theme.muted,
             fontsize=9, arrowprops={"arrowstyle": "-|>", "color": theme.muted, "lw": 1.0, "shrinkB": 6},
         )  # fmt: skip
-        return _inline(fig, "scatter", "Validation bits per byte against serving MaxVio")
+        return inline(fig, "scatter", f"Validation {metric.title} against serving MaxVio")
 
 
 def standing_figure(groups: Sequence[Group], inks: Sequence[Ink], baselines: Mapping[str, Any]) -> str:
-    """Validation bits per byte, one line per method."""
-    theme = _page_theme(len(groups))
-    with _settings("none"):
-        fig = Figure(figsize=(_WIDTH, 0.85 + 0.4 * max(len(groups), 2)))
+    """The metric in validation, one line per method."""
+    theme = page_theme(len(groups))
+    with settings("none"):
+        fig = Figure(figsize=(WIDTH, 0.85 + 0.4 * max(len(groups), 2)))
         height = fig.get_figheight()
         ax = fig.add_axes((0.17, 0.36 / height, 0.72, 1 - 0.76 / height))
         _standing_panel(ax, theme, inks, groups, baselines)
-        return _inline(fig, "standing", "Validation bits per byte of each method")
+        return inline(fig, "standing", f"Validation {_metric(groups).title} of each method")
 
 
 def _standing_panel(
     ax: Axes, theme: Theme, inks: Sequence[Ink], groups: Sequence[Group], baselines: Mapping[str, Any]
 ) -> None:
-    _style(ax, theme, grid="x")
+    metric = _metric(groups)
+    style(ax, theme, grid="x")
     ax.spines["bottom"].set_visible(False)
     ax.set_ylim(len(groups) - 0.5, -0.55)
-    ax.set_yticks(range(len(groups)), [_short(group.label, 20) for group in groups])
+    ax.set_yticks(range(len(groups)), [short(group.label, 20) for group in groups])
     for which, tick in enumerate(ax.get_yticklabels()):
         tick.set_color(theme.methods[which])
         tick.set_fontweight("bold")
         tick.set_fontsize(10)
         tick.set_gid(f"m m{which}")
-    values = [group.values("valid", "bits_per_byte") for group in groups]
+    values = [group.qualities for group in groups]
     spreads = [Spread.of(found) if found else None for found in values]
     finite = [v for found in values for v in found if math.isfinite(v)]
     finite += [
@@ -791,10 +739,10 @@ def _standing_panel(
     for name, bits in ngrams:
         if left <= bits <= right:
             ax.axvline(bits, color=theme.muted, linewidth=0.9, dashes=(4, 3), zorder=1)
-            ax.text(bits, 1.015, f"{_short(name)} {bits:.3f}", transform=across, ha="center", va="bottom",
+            ax.text(bits, 1.015, f"{short(name)} {bits:.3f}", transform=across, ha="center", va="bottom",
                     color=theme.muted, fontsize=8.5)  # fmt: skip
         else:
-            off["left" if bits < left else "right"].append(f"{_short(name)} {bits:.3f}")
+            off["left" if bits < left else "right"].append(f"{short(name)} {bits:.3f}")
     rise = 3 if sum(map(len, off.values())) == len(ngrams) else 15  # above the names of the dashed lines
     if off["left"]:
         ax.annotate("← " + ", ".join(off["left"]), (0, 1), (0, rise), xycoords="axes fraction",
@@ -805,7 +753,7 @@ def _standing_panel(
     for which, (found, spread) in enumerate(zip(values, spreads, strict=True)):
         colour, gid = theme.methods[which], f"m m{which}"
         if spread is None or not math.isfinite(spread.mean):
-            text = "not finished" if spread is None else f"diverged ({spread.text(3)})"
+            text = "not finished" if spread is None else f"diverged ({spread.text(metric.digits)})"
             ax.annotate(text, (0, which), (6, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
                         color=theme.muted, fontsize=9, va="center", style="italic")  # fmt: skip
             continue
@@ -819,84 +767,26 @@ def _standing_panel(
             [spread.mean], [which], marker=inks[which].marker, markersize=10, color=colour, markeredgewidth=0, gid=gid
         )
         ax.annotate(
-            f"{spread.mean:.3f}", (1, which), (12, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-            color=theme.ink, fontsize=10, va="center", annotation_clip=False, gid=gid,
+            metric.text(spread.mean), (1, which), (12, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", color=theme.ink, fontsize=10, va="center", annotation_clip=False, gid=gid,
         )  # fmt: skip
 
 
 def picture(groups: Sequence[Group], inks: Sequence[Ink], baselines: Mapping[str, Any], path: Path) -> None:
-    """Write the picture of the README: validation bits per byte on the left, MaxVio over training on the right."""
-    theme = _paper_theme(inks)
+    """Write the picture of the README: the metric in validation on the left, MaxVio over training on the right."""
+    theme = paper_theme(inks)
     svg = path.suffix.lower() == ".svg"
-    with _settings("path"):
+    with settings("path"):
         height = max(3.7, 1.3 + 0.42 * len(groups))
         fig = Figure(figsize=(12.2, height), facecolor="#fdfdfb", dpi=170)
         (FigureCanvasSVG if svg else FigureCanvasAgg)(fig)
         left = fig.add_axes((0.125, 0.15, 0.305, 0.66))
         right = fig.add_axes((0.545, 0.15, 0.31, 0.66))
         _standing_panel(left, theme, inks, groups, baselines)
-        _heading(left, theme, "Validation bits per byte", "lower is better", lift=25)
+        heading(left, theme, f"Validation {_metric(groups).title}", "lower is better", lift=25)
         _balance_panel(right, theme, inks, groups, xlabel=True, lift=25)
         with path.open("wb") as file:
             if svg:
                 fig.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
             else:
                 fig.savefig(file, format="png", metadata={"Software": None})
-
-
-# ----------------------------------------------------------------------------------------------------------------- SVG
-
-_URL = re.compile(r"url\(#([^)]+)\)")
-_COLOUR = re.compile(r"#0000[0-9a-f]{2}\b")
-_FONT = re.compile(r"'DejaVu Sans'(, sans-serif)?|DejaVu Sans")
-
-
-def _inline(fig: Figure, name: str, title: str) -> str:
-    """The figure as an `<svg>` element for an HTML page.
-
-    What matplotlib writes for a file of its own is taken out (prologue, metadata, name spaces, a style sheet that would
-    reach into the page), ids get the figure's name as a prefix, group ids of the form "m m3" become classes, and
-    stand-in colours become CSS variables.
-    """
-    FigureCanvasSVG(fig)
-    raw = io.BytesIO()
-    fig.savefig(raw, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    root = ET.fromstring(raw.getvalue())
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.rpartition("}")[2] in ("metadata", "style"):
-                parent.remove(child)
-    used: set[str] = set()
-    for element in root.iter():
-        for key, value in element.attrib.items():
-            used.update(_URL.findall(value))
-            if key.endswith("href"):
-                used.add(value.removeprefix("#"))
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        attributes = {}
-        for key, value in element.attrib.items():
-            key = key.rpartition("}")[2]  # in HTML, href needs no xlink
-            if key == "id" and value.startswith("m m"):
-                attributes["class"] = value
-            elif key == "id":
-                if value in used:  # a marker may be defined twice; the first definition serves
-                    used.remove(value)
-                    attributes["id"] = f"{name}-{value}"
-            elif key == "href" and value.startswith("#"):
-                attributes["href"] = f"#{name}-{value[1:]}"
-            else:
-                value = _URL.sub(rf"url(#{name}-\1)", value)
-                value = _COLOUR.sub(lambda match: _variable(match.group()), value)
-                attributes[key] = _FONT.sub("var(--sans)", value)
-        element.attrib.clear()
-        element.attrib.update(attributes)
-        if element.text is not None and not element.text.strip():
-            element.text = None
-        element.tail = element.tail.strip() if element.tail else None
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title, "class": "plot"}
-    return ET.tostring(root, encoding="unicode")
-
-
-def _variable(colour: str) -> str:
-    return _VARIABLES.get(colour) or f"var(--m{int(colour[1:], 16) - 16})"

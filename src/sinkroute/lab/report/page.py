@@ -17,8 +17,9 @@ from typing import Any
 
 import yaml
 
+from sinkroute.lab.report.metric import Metric, capital
 from sinkroute.lab.report.palette import inks
-from sinkroute.lab.report.runs import Group, Run, differences, group_runs, read_baselines
+from sinkroute.lab.report.runs import Group, Run, common_metric, differences, group_runs, read_baselines
 from sinkroute.lab.report.table import describe, result_table, run_tag
 
 __all__ = ["write_picture", "write_report"]
@@ -43,7 +44,7 @@ def write_report(
         `path`, as a `Path`.
 
     Raises:
-        ValueError: `runs` is empty or `path` is a folder.
+        ValueError: `runs` is empty, or they are of different metrics; `path` is a folder.
         ModuleNotFoundError: matplotlib or jinja2 is missing; `pip install 'sinkroute[lab]'` brings both.
     """
     path = _target(runs, path, (".html", ".htm"))
@@ -54,7 +55,7 @@ def write_report(
 def write_picture(
     runs: Sequence[Run], path: str | Path, baselines: Mapping[str, Any] | str | Path | None = None
 ) -> Path:
-    """Write the README's picture, a PNG or an SVG: validation bits per byte and MaxVio over training, by method.
+    """Write the README's picture, a PNG or an SVG: the metric in validation and MaxVio over training, by method.
 
     Arguments, return value and errors are those of `write_report`; the suffix of `path` says which format.
     """
@@ -98,6 +99,7 @@ def _render(runs: Sequence[Run], baselines: Mapping[str, Any], title: str) -> st
 
     from sinkroute.lab.report import figures
 
+    metric = common_metric(runs)
     groups = group_runs(runs)
     colours = inks(group.method for group in groups)
     table = result_table(runs, baselines)
@@ -113,10 +115,13 @@ def _render(runs: Sequence[Run], baselines: Mapping[str, Any], title: str) -> st
         title=title,
         date=_today(),
         table=table,
+        metric=metric,
+        capital=capital,
+        attacks=[column.key.partition("@")[0] for column in table.columns],
         groups=groups,
         inks=colours,
         place=place,
-        facts=_facts(runs, baselines),
+        facts=_facts(runs, metric, baselines),
         provenance=_provenance(baselines),
         baselines=describe(baselines),
         figures={
@@ -146,7 +151,7 @@ def _render(runs: Sequence[Run], baselines: Mapping[str, Any], title: str) -> st
     )
 
 
-def _facts(runs: Sequence[Run], baselines: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _facts(runs: Sequence[Run], metric: Metric, baselines: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The numbers below the title: (value, name, detail). What is not known is left out."""
     first = runs[0]
     model = first.config.get("model")
@@ -163,7 +168,7 @@ def _facts(runs: Sequence[Run], baselines: Mapping[str, Any]) -> list[tuple[str,
     total = next((value for run in runs if (value := run.value("parameters", "total"))), None)
     active = next((value for run in runs if (value := run.value("parameters", "active"))), None)
     if total:
-        facts.append((_human(total), "parameters", f"{_human(active)} active per byte" if active else ""))
+        facts.append((_human(total), "parameters", f"{_human(active)} active per {metric.token}" if active else ""))
     if isinstance(model.get("experts"), int):
         parts = [f"top-{model['top_k']}"] if "top_k" in model else []
         parts += [f"{model['layers']} layers"] if "layers" in model else []

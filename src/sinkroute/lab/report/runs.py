@@ -15,9 +15,12 @@ from typing import Any
 
 import yaml
 
+from sinkroute.lab.report.metric import Metric, metric_of
+
 __all__ = [
     "Group",
     "Run",
+    "common_metric",
     "differences",
     "flatten",
     "group_runs",
@@ -51,6 +54,17 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.result is not None
+
+    @property
+    def metric(self) -> Metric:
+        """What it is measured in."""
+        model = _dig(self.config, "model")
+        return metric_of(self.result, self.evals[-1] if self.evals else {}, model if isinstance(model, Mapping) else {})
+
+    @property
+    def quality(self) -> float | None:
+        """The metric on the validation data; None while the run is unfinished."""
+        return self.value("valid", self.metric.key)
 
     @property
     def last_step(self) -> int:
@@ -102,6 +116,11 @@ class Group:
         """The numbers at `keys` in the results of the finished runs that have one."""
         found = (run.value(*keys) for run in self.finished)
         return [value for value in found if value is not None]
+
+    @property
+    def qualities(self) -> list[float]:
+        """The metric of the finished runs on the validation data."""
+        return self.values("valid", self.runs[0].metric.key)
 
     @property
     def selective(self) -> bool:
@@ -166,11 +185,20 @@ def read_run(folder: str | Path) -> Run:
 def read_baselines(given: Mapping[str, Any] | str | Path | None, runs: Sequence[Run] = ()) -> dict[str, Any]:
     """The baselines: a mapping as it is, a file's content, or with None the `baselines.json` beside the runs, if any.
 
+    Beside runs that are not measured in bits per byte the n-gram models are left out: they are models of bytes.
+
     >>> read_baselines({"bigram": {"bits_per_byte": 3.9}})
     {'bigram': {'bits_per_byte': 3.9}}
     >>> read_baselines(None)
     {}
     """
+    found = _baselines(given, runs)
+    if all(run.metric.key == "bits_per_byte" for run in runs):
+        return found
+    return {name: entry for name, entry in found.items() if _dig(entry, "bits_per_byte") is None}
+
+
+def _baselines(given: Mapping[str, Any] | str | Path | None, runs: Sequence[Run]) -> dict[str, Any]:
     if isinstance(given, Mapping):
         return dict(given)
     if given is not None:
@@ -194,6 +222,26 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     for run in runs:
         by_label.setdefault(run.label, []).append(run)
     return [Group(label, members[0].method, tuple(members)) for label, members in by_label.items()]
+
+
+def common_metric(runs: Sequence[Run]) -> Metric:
+    """What all the runs are measured in.
+
+    Raises:
+        ValueError: there are several metrics, or no runs.
+    """
+    if not runs:
+        raise ValueError("runs is empty; pass what read_runs(['runs/demo']) returns.")
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        names.setdefault(run.metric.name, []).append(run.name)
+    if len(names) > 1:
+        parts = [f"{', '.join(found[:3])}{', …' if len(found) > 3 else ''} in {name}" for name, found in names.items()]
+        raise ValueError(
+            f"these runs are not measured alike, {'; '.join(parts)}: numbers of different kinds cannot be compared. "
+            "Report the runs of each kind by themselves."
+        )
+    return runs[0].metric
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -282,9 +330,13 @@ def _read_result(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: 'method' must be the router's name; received {result.get('method')!r}. Evaluate again."
         )
-    bits = _dig(result, "valid", "bits_per_byte")
-    if isinstance(bits, bool) or not isinstance(bits, (int, float)):
-        raise ValueError(f"{path}: 'valid.bits_per_byte' must be a number; received {bits!r}. Evaluate the run again.")
+    try:
+        key = metric_of(result, {}, {}).key
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}. Evaluate the run again.") from None
+    value = _dig(result, "valid", key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{path}: 'valid.{key}' must be a number; received {value!r}. Evaluate the run again.")
     return result
 
 

@@ -19,7 +19,8 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sinkroute.lab.report.runs import Group, Run, differences, group_runs, read_baselines
+from sinkroute.lab.report.metric import Metric, capital
+from sinkroute.lab.report.runs import Group, Run, common_metric, differences, group_runs, read_baselines
 
 __all__ = ["Cell", "Column", "Row", "Spread", "Table", "describe", "result_table", "run_tag"]
 
@@ -196,12 +197,14 @@ def result_table(runs: Sequence[Run], baselines: Mapping[str, Any] | None = None
     Args:
         runs: as `read_runs` returns them; those that share a label are one row.
         baselines: content of `baselines.json`; with None the file beside the runs is read, if it is there.
+
+    Raises:
+        ValueError: no runs, or runs of different metrics.
     """
-    if not runs:
-        raise ValueError("runs is empty; pass what read_runs(['runs/demo']) returns.")
+    metric = common_metric(runs)
     groups = group_runs(runs)
     known = read_baselines(baselines, runs)
-    columns, makers = _columns(groups)
+    columns, makers = _columns(groups, metric)
     rows = [
         Row(
             label=group.label,
@@ -215,9 +218,9 @@ def result_table(runs: Sequence[Run], baselines: Mapping[str, Any] | None = None
     rows = _mark_best(columns, rows)
     for name, bits in describe(known):
         blank = [Cell(_NOTHING)] * len(columns)
-        blank[0] = Cell(f"{bits:.3f}", bits)
+        blank[0] = Cell(metric.text(bits), bits)
         rows.append(Row(label=name, kind="baseline", cells=tuple(blank)))
-    return Table(tuple(columns), tuple(rows), tuple(_headline(groups, known)), tuple(_notes(groups)))
+    return Table(tuple(columns), tuple(rows), tuple(_headline(groups, metric, known)), tuple(_notes(groups)))
 
 
 def describe(baselines: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -248,10 +251,10 @@ def run_tag(run: Run) -> str:
 _Maker = Callable[[Group], Cell]
 
 
-def _columns(groups: Sequence[Group]) -> tuple[list[Column], list[_Maker]]:
-    attacks = dict.fromkeys(
-        str(name) for group in groups for run in group.finished for name in ((run.result or {}).get("attacked") or {})
-    ) or {"word-swap": None}
+def _columns(groups: Sequence[Group], metric: Metric) -> tuple[list[Column], list[_Maker]]:
+    attacks = _attacks(groups)
+    if not attacks and metric.key == "bits_per_byte":
+        attacks = {"word-swap": {}}
     vanilla = [value for group in groups if group.method in _VANILLA for value in group.values("train", "ms_per_step")]
     pace = sum(vanilla) / len(vanilla) if vanilla else None
 
@@ -289,21 +292,26 @@ def _columns(groups: Sequence[Group]) -> tuple[list[Column], list[_Maker]]:
 
     plan: list[tuple[Column, _Maker]] = [
         (
-            Column("valid", "valid\nbits/byte", "Bits per byte over every validation byte.", True),
-            number("valid", "bits_per_byte", digits=3),
-        ),
-        (
-            Column("perplexity", "perplexity\nper byte", "2 to the power of the bits per byte.", True),
-            number("valid", "perplexity", digits=2),
+            Column(
+                "valid", f"valid\n{metric.unit}", f"{capital(metric.name)} over every validation {metric.item}.", True
+            ),
+            number("valid", metric.key, digits=metric.digits),
         ),
     ]
-    for attack in attacks:
-        rates = [value for group in groups for value in group.values("attacked", attack, "rate")]
-        rate = f" ({rates[0]:.1%} of the words)" if rates else ""
+    if metric.key == "bits_per_byte":
         plan.append(
             (
-                Column(attack, f"{attack}\nbits/byte", f"Bits per byte on text under the {attack} attack{rate}.", True),
-                number("attacked", attack, "bits_per_byte", digits=3),
+                Column("perplexity", "perplexity\nper byte", "2 to the power of the bits per byte.", True),
+                number("valid", "perplexity", digits=2),
+            )
+        )
+    for attack, options in attacks.items():
+        kind = attack.partition("@")[0]  # "fgsm@2" is an "fgsm" under a name of its own
+        what = f"{capital(metric.name)} on {'images' if metric.item == 'image' else 'text'} under the {kind} attack"
+        plan.append(
+            (
+                Column(attack, f"{attack}\n{metric.unit}", f"{what}{_how(options)}.", True),
+                number("attacked", attack, metric.key, digits=metric.digits),
             )
         )
     plan += [
@@ -331,6 +339,32 @@ def _columns(groups: Sequence[Group]) -> tuple[list[Column], list[_Maker]]:
         ),
     ]
     return [column for column, _ in plan], [make for _, make in plan]
+
+
+def _attacks(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
+    """The attacks of all finished runs, in the order in which they first appear, with their options.
+
+    Options are what an attack's entry has beside the numbers of a clean evaluation.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        for run in group.finished:
+            result = run.result or {}
+            for name, entry in (result.get("attacked") or {}).items():
+                options = {key: value for key, value in entry.items() if key not in result["valid"]}
+                found[str(name)] = found.get(str(name)) or options
+    return found
+
+
+def _how(options: Mapping[str, Any]) -> str:
+    """The options of an attack in brackets.
+
+    >>> _how({"rate": 0.025}), _how({"epsilon": 2, "steps": 10}), _how({})
+    (' (2.5% of the words)', ' (epsilon=2, steps=10)', '')
+    """
+    if set(options) == {"rate"} and isinstance(options["rate"], (int, float)):
+        return f" ({options['rate']:.1%} of the words)"
+    return f" ({', '.join(f'{key}={value}' for key, value in options.items())})" if options else ""
 
 
 def _mark_best(columns: Sequence[Column], rows: Sequence[Row]) -> list[Row]:
@@ -361,8 +395,8 @@ def _group_tags(group: Group) -> tuple[str, ...]:
     )
 
 
-def _headline(groups: Sequence[Group], baselines: Mapping[str, Any]) -> list[str]:
-    spreads = {group.label: Spread.of(values) for group in groups if (values := group.values("valid", "bits_per_byte"))}
+def _headline(groups: Sequence[Group], metric: Metric, baselines: Mapping[str, Any]) -> list[str]:
+    spreads = {group.label: Spread.of(values) for group in groups if (values := group.qualities)}
     finite = {label: spread for label, spread in spreads.items() if math.isfinite(spread.mean)}
     if not spreads:
         return ["No run has finished yet, so there is nothing to compare."]
@@ -370,15 +404,16 @@ def _headline(groups: Sequence[Group], baselines: Mapping[str, Any]) -> list[str
         return ["Every finished run diverged: no validation value is finite."]
 
     lowest = min(finite.values(), key=lambda spread: spread.mean).mean
-    winners = [group for group in groups if group.label in finite and _same(finite[group.label].mean, lowest)]
+    winners = [group for group in groups if group.label in finite and _same(finite[group.label].mean, lowest, metric)]
     names = _join([group.label for group in winners])
+    number = metric.text(lowest) + metric.sign
     out = []
     if len(finite) == 1:
-        out.append(f"Only {names} has finished, with {lowest:.3f} validation bits per byte.")
+        out.append(f"Only {names} has finished, with {metric.amount.format(number)}.")
     elif len(winners) == 1:
-        out.append(f"{names} has the lowest validation bits per byte at this size: {lowest:.3f}.")
+        out.append(f"{names} has the lowest validation {metric.name} at this size: {number}.")
     else:
-        out.append(f"{names} share the lowest validation bits per byte at this size: {lowest:.3f}.")
+        out.append(f"{names} share the lowest validation {metric.name} at this size: {number}.")
     variants = [group for group in groups if group.method.startswith("ssr") and group.label in finite]
     if variants and len(finite) > len(variants) and not any(group in variants for group in winners):
         out.append("SSR does not win at this size.")
@@ -391,7 +426,9 @@ def _headline(groups: Sequence[Group], baselines: Mapping[str, Any]) -> list[str
     compared = []
     for variant in variants:
         own = finite[variant.label].mean
-        against = [_against(own, finite[rival.label].mean, rival.label, _paired(variant, rival)) for rival in rivals]
+        against = [
+            _against(own, finite[rival.label].mean, rival.label, _paired(variant, rival), metric) for rival in rivals
+        ]
         if against:
             compared.append(f"{variant.label} is {_join(against)}")
     if compared:
@@ -443,10 +480,9 @@ def _certainty(winner: Group, groups: Sequence[Group]) -> list[str]:
 
 
 def _paired(one: Group, other: Group) -> Spread | None:
-    """The difference of two methods in validation bits per byte, over the seeds that both have; None without any."""
+    """The difference of two methods in validation, over the seeds that both have; None without any."""
     by_seed = [
-        {run.seed: value for run in group.finished if (value := run.value("valid", "bits_per_byte")) is not None}
-        for group in (one, other)
+        {run.seed: value for run in group.finished if (value := run.quality) is not None} for group in (one, other)
     ]
     common = [seed for seed in by_seed[0] if seed in by_seed[1]]
     return Spread.of([by_seed[0][seed] - by_seed[1][seed] for seed in common]) if common else None
@@ -475,18 +511,19 @@ def _notes(groups: Sequence[Group]) -> list[str]:
     return out
 
 
-def _against(own: float, other: float, name: str, paired: Spread | None) -> str:
-    if _same(own, other):
+def _against(own: float, other: float, name: str, paired: Spread | None, metric: Metric) -> str:
+    if _same(own, other, metric):
         return f"level with {name}"
     # From the printed values, so that a reader who subtracts two cells gets the same number.
-    by = f"{abs(round(own, 3) - round(other, 3)):.3f}"
-    interval = f" (± {paired.half:.3f} paired)" if paired is not None and paired.n >= 3 and paired.half else ""
+    by = metric.text(abs(round(own, metric.digits) - round(other, metric.digits))) + metric.difference
+    half = metric.text(paired.half) if paired is not None and paired.n >= 3 and paired.half else ""
+    interval = f" (± {half} paired)" if half else ""
     return f"{by}{interval} {'below' if own < other else 'above'} {name}"
 
 
-def _same(a: float, b: float) -> bool:
+def _same(a: float, b: float, metric: Metric) -> bool:
     """Whether two values print alike: a difference that no cell shows is not called one."""
-    return f"{a:.3f}" == f"{b:.3f}"
+    return metric.text(a) == metric.text(b)
 
 
 def _join(parts: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What the training loop must know of what is learnt: where batches come from, what the loss is, how good a model is."""
+"""What the training loop must know of a task: where batches come from, what the loss is, how good a model is."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ class Task(abc.ABC):
 
     def carry_on(self, carried: Mapping[str, Tensor]) -> None:
         """Take up what `carried` gave."""
+        if carried:
+            raise ValueError(f"this task carries nothing from step to step, got {', '.join(carried)}")
 
     @abc.abstractmethod
     def evaluate(

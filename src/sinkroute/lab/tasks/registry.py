@@ -33,8 +33,10 @@ def load_data(config: Config) -> Corpus | ImageData:
 def make_task(config: Config, data: Corpus | ImageData) -> Task:
     """What a configuration trains: windows for a "decoder", streams for a "stream", images for a "vit"."""
     if isinstance(config.model, VisionConfig):
+        from sinkroute.lab.images import ImageData
         from sinkroute.lab.tasks.images import ImageTask
 
+        assert isinstance(data, ImageData)
         return ImageTask(config, data)
     assert isinstance(data, Corpus)
     return (StreamTask if config.model.name == "stream" else WindowTask)(config, data)

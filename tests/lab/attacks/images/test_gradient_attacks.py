@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sinkroute.lab.attacks.images import attack_images
+from sinkroute.lab.attacks.images.classifier import ascent_direction
 
 EPSILON = 8.0
 
@@ -48,6 +49,27 @@ def test_a_step_follows_the_gradient_of_cross_entropy(linear):
     torch.nn.functional.cross_entropy(model(leaf), model.labels).backward()
     expected = (model.images + EPSILON / 255 * leaf.grad.sign()).clamp(0, 1)
     torch.testing.assert_close(attack_images("fgsm", model, model.images, model.labels, 0, epsilon=EPSILON), expected)
+
+
+def test_the_direction_is_found_where_gradients_are_switched_off(linear):
+    model = linear(classes=2, seed=0)
+    with torch.no_grad():
+        direction = ascent_direction(model, model.images, model.labels)
+    assert torch.equal(direction, (model.weights[1 - model.labels] - model.weights[model.labels]).sign())
+
+
+def test_the_direction_is_that_of_cross_entropy_in_float64_where_float32_loses_it(digits):
+    def signs(model, images):
+        leaf = images.clone().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(model(leaf), digits.labels, reduction="sum")
+        return torch.autograd.grad(loss, leaf)[0].sign()
+
+    exact = signs(copy.deepcopy(digits.model).double(), digits.images.double())
+    found = ascent_direction(digits.model, digits.images, digits.labels)
+    plain = signs(digits.model, digits.images)
+    print(f"\nwrong signs of {exact.numel()}: ours {(found != exact).sum()}, cross-entropy's {(plain != exact).sum()}")
+    assert (found != exact).sum() <= 3
+    assert (plain != exact).sum() > 10
 
 
 def test_labels_are_the_given_ones_not_the_predicted(linear):
@@ -108,7 +130,8 @@ def test_foolbox_finds_the_same_images(digits, name, epsilon):
     }[name]
     expected, _, _ = attack(theirs, digits.images.double(), digits.labels, epsilons=radius)
     found = attack_images(name, digits.model, digits.images, digits.labels, 0, epsilon=epsilon, **options)
-    torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-6)
+    differ = (found - expected).abs() > 1e-6
+    assert differ.float().mean() <= 1e-3  # gradients within rounding of 0, if any
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

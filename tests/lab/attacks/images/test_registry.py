@@ -9,7 +9,7 @@ from sinkroute.lab.attacks.images import IMAGE_ATTACKS, attack_images, list_imag
 
 FAST = {"fgsm": {}, "pgd": {}, "spsa": {"iterations": 5, "samples": 8}}
 EPSILON = 8.0
-STD = (0.5, 0.25)
+STD = (0.5, 2.0)
 
 
 def brighter_left(pixels):
@@ -45,7 +45,7 @@ def test_the_normalised_space_has_a_radius_for_each_channel_and_does_not_clip(li
 def test_an_attack_in_normalised_space_is_that_on_the_classifier_behind_the_normalisation(linear, name):
     # On inputs that are normalised already, as the literature attacks: a ball of one radius, and no clipping. A
     # standard deviation of 1 makes these inputs the pixels of a classifier that does not normalise.
-    std, mean = torch.tensor([0.5, 0.25]).view(2, 1, 1), torch.tensor([0.25, 0.125]).view(2, 1, 1)
+    std, mean = torch.tensor(STD).view(2, 1, 1), torch.tensor([0.25, 0.125]).view(2, 1, 1)
     behind = linear(classes=5, seed=1)
     inputs = torch.rand(9, 2, 3, 4, generator=torch.Generator().manual_seed(2))
     pixels = (inputs * std + mean).clamp(0, 1)

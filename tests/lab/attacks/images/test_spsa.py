@@ -48,6 +48,26 @@ def test_the_first_step_is_adams_along_the_estimate_worked_by_hand():
     assert (moves[sums.abs() <= 1e-6] < 0.021).all()
 
 
+def test_each_step_of_adam_starts_from_the_projected_image():
+    # One pixel, whose margin has the slope 1 for three iterations and −1 for five: SPSA's estimate is exact.
+    calls, radius, lr = 0, 0.02, 0.02
+
+    def predict(pixels):
+        nonlocal calls
+        slope, calls = (1 if calls < 3 * 2 else -1), calls + 1
+        return torch.stack([slope * pixels[:, 0, 0, 0], torch.zeros(len(pixels))], dim=1)
+
+    options = {"epsilon": 255 * radius, "iterations": 8, "samples": 1, "lr": lr}
+    found = attack_images("spsa", predict, torch.full((1, 1, 1, 1), 0.5), torch.tensor([0]), 0, **options)
+    offset = first = second = 0.0
+    for t, gradient in enumerate([1, 1, 1, -1, -1, -1, -1, -1], start=1):
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        step = lr * (first / (1 - 0.9**t)) / (second / (1 - 0.999**t)) ** 0.5
+        offset = max(-radius, min(radius, offset - step))
+    assert -radius < offset < 0  # back from the border
+    assert found.item() - 0.5 == pytest.approx(offset, abs=1e-5)
+
+
 def test_delta_and_the_number_of_passes_are_as_stated():
     seen = []
 

@@ -18,7 +18,9 @@ def test_rectangles_have_uniform_areas_and_log_uniform_ratios():
     assert share.max() <= 0.334
     assert np.abs(log_ratio).max() == pytest.approx(np.log(1 / 0.3), abs=0.02)
     # At this least ratio, 0.3, everything up to an area of 0.3 fits.
-    assert np.histogram(share, bins=4, range=(0.02, 0.3))[0] / (share < 0.3).sum() == pytest.approx([0.25] * 4, abs=0.03)
+    assert np.histogram(share, bins=4, range=(0.02, 0.3))[0] / (share < 0.3).sum() == pytest.approx(
+        [0.25] * 4, abs=0.03
+    )
     assert np.histogram(log_ratio, bins=4)[0] / 4000 == pytest.approx([0.25] * 4, abs=0.03)
     assert (top / (3000 - (bottom - top))).mean() == pytest.approx(0.5, abs=0.02)
 

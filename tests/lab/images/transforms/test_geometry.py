@@ -70,7 +70,8 @@ def test_resizing_is_pillows_bicubic_filter():
 
 
 @pytest.mark.parametrize(
-    ("size", "short", "expected"), [((500, 375), 256, (341, 256)), ((375, 500), 256, (256, 341)), ((8, 8), 16, (16, 16))]
+    ("size", "short", "expected"),
+    [((500, 375), 256, (341, 256)), ((375, 500), 256, (256, 341)), ((8, 8), 16, (16, 16))],
 )
 def test_the_shorter_side_is_resized_and_the_longer_follows_rounded_down(size, short, expected):
     # 500 · 256 / 375 = 341.33

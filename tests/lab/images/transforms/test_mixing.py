@@ -41,13 +41,17 @@ def test_targets_are_mixed_as_the_images_are():
 
 
 def test_the_share_of_cutmix_is_that_of_the_area_that_stays():
-    mixing = BatchMixing(Augment(cutmix=1.0, smoothing=0.1), classes=3, seed=0)
+    mixing, shares = BatchMixing(Augment(cutmix=1.0, smoothing=0.1), classes=3, seed=0), []
     for step in range(50):
         images, targets = mixing(IMAGES, LABELS, step)
         stays = (images[1] == 10).float().mean().item()
+        shares.append(stays)
         assert (images[1] == 20).float().mean().item() == pytest.approx(1 - stays)
         smooth = 0.1 / 3
-        assert targets[1].tolist() == pytest.approx([smooth, smooth + 0.9 * stays, smooth + 0.9 * (1 - stays)], abs=1e-6)
+        assert targets[1].tolist() == pytest.approx(
+            [smooth, smooth + 0.9 * stays, smooth + 0.9 * (1 - stays)], abs=1e-6
+        )
+    assert min(shares) <= 0.5 < max(shares)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +66,9 @@ def test_the_share_of_cutmix_is_that_of_the_area_that_stays():
 def test_batches_are_mixed_by_one_of_both_in_their_shares(augment, by_cutmix):
     mixing = BatchMixing(augment, classes=3, seed=0)
     # Mixup changes every pixel; cutmix leaves each 10 or 20.
-    cut = [bool(torch.isin(mixing(IMAGES, LABELS, step)[0][1], torch.tensor([10.0, 20.0])).all()) for step in range(1000)]
+    cut = [
+        bool(torch.isin(mixing(IMAGES, LABELS, step)[0][1], torch.tensor([10.0, 20.0])).all()) for step in range(1000)
+    ]
     assert np.mean(cut) == pytest.approx(by_cutmix, abs=0.05)
 
 

@@ -30,7 +30,7 @@ def auto_attack(predict: Predict, images: Tensor, labels: Tensor, ball: Ball, ge
         pyautoattack = importlib.import_module("pyautoattack")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "attack 'auto-attack' runs pyautoattack, which is not installed; cure: pip install pyautoattack"
+            "attack 'auto-attack' runs pyautoattack, which is not installed; cure: pip install \"sinkroute[lab]\""
         ) from error
     if ball.space != "pixel":
         raise ValueError(

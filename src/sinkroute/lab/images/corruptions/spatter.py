@@ -104,13 +104,19 @@ def _edges(picture_HW: np.ndarray, low: float, high: float) -> np.ndarray:
     def neighbour(rows: int, columns: int) -> np.ndarray:
         return padded[1 + rows : 1 + rows + height, 1 + columns : 1 + columns + width]
 
-    def ridge(rows: int, columns: int) -> np.ndarray:
-        return (strength > neighbour(-rows, -columns)) & (strength >= neighbour(rows, columns))
-
     flat = np.abs(down) < np.tan(np.pi / 8) * np.abs(across)
     steep = np.abs(down) > np.tan(3 * np.pi / 8) * np.abs(across)
     falling = across * down >= 0
-    on_ridge = np.select([flat, steep, falling], [ridge(0, 1), ridge(1, 0), ridge(1, 1)], ridge(1, -1))
+    # Of equals in a row or a column the later is the ridge; on a diagonal neither is.
+    on_ridge = np.select(
+        [flat, steep, falling],
+        [
+            (strength > neighbour(0, -1)) & (strength >= neighbour(0, 1)),
+            (strength > neighbour(-1, 0)) & (strength >= neighbour(1, 0)),
+            (strength > neighbour(-1, -1)) & (strength > neighbour(1, 1)),
+        ],
+        (strength > neighbour(-1, 1)) & (strength > neighbour(1, -1)),
+    )
     candidates = on_ridge & (strength > low)
     labels, _ = ndimage.label(candidates, structure=np.ones((3, 3)))
     strong = np.unique(labels[candidates & (strength > high)])

@@ -9,14 +9,9 @@ __all__ = ["pad_crop"]
 
 
 def pad_crop(image_CHW: Tensor, padding: int, generator: np.random.Generator) -> Tensor:
-    """Pad each side by `padding` black pixels and cut a part of the old size at a uniformly random place.
-
-    That is: move the image by -padding to padding pixels each way, and fill with black what comes from outside.
-    """
-    height, width = image_CHW.shape[1:]
-    down, right = generator.integers(-padding, padding + 1, size=2).tolist()
-    moved = image_CHW.new_zeros(image_CHW.shape)
-    moved[:, max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = image_CHW[
-        :, max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)
-    ]
-    return moved
+    """Pad each side by `padding` black pixels and cut a part of the old size at a uniformly random place."""
+    channels, height, width = image_CHW.shape
+    top, left = generator.integers(2 * padding + 1, size=2).tolist()
+    padded = image_CHW.new_zeros(channels, height + 2 * padding, width + 2 * padding)
+    padded[:, padding : padding + height, padding : padding + width] = image_CHW
+    return padded[:, top : top + height, left : left + width]

@@ -7,7 +7,8 @@ import torch
 
 import sinkroute
 from sinkroute.lab.config import ModelConfig, RouterConfig
-from sinkroute.lab.models import Decoder, _rotate, _rotations
+from sinkroute.lab.models import Decoder
+from sinkroute.lab.models.decoder import _rotate, _rotations
 
 SMALL = ModelConfig(layers=2, d_model=32, heads=2, d_hidden=24, experts=4, top_k=2)
 
@@ -58,14 +59,15 @@ def test_parameters_are_counted_exactly() -> None:
     # D=32, V=256, F=24, E=4, 2 layers. Embedding and head: 2·256·32 = 16384; final norm 32.
     # A block: norms 64, attention 4·32² = 4096, gate 4·32 = 128, experts 4·3·32·24 = 9216. Active: half the experts.
     model = decoder()
-    total, active = model.count_parameters()
+    total, active, per_moe = model.count_parameters()
     assert total == 16384 + 32 + 2 * (64 + 4096 + 128 + 9216) == sum(p.numel() for p in model.parameters())
     assert active == total - 2 * 9216 // 2
+    assert per_moe == 9216 + 128
 
 
 def test_a_shared_expert_is_always_active() -> None:
     config = ModelConfig(layers=1, d_model=32, heads=2, d_hidden=24, experts=4, top_k=1, shared_hidden=16)
-    total, active = decoder(config=config).count_parameters()
+    total, active, _ = decoder(config=config).count_parameters()
     assert total - active == 3 * 4 * 3 * 32 * 24 // 4
 
 

@@ -1,0 +1,203 @@
+"""What the study has found, from runs to pages.
+
+    python scripts/study.py collect runs/study/paper-lm ...   # results.json of comparisons -> benchmarks/results/study/
+    python scripts/study.py pages                             # the tables in docs/study.md and docs/leaderboard.md
+
+A table stands in a page between `<!-- study: NAME -->` and `<!-- end -->`; `pages` writes it anew from the collected
+results, and a test holds pages and results together. What is collected is the comparison's `results.json` without the
+configurations of single runs, which the comparison's own file and the hashes stand for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "study"
+PAGES = (ROOT / "docs" / "study.md", ROOT / "docs" / "leaderboard.md")
+
+# Runs shared the machine: their time per step means nothing. `overhead` is what measures it.
+UNTIMED = "train.ms_per_step"
+MARK = re.compile(r"(<!-- study: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def collect(folder: Path) -> Path:
+    """Keep what a comparison has found, small enough for a repository."""
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    kept = ("title", "question", "file", "compare", "overrides", "reference", "machine", "correction", "metrics")
+    slim: dict[str, Any] = {key: found[key] for key in kept}
+    slim["seconds"] = round(sum(_seconds(folder, cell) for cell in found["cells"]))
+    slim["cells"] = [
+        {key: cell[key] for key in ("size", "method", "seed", "hash", "state")} | _of_run(folder, cell)
+        for cell in found["cells"]
+    ]
+    slim["statistics"], slim["modes"], slim["trends"] = found["statistics"], found["modes"], found["trends"]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{Path(found['file']).stem}.json"
+    path.write_text(json.dumps(_short(slim), ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def _result(folder: Path, cell: Mapping[str, Any]) -> dict[str, Any]:
+    path = folder / cell["name"] / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if cell["state"] == "done" else {}
+
+
+def _seconds(folder: Path, cell: Mapping[str, Any]) -> float:
+    return float(_result(folder, cell).get("train", {}).get("seconds", 0.0))
+
+
+def _of_run(folder: Path, cell: Mapping[str, Any]) -> dict[str, Any]:
+    result = _result(folder, cell)
+    if not result:
+        return {}
+    return {"parameters": result["parameters"], "sinkhorn_steps": result["sinkhorn_steps"]}
+
+
+def _short(value: Any) -> Any:
+    """Six digits of each number: more are noise, and make the file twice as long."""
+    if isinstance(value, dict):
+        return {key: _short(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_short(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def table(name: str) -> str:
+    """The rows of a comparison as Markdown; `leaderboard` and `compute` are tables over several."""
+    if name == "leaderboard":
+        return _leaderboard()
+    if name == "compute":
+        return _compute()
+    if name.startswith("trend-"):
+        return _trend(read(name.removeprefix("trend-")))
+    return _comparison(read(name))
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _comparison(found: Mapping[str, Any]) -> str:
+    timed = {metric["key"] for metric in found["metrics"]} == {UNTIMED}
+    metrics = [metric for metric in found["metrics"] if timed or metric["key"] != UNTIMED]
+    headline = metrics[0]
+    by_key = {(row["size"], row["method"], row["metric"]): row for row in found["statistics"]}
+    rows = list(dict.fromkeys((row["size"], row["method"]) for row in found["statistics"]))
+    sized = len({size for size, _ in rows}) > 1
+    plans = _plans(found)
+    heads = ["size"] * sized + ["method", "n", headline["title"], f"against {found['reference']}", "p (Holm)"]
+    heads += [metric["title"] for metric in metrics[1:]] + ["plans"] * any(plans.values())
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for size, method in rows:
+        first = by_key[size, method, headline["key"]]
+        against = first["against"]
+        difference = p = ""
+        if against is not None:
+            difference = _spread(against["difference"], headline["digits"], sign=True)
+            p = "" if against["p_corrected"] is None else f"{against['p_corrected']:.3f}"
+            if against["verdict"] in ("better", "worse"):
+                difference = f"**{difference}**"
+        cells = [size] * sized + [f"`{method}`", str(len(first["seeds"]))]
+        cells += [_spread(first["estimate"], headline["digits"]), difference, p]
+        cells += [_spread(by_key[size, method, m["key"]]["estimate"], m["digits"]) for m in metrics[1:]]
+        cells += [f"{plans[size, method]:.0f}"] * any(plans.values())
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _plans(found: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    steps: dict[tuple[str, str], list[int]] = {}
+    for cell in found["cells"]:
+        steps.setdefault((cell["size"], cell["method"]), []).append(cell.get("sinkhorn_steps", 0))
+    return {key: sum(values) / len(values) for key, values in steps.items()}
+
+
+def _spread(estimate: Mapping[str, Any] | None, digits: int, sign: bool = False) -> str:
+    if estimate is None:
+        return "–"
+    mean = f"{estimate['mean']:{'+' if sign else ''}.{digits}f}"
+    return mean if estimate["half"] is None else f"{mean} ± {estimate['half']:.{digits}f}"
+
+
+def _trend(found: Mapping[str, Any]) -> str:
+    lines = ["| method | gain per doubling | p | at 10⁹ active parameters, if the line held |", "|---|---|---|---|"]
+    for row in found["trends"]:
+        line, far = row["line"], row["billion"]
+        reach = f"{far['gain']:+.3f} ± {far['prediction']:.3f}"
+        lines.append(f"| `{row['method']}` | {_spread(line['slope'], 4, sign=True)} | {line['p']:.3f} | {reach} |")
+    return "\n".join(lines) + "\n"
+
+
+def _leaderboard() -> str:
+    quality, cost = read("paper-lm"), read("overhead")
+    values = {(row["method"], row["metric"]): row for row in quality["statistics"]}
+    times = {row["method"]: row["estimate"]["mean"] for row in cost["statistics"] if row["metric"] == UNTIMED}
+    methods = list(dict.fromkeys(row["method"] for row in quality["statistics"]))
+    methods.sort(key=lambda method: values[method, "valid.bits_per_byte"]["estimate"]["mean"])
+    lines = [
+        "| | method | bits/byte | against vanilla | attacked | MaxVio training | serving | time per step | command |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for place, method in enumerate(methods, 1):
+        against = values[method, "valid.bits_per_byte"]["against"]
+        difference = "" if against is None else _spread(against["difference"], 3, sign=True)
+        if against is not None and against["verdict"] in ("better", "worse"):
+            difference = f"**{difference}**"
+        shown = [
+            _spread(values[method, key]["estimate"], digits)
+            for key, digits in (
+                ("valid.bits_per_byte", 3),
+                ("attacked.word-swap.bits_per_byte", 3),
+                ("train.max_vio", 2),
+                ("serving.max_vio", 2),
+            )
+        ]
+        only = f"'{method}'" if " " in method else method
+        command = f"`sinkroute compare study/paper-lm --only {'' if method == 'vanilla' else 'vanilla '}{only}`"
+        cells = [str(place), f"`{method}`", shown[0], difference, *shown[1:]]
+        cells += [f"{times[method] / times['vanilla']:.2f}×", command]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _compute() -> str:
+    lines = ["| comparison | runs | seeds | training, core-minutes | command |", "|---|---|---|---|---|"]
+    whole = 0.0
+    for path in sorted(RESULTS.glob("*.json")):
+        found = read(path.stem)
+        done = [cell for cell in found["cells"] if cell["state"] == "done"]
+        seeds = len({cell["seed"] for cell in done})
+        whole += found["seconds"]
+        command = f"`sinkroute compare study/{path.stem}`"
+        lines.append(f"| {found['title']} | {len(done)} | {seeds} | {found['seconds'] / 60:.0f} | {command} |")
+    lines.append(f"| **together** | | | **{whole / 60:.0f}** | |")
+    return "\n".join(lines) + "\n"
+
+
+def page(text: str) -> str:
+    """A page with its tables written anew."""
+    return MARK.sub(lambda mark: f"{mark[1]}{table(mark['name'])}{mark[3]}", text)
+
+
+def main(words: list[str]) -> int:
+    if words[:1] == ["collect"] and len(words) > 1:
+        for word in words[1:]:
+            print(collect(Path(word)).relative_to(ROOT))
+    elif words == ["pages"]:
+        for path in PAGES:
+            path.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")
+            print(path.relative_to(ROOT))
+    else:
+        print(__doc__)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
