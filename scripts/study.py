@@ -128,8 +128,8 @@ def _spread(estimate: Mapping[str, Any] | None, digits: int, sign: bool = False)
 def _trend(found: Mapping[str, Any]) -> str:
     lines = ["| method | gain per doubling | p | at 10⁹ active parameters, if the line held |", "|---|---|---|---|"]
     for row in found["trends"]:
-        line, far = row["line"], row["billion"]
-        reach = f"{far['gain']:+.3f} ± {far['prediction']:.3f}"
+        line, far = row["line"], row["at_1e9"]
+        reach = f"{far['gain']:+.3f} ± {far['half_of_the_line']:.3f}"
         lines.append(f"| `{row['method']}` | {_spread(line['slope'], 4, sign=True)} | {line['p']:.3f} | {reach} |")
     return "\n".join(lines) + "\n"
 

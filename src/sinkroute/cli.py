@@ -465,7 +465,7 @@ def _models(arguments: list[str], console: Console) -> int:
     if command.json:
         sys.stdout.write(json.dumps([model.json() for model in models], indent=1) + "\n")
     else:
-        console.print(model_table(models))
+        console.print(model_table(models, console.width))
     return 0
 
 

@@ -88,7 +88,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_misspelt_preset_is_answered_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match="unknown comparison.*'paper-lmm'; did you mean 'paper-lm'"):
+    with pytest.raises(ValueError, match=r"unknown comparison.*'paper-lmm'; did you mean 'paper-lm'"):
         read_comparison(find_comparison("paper-lmm"))
 
 

@@ -127,7 +127,7 @@ def test_runs_of_other_data_are_refused(plan: Planner) -> None:
         finish(cell, found.out, 2.0)
     check_data(found.cells, found.out)
     write_json({"sha256": "1"}, found.out / found.cells[1].name / "corpus.json")
-    with pytest.raises(ValueError, match="trained on different data.*must not be mixed"):
+    with pytest.raises(ValueError, match=r"trained on different data.*must not be mixed"):
         check_data(found.cells, found.out)
 
 

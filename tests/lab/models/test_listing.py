@@ -113,12 +113,15 @@ def test_a_step_reads_as_many_tokens_as_the_batch_holds(models: dict) -> None:
 def test_the_command_prints_a_table_of_what_is_named(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "170")
-    assert main(["models", "wikitext103-medium", "wikitext103-medium-2h"]) == 0
-    shown = capsys.readouterr().out
-    for part in ("215,679,863", "194,804,855", "3,981,840", "16, 2, 2 heads", "6 × 352", "80,000", "24,576"):
-        assert part in shown
-    assert "enwik8" not in shown
+    shown = {}
+    for columns in ("80", "120"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["models", "wikitext103-medium", "wikitext103-medium-2h"]) == 0
+        shown[columns] = capsys.readouterr().out
+    for part in ("wikitext103-medium-2h", "215,679,863", "194,804,855", "3,981,840", "2 of 16 2h", "6×352"):
+        assert part in shown["80"]
+    assert "80,000 × 24,576" in shown["120"]
+    assert "enwik8" not in shown["120"]
 
 
 def test_the_command_prints_json(capsys: pytest.CaptureFixture) -> None:

@@ -90,6 +90,13 @@ def test_two_processes_keep_their_rows_and_continue_with_the_same_bits(
 # -- one step --
 
 
+def test_micro_batches_remember_each_its_own_rows(tmp_path: Path) -> None:
+    for parts in (1, 2, 4):
+        run(config(**WITHOUT_DRAWS, train={"accumulation": parts}), tmp_path / str(parts))
+    for parts in (2, 4):
+        assert losses(tmp_path / str(parts)) == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
+
+
 def test_a_row_that_begins_anew_remembers_nothing_and_the_others_all() -> None:
     settings = config(model={"dropout": 0.0}, router={"name": "softmax", "options": {}}, train={"accumulation": 1})
     task = StreamTask(settings, words())

@@ -120,6 +120,7 @@ def run_cells(
             if kind in ("busy", "done", "failed", "interrupted"):
                 worker.cell = None
             if kind == "interrupted" and not stop:  # somebody ended this worker alone
+                worker.leaving = True
                 lost(cell, "the worker was asked to end", worker.log)
                 return
             if kind == "busy":

@@ -91,22 +91,21 @@ def _listed(name: str, config: Config) -> ListedModel:
     )
 
 
-def model_table(models: Iterable[ListedModel]) -> Table:
-    """For a terminal."""
-    table = Table()
-    for column in ("preset", "model", "data"):
-        table.add_column(column, overflow="fold")
-    for column in ("layers × width", "experts, top-k", "parameters", "active", "per MoE block", "steps", "tokens/step"):
-        table.add_column(column, justify="right", overflow="fold")
+def model_table(models: Iterable[ListedModel], width: int = 80) -> Table:
+    """For a terminal of so many columns: with 80 the exact counts, with 120 also kind, data and length of training."""
+    wide = width >= 120
+    table = Table(box=None, pad_edge=False)
+    for column in ("preset", "size", "experts"):
+        table.add_column(column, no_wrap=True)
+    for column in ("parameters", "active", "per MoE"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("model", "data", "steps × tokens") if wide else ():
+        table.add_column(column, no_wrap=True)
     for model in models:
-        heads = f", {model.sub_tokens} heads" if model.sub_tokens > 1 else ""
-        table.add_row(
-            escape(model.name),
-            model.kind,
-            escape(model.data),
-            f"{model.layers} × {model.d_model}",
-            f"{model.experts}, {model.top_k}{heads}",
-            *(f"{number:,}" for number in (model.total, model.active, model.per_moe)),
-            *(f"{number:,}" for number in (model.steps, model.tokens_per_step)),
-        )
+        heads = f" {model.sub_tokens}h" if model.sub_tokens > 1 else ""
+        row = [escape(model.name), f"{model.layers}×{model.d_model}", f"{model.top_k} of {model.experts}{heads}"]
+        row += [f"{number:,}" for number in (model.total, model.active, model.per_moe)]
+        if wide:
+            row += [model.kind, escape(model.data), f"{model.steps:,} × {model.tokens_per_step:,}"]
+        table.add_row(*row)
     return table

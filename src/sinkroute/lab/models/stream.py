@@ -143,12 +143,14 @@ class _Mixture(nn.Module):
 
 
 class _Dense(nn.Sequential):
+    """As wide inside as outside, like the family's experts; those of a multi-head mixture are wider."""
+
     def __init__(self, config: StreamConfig) -> None:
         super().__init__(
-            nn.Linear(config.d_model, config.d_hidden),
+            nn.Linear(config.d_model, config.d_model),
             nn.ReLU(),
             nn.Dropout(config.dropout),
-            nn.Linear(config.d_hidden, config.d_model),
+            nn.Linear(config.d_model, config.d_model),
         )
 
 
