@@ -99,7 +99,7 @@ def _comparison(found: Mapping[str, Any]) -> str:
         against = first["against"]
         difference = p = ""
         if against is not None:
-            difference = _spread(against["difference"], headline["digits"], sign=True)
+            difference = _spread(against["paired"]["difference"], headline["digits"], sign=True)
             p = "" if against["p_corrected"] is None else f"{against['p_corrected']:.3f}"
             if against["verdict"] in ("better", "worse"):
                 difference = f"**{difference}**"
@@ -146,7 +146,7 @@ def _leaderboard() -> str:
     ]
     for place, method in enumerate(methods, 1):
         against = values[method, "valid.bits_per_byte"]["against"]
-        difference = "" if against is None else _spread(against["difference"], 3, sign=True)
+        difference = "" if against is None else _spread(against["paired"]["difference"], 3, sign=True)
         if against is not None and against["verdict"] in ("better", "worse"):
             difference = f"**{difference}**"
         shown = [

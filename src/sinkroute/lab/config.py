@@ -48,7 +48,7 @@ class DataConfig:
     """What is learnt: a text (`sinkroute.lab.data`) or labelled images (`sinkroute.lab.images`)."""
 
     name: str = "wikipedia"
-    """A text ("wikipedia", "wikitext-103", "enwik8", "text", ...), for a "vit" images ("mnist-5k", "imagenet-1k", ...)."""
+    """A text ("wikipedia", "wikitext-103", "enwik8", ...) or, for a "vit", images ("mnist-5k", "imagenet-1k", ...)."""
     path: str | None = None
     """Where it lies; what a package brings along needs none."""
     length: int = 128

@@ -89,7 +89,11 @@ class MoE(nn.Module):
             if self.gate.bias is None:
                 self.gate.bias = nn.Parameter(torch.zeros(self.gate.out_features))
         self.experts = Experts(d_model, d_hidden, num_experts, activation, bias=bias, dropout=dropout)
-        self.shared = None if shared_hidden is None else Experts(d_model, shared_hidden, 1, activation, bias=bias, dropout=dropout)
+        self.shared = (
+            None
+            if shared_hidden is None
+            else Experts(d_model, shared_hidden, 1, activation, bias=bias, dropout=dropout)
+        )
         self.routes: Routes | None = None
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, *, token_ids: Tensor | None = None) -> Tensor:

@@ -31,8 +31,8 @@ class MultiHeadMoE(nn.Module):
         d_hidden: F, hidden width of each expert; `parity_hidden` tells which makes it as large as a plain `MoE`.
         num_experts: E.
         top_k: K, experts per sub-token.
-        router, activation, shared_hidden, bias, gate_bias, dropout, router_options: see `MoE`. A router counts and balances
-            sub-tokens.
+        router, activation, shared_hidden, bias, gate_bias, dropout, router_options: see `MoE`. A router counts and
+            balances sub-tokens.
 
     Attributes:
         moe: the `MoE` of width D/h in the middle.

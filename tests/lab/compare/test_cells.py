@@ -76,7 +76,8 @@ def test_the_hash_is_of_what_decides_the_numbers() -> None:
 
 
 def test_overrides_go_over_everything(write: Callable[..., Path]) -> None:
-    path = write(config={"train": {"steps": 5}}, methods={"a": {"train": {"steps": 6, "lr": 0.1}}})
+    method = {"train": {"steps": 6, "lr": 0.1}, "grid": {"train.steps": [8]}}
+    path = write(config={"train": {"steps": 5}}, methods={"a": method})
     found = expand(path, read_comparison(path), overrides=["train.steps=7", "eval.attacks.word-swap.rate=0.5"])
     assert (found.cells[0].config.train.steps, found.cells[0].config.train.lr) == (7, 0.1)
     assert found.cells[0].config.eval.attacks == {"word-swap": {"rate": 0.5}}

@@ -37,7 +37,8 @@ def test_a_comparison_is_run_in_parallel_told_and_not_run_again(
     config = {**SMALL, "data": {**SMALL["data"], "path": str(text)}}
     path = write(title="Mine", config=config, methods=METHODS, seeds=[0])
     pasted = tmp_path / "pasted.md"
-    code, out, err = compare(capsys, path, "--set", "train.steps=2", "--jobs", "2", "--markdown", pasted)
+    options = ("--set", "train.steps=2", "--set", "train.lr=1e-2", "train.clip=2", "--jobs", "2", "--markdown", pasted)
+    code, out, err = compare(capsys, path, *options)
     assert (code, err) == (0, "")
     assert "Mine: 2 methods × 1 sizes × 1 seeds" in out
     assert "2 waiting; 2 at a time with" in out
@@ -45,13 +46,14 @@ def test_a_comparison_is_run_in_parallel_told_and_not_run_again(
     folder = tmp_path / "out"
     content = json.loads((folder / "results.json").read_text())
     assert [cell["state"] for cell in content["cells"]] == ["done", "done"]
-    assert [cell["config"]["train"]["steps"] for cell in content["cells"]] == [2, 2]
+    train = content["cells"][0]["config"]["train"]
+    assert (train["steps"], train["lr"], train["clip"]) == (2, 0.01, 2)
     assert content["cells"][0]["record"]["jobs"] == 2
     assert pasted.read_text() == (folder / "table.md").read_text()
     assert "| vanilla | 1 |" in pasted.read_text()
     assert "<svg" in (folder / "report.html").read_text()
     before = (folder / "vanilla-seed0" / "log.jsonl").stat().st_mtime_ns
-    code, out, _ = compare(capsys, path, "--set", "train.steps=2")
+    code, out, _ = compare(capsys, path, *options)
     assert (code, "2 done" in out) == (0, True)
     assert (folder / "vanilla-seed0" / "log.jsonl").stat().st_mtime_ns == before
     code, out, err = compare(capsys, path)
@@ -105,6 +107,7 @@ def test_a_report_of_nothing_says_so(capsys: pytest.CaptureFixture[str], write: 
     [
         (("--jobs", "0"), "--jobs must be 1 or more, got 0"),
         (("--fresh", "--report"), "--fresh runs everything anew"),
+        (("--seeds", "1", "1"), "--seeds must differ from each other, got [1, 1]"),
         (("--only", "vanila"), "did you mean 'vanilla'"),
         (("--set", "train.stepps=3"), "did you mean 'steps'"),
         (("--submit", "gpu", "--submit-options", "timeout"), "must be NAME=VALUE"),
@@ -116,6 +119,14 @@ def test_a_wrong_command_is_refused_with_the_cure(
     code, _, err = compare(capsys, write(methods=METHODS), *words)
     assert code == 1
     assert message in err
+
+
+def test_gpus_are_called_what_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert run_module._gpus() == ["4", "7"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert run_module._gpus() == ["0", "1"]
 
 
 def test_without_submitit_a_cluster_is_refused_with_the_cure(

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from sinkroute.lab.config import Config, from_mapping, write_yaml
-from sinkroute.lab.trained import TrainedRun
 from sinkroute.lab.models import make_model
+from sinkroute.lab.trained import TrainedRun
 
 MakeRun = Callable[..., TrainedRun]
 

@@ -114,14 +114,14 @@ def test_the_command_prints_a_table_of_what_is_named(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = {}
-    for columns in ("80", "120"):
+    for columns in ("80", "124"):
         monkeypatch.setenv("COLUMNS", columns)
         assert main(["models", "wikitext103-medium", "wikitext103-medium-2h"]) == 0
         shown[columns] = capsys.readouterr().out
     for part in ("wikitext103-medium-2h", "215,679,863", "194,804,855", "3,981,840", "2 of 16 2h", "6×352"):
         assert part in shown["80"]
-    assert "80,000 × 24,576" in shown["120"]
-    assert "enwik8" not in shown["120"]
+    assert "80,000 × 24,576" in shown["124"]
+    assert "enwik8" not in shown["124"]
 
 
 def test_the_command_prints_json(capsys: pytest.CaptureFixture) -> None:

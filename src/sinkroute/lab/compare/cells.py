@@ -123,6 +123,8 @@ def expand(
     Raises:
         ValueError: a key or value that is wrong in some run, an unknown reference, two methods of one name.
     """
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds must differ from each other, got {list(seeds)}")
     _check_sections("config", compare.config)
     changes = dict(_override(word) for word in overrides)
     variants = [variant for name, method in compare.methods.items() for variant in _variants(name, method)]

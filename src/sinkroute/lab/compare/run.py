@@ -48,7 +48,7 @@ class CompareCommand:
     """Run just these methods; the table shows all that are there."""
     sizes_only: tuple[str, ...] = ()
     """Run just these sizes."""
-    set: tuple[str, ...] = ()
+    set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """Change the configuration of all runs: --set train.steps=50 train.lr=1e-3"""
     out: str | None = None
     """The folder of the runs, instead of the file's."""
@@ -68,7 +68,7 @@ class CompareCommand:
     """Also write the table here, to paste it."""
     submit: str | None = None
     """Hand the runs to this partition of a Slurm cluster, by submitit, --jobs of them at a time."""
-    submit_options: tuple[str, ...] = ()
+    submit_options: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """Of the jobs: --submit-options timeout_min=600 gpus_per_node=1 cpus_per_task=8 slurm_account=NAME"""
 
 
@@ -85,7 +85,13 @@ def run_compare(command: CompareCommand, console: Console) -> int:
     if command.fresh and (command.list or command.report):
         raise ValueError("--fresh runs everything anew; leave it out to look at what is there")
     path = find_comparison(command.config)
-    plan = expand(path, read_comparison(path), out=command.out, seeds=command.seeds, overrides=command.set)
+    plan = expand(
+        path,
+        read_comparison(path),
+        out=command.out,
+        seeds=command.seeds,
+        overrides=[word for words in command.set for word in words],
+    )
     chosen = select(plan, command.only, command.sizes_only)
     kept = [cell for cell in plan.cells if not (command.fresh and cell in chosen)]
     check_folders(kept, plan.out)
@@ -167,7 +173,7 @@ def _submit(command: CompareCommand, plan: Plan, chosen: Sequence[Cell], console
     """Hand what is missing to a cluster."""
     from sinkroute.lab.compare.cluster import submit
 
-    words = [option.partition("=") for option in command.submit_options]
+    words = [option.partition("=") for several in command.submit_options for option in several]
     for name, equals, value in words:
         if not (name and equals and value):
             raise ValueError(f"--submit-options {name}{equals}{value} must be NAME=VALUE, such as timeout_min=600")

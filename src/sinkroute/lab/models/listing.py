@@ -92,8 +92,8 @@ def _listed(name: str, config: Config) -> ListedModel:
 
 
 def model_table(models: Iterable[ListedModel], width: int = 80) -> Table:
-    """For a terminal of so many columns: with 80 the exact counts, with 120 also kind, data and length of training."""
-    wide = width >= 120
+    """For a terminal of so many columns: with 80 the exact counts, with 124 also kind, data and length of training."""
+    wide = width >= 124
     table = Table(box=None, pad_edge=False)
     for column in ("preset", "size", "experts"):
         table.add_column(column, no_wrap=True)

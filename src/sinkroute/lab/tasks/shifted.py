@@ -21,7 +21,6 @@ from sinkroute.lab.images import (
     scale,
 )
 from sinkroute.lab.images.corruptions import list_corruptions, mce
-from sinkroute.lab.images.data import Split
 from sinkroute.lab.models import SparseModel
 
 __all__ = ["evaluate_shifted"]
@@ -62,7 +61,7 @@ def evaluate_shifted(
     ids = read_wnids(wnids)
     device = next(model.parameters()).device
 
-    def answers(split: Split, margin: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    def answers(split: Any, margin: bool) -> Iterator[tuple[Tensor, Tensor]]:
         images = EvaluationImages(split, data.shape[1], margin)
         for number, part in enumerate(DataLoader(images, batch_size=batch, num_workers=workers)):
             serving.begin_pass(number)

@@ -10,7 +10,7 @@ from sinkroute.lab.attacks.images import attack_images
 
 def test_without_the_package_the_cure_is_named(digits, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    with pytest.raises(ModuleNotFoundError, match="not installed; cure: pip install .sinkroute.lab."):
+    with pytest.raises(ModuleNotFoundError, match=r"not installed; cure: pip install .sinkroute\[lab\]"):
         attack_images("auto-attack", digits.model, digits.images, digits.labels, 0)
 
 
