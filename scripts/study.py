@@ -14,8 +14,11 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from sinkroute.lab.compare.statistics import paired
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "study"
@@ -24,6 +27,17 @@ PAGES = (ROOT / "docs" / "study.md", ROOT / "docs" / "leaderboard.md")
 # Runs shared the machine: their time per step means nothing. `overhead` is what measures it.
 UNTIMED = "train.ms_per_step"
 MARK = re.compile(r"(<!-- study: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+# Name of a table -> comparison, its rows, and against whom each is held.
+PAIRS = {
+    "rivals": (
+        "paper-lm",
+        ("ssr-l", "ssr-s", "ssr-bias", "ssr-fold"),
+        ("load-balance", "sinkhorn", "loss-free", "quantile"),
+    ),
+    "heads": ("paper-lm", ("2-head ssr-s", "2-head z-loss"), ("2-head vanilla",)),
+}
 
 
 def collect(folder: Path) -> Path:
@@ -74,6 +88,8 @@ def table(name: str) -> str:
         return _leaderboard()
     if name == "compute":
         return _compute()
+    if name in PAIRS:
+        return _pairs(*PAIRS[name])
     if name.startswith("trend-"):
         return _trend(read(name.removeprefix("trend-")))
     return _comparison(read(name))
@@ -107,6 +123,21 @@ def _comparison(found: Mapping[str, Any]) -> str:
         cells += [_spread(first["estimate"], headline["digits"]), difference, p]
         cells += [_spread(by_key[size, method, m["key"]]["estimate"], m["digits"]) for m in metrics[1:]]
         cells += [f"{plans[size, method]:.0f}"] * any(plans.values())
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _pairs(name: str, rows: tuple[str, ...], columns: tuple[str, ...]) -> str:
+    found = read(name)
+    metric = found["metrics"][0]
+    values = {row["method"]: row["seeds"] for row in found["statistics"] if row["metric"] == metric["key"]}
+    lines = ["| | " + " | ".join(f"against `{other}`" for other in columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    for method in rows:
+        cells = [f"`{method}`"]
+        for other in columns:
+            common = [seed for seed in values[method] if seed in values[other]]
+            pair = paired([values[method][seed] - values[other][seed] for seed in common])
+            cells.append(_spread(asdict(pair.difference), metric["digits"], sign=True))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -81,14 +81,12 @@ def _displaced(generator: np.random.Generator, height: int, width: int, reach: i
     shifts = generator.integers(-reach, reach, size=(len(rows), len(columns), 2))
     source = np.arange(height * width)
     source[rows * width + columns] = (rows + shifts[..., 1]) * width + columns + shifts[..., 0]
-    visited = np.zeros(height * width, dtype=bool)
-    visited[rows * width + columns] = True
 
     # Pixels are visited from the last to the first: a source further back has taken its own source's value before, so
-    # the chain is followed until it leads forward or out of the visited ones.
+    # the chain is followed until it leads forward, or to a pixel of the border, which keeps its value.
     pixel, origin = np.arange(height * width), source.copy()
     while True:
-        goes_on = np.flatnonzero(visited[origin] & (origin > pixel))
+        goes_on = np.flatnonzero(origin > pixel)
         if not len(goes_on):
             return origin
         pixel[goes_on] = origin[goes_on]

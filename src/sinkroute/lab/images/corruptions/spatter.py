@@ -107,7 +107,7 @@ def _edges(picture_HW: np.ndarray, low: float, high: float) -> np.ndarray:
     flat = np.abs(down) < np.tan(np.pi / 8) * np.abs(across)
     steep = np.abs(down) > np.tan(3 * np.pi / 8) * np.abs(across)
     falling = across * down >= 0
-    # Of equals in a row or a column the later is the ridge; on a diagonal neither is.
+    # Of two equals in a row or a column the first is the ridge; on a diagonal neither is.
     on_ridge = np.select(
         [flat, steep, falling],
         [
