@@ -96,7 +96,7 @@ def rolling(folder: Path, texts: list[str], name: str = "rolling") -> Path:
 
 def bits(run: TrainedRun, text: str) -> float:
     data = np.frombuffer(text.encode(), dtype=np.uint8)
-    return evaluate_text(run.model, data, length=LENGTH, batch=4).bits_per_byte * len(data)
+    return evaluate_text(run.model, data, length=LENGTH, batch=4).bits * len(data)
 
 
 def test_bits_per_byte_are_those_of_the_labs_own_evaluation(run: TrainedRun, tmp_path: Path) -> None:
