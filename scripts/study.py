@@ -45,9 +45,9 @@ def collect(folder: Path) -> Path:
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     kept = ("title", "question", "file", "compare", "overrides", "reference", "machine", "correction", "metrics")
     slim: dict[str, Any] = {key: found[key] for key in kept}
-    slim["seconds"] = round(sum(_seconds(folder, cell) for cell in found["cells"]))
+    slim["seconds"] = round(sum(_seconds(cell) for cell in found["cells"]))
     slim["cells"] = [
-        {key: cell[key] for key in ("size", "method", "seed", "hash", "state")} | _of_run(folder, cell)
+        {key: cell[key] for key in ("size", "method", "seed", "hash", "state")} | _of_run(cell)
         for cell in found["cells"]
     ]
     slim["statistics"], slim["modes"], slim["trends"] = found["statistics"], found["modes"], found["trends"]
@@ -57,20 +57,12 @@ def collect(folder: Path) -> Path:
     return path
 
 
-def _result(folder: Path, cell: Mapping[str, Any]) -> dict[str, Any]:
-    path = folder / cell["name"] / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if cell["state"] == "done" else {}
+def _seconds(cell: Mapping[str, Any]) -> float:
+    return float((cell["result"] or {}).get("train", {}).get("seconds", 0.0))
 
 
-def _seconds(folder: Path, cell: Mapping[str, Any]) -> float:
-    return float(_result(folder, cell).get("train", {}).get("seconds", 0.0))
-
-
-def _of_run(folder: Path, cell: Mapping[str, Any]) -> dict[str, Any]:
-    result = _result(folder, cell)
-    if not result:
-        return {}
-    return {"parameters": result["parameters"], "sinkhorn_steps": result["sinkhorn_steps"]}
+def _of_run(cell: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: cell["result"][key] for key in ("parameters", "sinkhorn_steps")} if cell["result"] else {}
 
 
 def _short(value: Any) -> Any:

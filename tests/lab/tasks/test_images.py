@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sinkroute.lab.config import Config, from_mapping
+from sinkroute.lab.evaluation import Evaluation
 from sinkroute.lab.images import Augment, BatchMixing, ImageData, load_images
 from sinkroute.lab.images.corruptions import corrupt, list_corruptions, mce
 from sinkroute.lab.models import SparseModel, make_model
@@ -49,16 +50,17 @@ def model() -> SparseModel:
     return made
 
 
-def answers(model: SparseModel, data: ImageData, images: torch.Tensor) -> list[int]:
-    """What the model says to uint8 images, one at a time."""
+def assert_found(
+    found: Evaluation, model: SparseModel, data: ImageData, images: torch.Tensor, labels: torch.Tensor
+) -> None:
+    """An evaluation is that of these images, of 0 to 255, shown to the model one at a time."""
     mean, std = (torch.tensor(value)[:, None, None] for value in (data.mean, data.std))
     model.eval()
     with torch.no_grad():
-        return [int(model(((image / 255 - mean) / std)[None]).argmax()) for image in images]
-
-
-def wrong(model: SparseModel, data: ImageData, images: torch.Tensor, labels: torch.Tensor) -> int:
-    return sum(answer != label for answer, label in zip(answers(model, data, images), labels.tolist(), strict=True))
+        scores = torch.cat([model(((image / 255 - mean) / std)[None]) for image in images])
+    nats = -scores.double().log_softmax(-1)[torch.arange(len(labels)), labels]
+    assert (found.count, found.wrong) == (len(labels), int((scores.argmax(-1) != labels).sum()))
+    assert found.nats == pytest.approx(nats.mean().item(), rel=1e-5)
 
 
 # -- training --
@@ -131,7 +133,8 @@ def test_a_configuration_finds_its_images_and_its_task() -> None:
 def test_the_error_is_that_of_one_image_at_a_time(digits: ImageData, model: SparseModel, split: str) -> None:
     found = ImageTask(config(), digits).evaluate(model.train(), split)
     images, labels = getattr(digits, split).images, getattr(digits, split).labels
-    assert (found.count, found.wrong) == (179, wrong(model, digits, images, labels))
+    assert_found(found, model, digits, images, labels)
+    assert found.count == 179
     assert 0 < found.wrong < 179
     assert found.load_LE.sum() == 179 * 5 * 2
     quality = ImageTask(config(), digits).quality(found)
@@ -153,7 +156,7 @@ def test_fgsm_is_one_step_along_the_sign_of_the_gradient_in_pixels(digits: Image
     scores = model.eval()((pixels - mean) / std)
     torch.nn.functional.cross_entropy(scores, digits.test.labels, reduction="sum").backward()
     attacked = (pixels.detach() + 8 / 255 * pixels.grad.sign()).clamp(0, 1)
-    assert found.wrong == wrong(model, digits, attacked * 255, digits.test.labels)
+    assert_found(found, model, digits, attacked * 255, digits.test.labels)
     assert found.nats > ImageTask(config(), digits).evaluate(model, "test").nats
     # The load is that of the answers that count, not of the attack's own passes.
     assert found.load_LE.sum() == 179 * 5 * 2
@@ -189,14 +192,11 @@ def test_a_limit_takes_images_from_all_over_the_split(digits: ImageData, model: 
     )
     places = [0, 59, 119]  # thirds of 179
     foggy = corrupt("fog", digits.test.images[places], 1, 0)
-    assert (found.count, found.wrong) == (3, wrong(model, digits, foggy, digits.test.labels[places]))
+    assert_found(found, model, digits, foggy, digits.test.labels[places])
     settings = config()
     limited = ImageTask(replace(settings, eval=replace(settings.eval, limit=3)), digits)
     clean = limited.evaluate(model, "test")
-    assert (clean.count, clean.wrong) == (
-        3,
-        wrong(model, digits, digits.test.images[places], digits.test.labels[places]),
-    )
+    assert_found(clean, model, digits, digits.test.images[places], digits.test.labels[places])
     many = limited.evaluate(model, "test", ("fgsm", {"limit": 10**6}))
     assert many.count == 179
 
@@ -209,19 +209,22 @@ def test_a_corruption_is_that_of_the_whole_split_whatever_the_batch(digits: Imag
         for batch in (64, 179)
     ]
     noisy = corrupt("gaussian_noise", digits.test.images, 3, 0)
-    assert found[0].wrong == found[1].wrong == wrong(model, digits, noisy, digits.test.labels)
+    for evaluation in found:
+        assert_found(evaluation, model, digits, noisy, digits.test.labels)
 
 
 def test_all_corruptions_together_are_their_mean(digits: ImageData, model: SparseModel) -> None:
     task = ImageTask(config(), digits)
     quality = task.quality(task.evaluate(model, "test", ("corruptions", {"limit": 12})))
-    errors = {
+    each = {
         name: [
-            task.evaluate(model, "test", ("corruption", {"name": name, "severity": severity, "limit": 12})).error
+            task.evaluate(model, "test", ("corruption", {"name": name, "severity": severity, "limit": 12}))
             for severity in range(1, 6)
         ]
         for name in list_corruptions()
     }
+    errors = {name: [found.error for found in evaluations] for name, evaluations in each.items()}
+    assert quality["nats"] == pytest.approx(np.mean([[found.nats for found in row] for row in each.values()]))
     assert quality["images"] == 12 * 15 * 5
     assert quality["error"] == pytest.approx(np.mean(list(errors.values())))
     assert {name: quality[f"error {name}"] for name in errors} == pytest.approx(
