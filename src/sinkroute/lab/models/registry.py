@@ -31,7 +31,7 @@ def make_model(config: Config) -> SparseModel:
 
     >>> with torch.device("meta"):
     ...     make_model(Config()).count_parameters().total
-    929024
+    1905792
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
