@@ -109,7 +109,7 @@ def _comparison(found: Mapping[str, Any]) -> str:
         difference = p = ""
         if against is not None:
             difference = _spread(against["paired"]["difference"], headline["digits"], sign=True)
-            p = "" if against["p_corrected"] is None else f"{against['p_corrected']:.3f}"
+            p = _chance(against["p_corrected"])
             if against["verdict"] in ("better", "worse"):
                 difference = f"**{difference}**"
         cells = [size] * sized + [f"`{method}`", str(len(first["seeds"]))]
@@ -140,6 +140,12 @@ def _plans(found: Mapping[str, Any]) -> dict[tuple[str, str], float]:
     for cell in found["cells"]:
         steps.setdefault((cell["size"], cell["method"]), []).append(cell.get("sinkhorn_steps", 0))
     return {key: sum(values) / len(values) for key, values in steps.items()}
+
+
+def _chance(p: float | None) -> str:
+    if p is None:
+        return ""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _spread(estimate: Mapping[str, Any] | None, digits: int, sign: bool = False) -> str:
@@ -193,15 +199,15 @@ def _leaderboard() -> str:
 
 def _compute() -> str:
     lines = ["| comparison | runs | seeds | training, core-minutes | command |", "|---|---|---|---|---|"]
-    whole = 0.0
+    trained: dict[str, float] = {}  # two comparisons may look at the same runs
     for path in sorted(RESULTS.glob("*.json")):
         found = read(path.stem)
         done = [cell for cell in found["cells"] if cell["state"] == "done"]
         seeds = len({cell["seed"] for cell in done})
-        whole += found["seconds"]
+        trained[found["compare"]["out"]] = found["seconds"]
         command = f"`sinkroute compare study/{path.stem}`"
         lines.append(f"| {found['title']} | {len(done)} | {seeds} | {found['seconds'] / 60:.0f} | {command} |")
-    lines.append(f"| **together** | | | **{whole / 60:.0f}** | |")
+    lines.append(f"| **together** | | | **{sum(trained.values()) / 60:.0f}** | |")
     return "\n".join(lines) + "\n"
 
 
