@@ -1,4 +1,4 @@
-"""The command line: `sinkroute demo | train | evaluate | export | inspect | models | report | bench`.
+"""The command line: `sinkroute demo | train | evaluate | compare | export | inspect | models | report | bench`.
 
 Exit codes: 0 done, 1 an error that the message explains, 2 a wrong command line, 130 stopped by Ctrl-C or SIGTERM.
 """

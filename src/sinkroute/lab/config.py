@@ -33,6 +33,7 @@ __all__ = [
     "find_preset",
     "from_mapping",
     "parse_scalar",
+    "preset_folder",
     "read_yaml",
     "to_mapping",
     "training_presets",
@@ -392,7 +393,7 @@ def write_yaml(config: Any, path: Path) -> None:
     os.replace(draft, path)
 
 
-def _preset_folder() -> Path:
+def preset_folder() -> Path:
     """`experiments/`: inside the installed package, or at the root of the checkout."""
     package = Path(__file__).parents[1]
     inside = package / "experiments"
@@ -400,7 +401,7 @@ def _preset_folder() -> Path:
 
 
 def _presets() -> list[str]:
-    return sorted(path.stem for path in _preset_folder().glob("*.yaml"))
+    return sorted(path.stem for path in preset_folder().glob("*.yaml"))
 
 
 def training_presets() -> list[str]:
@@ -409,7 +410,7 @@ def training_presets() -> list[str]:
     >>> "wikipedia-ssr" in training_presets(), "demo" in training_presets()
     (True, False)
     """
-    folder = _preset_folder()
+    folder = preset_folder()
     return [
         name
         for name in _presets()
@@ -419,7 +420,7 @@ def training_presets() -> list[str]:
 
 def find_preset(name: str) -> Path:
     """A configuration file: the preset of that name, or else the path itself (`./demo` for a file of that name)."""
-    preset = _preset_folder() / f"{name}.yaml"
+    preset = preset_folder() / f"{name}.yaml"
     return preset if os.sep not in name and preset.is_file() else Path(name)
 
 

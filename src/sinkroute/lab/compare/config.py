@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from sinkroute._errors import unknown_name
-from sinkroute.lab.config import Config, _preset_folder, find_preset, from_mapping
+from sinkroute.lab.config import Config, find_preset, from_mapping, preset_folder
 
 __all__ = ["CompareConfig", "find_comparison", "merged", "read_base", "read_comparison"]
 
@@ -69,7 +69,7 @@ def find_comparison(name: str, near: Path | None = None) -> Path:
 
     `near` is a folder in which a relative path is looked up first.
     """
-    presets = _preset_folder()
+    presets = preset_folder()
     places = [presets / f"{name}.yaml"] if os.sep in name else [presets / "compare" / f"{name}.yaml"]
     places = [path for path in places if path.is_file()]
     if near is not None and (near / name).is_file():
@@ -157,7 +157,7 @@ def _read(path: Path, what: str) -> dict[str, Any]:
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        known = sorted(each.stem for each in (_preset_folder() / "compare").glob("*.yaml"))
+        known = sorted(each.stem for each in (preset_folder() / "compare").glob("*.yaml"))
         if what == "comparison":
             raise unknown_name("comparison (neither a preset nor a file)", str(path), known) from None
         raise FileNotFoundError(f"{what}: no configuration at {path}; pass a YAML file or a preset") from None
