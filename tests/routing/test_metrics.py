@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sinkroute.routing.metrics import (
@@ -40,12 +40,14 @@ def test_even_idle_and_single_loads_are_balanced(load):
     assert load_metrics(torch.tensor(load)) == {"max_vio": 0.0, "entropy": pytest.approx(1.0), "cv": 0.0, "dead": 0}
 
 
-@given(COUNTS)
+@given(COUNTS | st.lists(st.floats(0, 1e9), min_size=1, max_size=20))
+@example([0, 0, 0, 0, 0, 0, 37287])  # over the mean, which is rounded, the last is more than 7
+@example([0.1] * 3)
 def test_metrics_stay_in_their_ranges(load):
-    experts, metrics = len(load), load_metrics(torch.tensor(load))
+    experts, metrics = len(load), load_metrics(torch.tensor(load, dtype=torch.float64))
     assert 0 <= metrics["max_vio"] <= experts - 1
-    assert -1e-12 <= metrics["entropy"] <= 1 + 1e-12
-    assert 0 <= metrics["cv"] <= math.sqrt(experts - 1) + 1e-12
+    assert 0 <= metrics["entropy"] <= 1
+    assert 0 <= metrics["cv"] <= math.sqrt(experts - 1)
     assert 0 <= metrics["dead"] <= experts - 1
 
 

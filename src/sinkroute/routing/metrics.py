@@ -29,8 +29,9 @@ __all__ = [
 def _relative(load: Tensor) -> Tensor:
     """Load over mean load: 1 everywhere when balanced."""
     load = load.double()
-    mean = load.mean(-1, keepdim=True)
-    return torch.where(mean > 0, load / mean, torch.ones_like(load))
+    total = load.sum(-1, keepdim=True)
+    # Rounded once, in the division: the quotient of counts cannot come out above E. That of load and mean can.
+    return torch.where(total > 0, load * load.shape[-1] / total, torch.ones_like(load))
 
 
 def max_violation(load: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def max_violation(load: Tensor) -> Tensor:
     >>> max_violation(torch.tensor([6, 2, 2, 2])).item()
     1.0
     """
-    return _relative(load).amax(-1) - 1
+    return (_relative(load).amax(-1) - 1).clamp(0, load.shape[-1] - 1)
 
 
 def load_entropy(load: Tensor) -> Tensor:
@@ -52,16 +53,16 @@ def load_entropy(load: Tensor) -> Tensor:
     if experts == 1:
         return torch.ones(load.shape[:-1], dtype=torch.float64, device=load.device)
     share = _relative(load) / experts
-    return -torch.special.xlogy(share, share).sum(-1) / math.log(experts)
+    return torch.special.entr(share).sum(-1).div(math.log(experts)).clamp(0, 1)
 
 
 def coefficient_of_variation(load: Tensor) -> Tensor:
-    """Standard deviation over mean of the loads; 0 is balanced.
+    """Standard deviation over mean of the loads; 0 is balanced, √(E − 1) is collapse.
 
     >>> coefficient_of_variation(torch.tensor([3, 1])).item()
     0.5
     """
-    return _relative(load).std(-1, unbiased=False)
+    return _relative(load).std(-1, unbiased=False).clamp(max=math.sqrt(load.shape[-1] - 1))
 
 
 def dead_experts(load: Tensor, threshold: float = 0.01) -> Tensor:
