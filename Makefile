@@ -4,13 +4,14 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint slow bench bench-routing bench-transport test-peers test-megatron clean
+.PHONY: demo test lint slow fuzz bench bench-routing bench-transport test-peers test-megatron clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train SSR and its rivals on Wikipedia text and write runs/demo/report.html"
 	@echo "             (options: make demo ARGS='--train.steps 100 --only softmax ssr-s')"
 	@echo "make test    lint and the whole test suite        make slow    the long tests"
+	@echo "make fuzz    the property tests on random examples, MINUTES=30 of them; SEED= repeats one round"
 	@echo "make bench-routing   time and memory of every router alone, and of other packages' routers"
 	@echo "make bench   time per step of SSR against vanilla        make bench-transport   the solver against public ones"
 	@echo "make test-peers   our routers against those of Megatron-Core, torchtitan and DeepSpeed, each in its environment"
@@ -38,6 +39,10 @@ lint: $(VENV)/.installed
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -q -m slow
+
+# `make test` gives the property tests the same examples every time; this gives them others.
+fuzz: $(VENV)/.installed
+	$(BIN)/python scripts/fuzz.py -n 2 $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/step_time.py

@@ -1,4 +1,4 @@
-"""Shared by all tests: one torch thread per worker, no network, no leftovers between tests."""
+"""Shared by all tests: the same draws in every run, one torch thread per worker, no network, no leftovers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import random
+
+import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +19,28 @@ if not torch.cuda.is_available():
     # Looked at when Triton is first imported, by whichever test that is.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
+
+# No time limits: a machine that is busy with other things makes no test fail.
+ANY_SPEED = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow], "print_blob": True}
+# The same examples in every run, on every machine. What random ones find is pinned by `@example`.
+hypothesis.settings.register_profile("same", derandomize=True, **ANY_SPEED)
+hypothesis.settings.register_profile("fuzz", max_examples=500, **ANY_SPEED)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, metavar="SEED", help="the property tests alone, by other examples per SEED")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("same" if config.option.fuzz is None else "fuzz")
+
+
+@pytest.fixture(autouse=True)
+def _same_draws() -> None:
+    """What a test draws is its own affair, not that of the tests that happened to run before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the global state is what libraries draw from
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +54,11 @@ def _fresh_accelerate_state() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without an explicit `-m`, slow tests are left out."""
+    """Without an explicit `-m`, slow tests are left out. With `--fuzz SEED`, all but Hypothesis' are."""
+    if config.option.fuzz is not None:
+        items[:] = [item for item in items if hypothesis.is_hypothesis_test(getattr(item, "obj", None))]
+        for function in {item.obj.__func__ if hasattr(item.obj, "__func__") else item.obj for item in items}:
+            hypothesis.seed(config.option.fuzz)(function)  # before `derandomize`, if a test asks for that
     if config.option.markexpr:
         return
     skip = pytest.mark.skip(reason="slow: run with -m slow")
