@@ -138,6 +138,14 @@ def test_the_size_of_scores_and_potentials_costs_no_digits(size: float, where: s
     np.testing.assert_allclose(sums(problem(scores_TE, 1.0), potentials_E), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("reg", [1e-5, 1e-3, 1.0])
+def test_no_mass_is_lost_to_the_size_of_the_scores_over_reg(reg: float) -> None:
+    scores_TE, zeros_E = 6e4 + 0.06 * gaussian(40, 4), gaussian(4, seed=1).double() * 1e-3
+    np.testing.assert_allclose(sums(problem(scores_TE, reg), zeros_E)[0].sum(), 40, rtol=1e-5)
+    weights_TK, _ = fused_topk(scores_TE, "linear", None, None, zeros_E, reg, 4, False)
+    torch.testing.assert_close(weights_TK.sum(1), torch.ones_like(weights_TK[:, 0]))
+
+
 def test_the_same_bits_at_every_run() -> None:
     scores_TE, potentials_E = gaussian(700, 48), gaussian(48, seed=1).double()
     first = sums(problem(scores_TE, 0.1), potentials_E)

@@ -52,8 +52,8 @@ def test_column_sums_are_those_of_float64(backend, cost, dtype, tokens, experts)
     for precision in (1.0, 0.0):
         sums_2E = backend(problem).column_sums(potentials_E, 0.3, precision)
         np.testing.assert_allclose(sums_2E, [p_TE.sum(0), (p_TE**2).sum(0)], rtol=1e-5, atol=1e-6)
-    # What rounding is left is that of the cost, where that is a softmax, and of the exponential.
-    np.testing.assert_allclose(sums_2E[0], p_TE.sum(0), rtol=3e-6 if cost == "softmax" else 5e-7, atol=1e-9)
+    # What rounding is left is that of the cost, where that is a softmax, of the exponential and of a row's sum.
+    np.testing.assert_allclose(sums_2E[0], p_TE.sum(0), rtol=3e-6 if cost == "softmax" else 1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

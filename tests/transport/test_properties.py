@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from sinkroute.transport import solve
+from sinkroute.transport import native, solve
 
 # reg stays above a tenth of the spread: enough passes for 1e-9 in float64, in a short test.
 problems = st.fixed_dictionaries(
@@ -112,6 +112,31 @@ def test_topk_weights_descend_and_sum_to_one(problem, k):
     assert torch.equal(same_TK, experts_TK)
     torch.testing.assert_close(entries_TK, plan.matrix().sort(dim=1, descending=True).values[:, :k])
     torch.testing.assert_close(weights_TK, entries_TK / entries_TK.sum(1, keepdim=True))
+
+
+@few
+@example(size=6e4, spread=0.06, reg=1e-5, dtype=torch.float32, seed=0, massive=False, kernels=True)
+@given(
+    st.sampled_from([0.0, 1.0, 6e4, 1e8, 1e20]),
+    st.sampled_from([0.0, 1e-3, 0.06, 1.0, 100.0]),
+    st.sampled_from([1e-5, 1e-3, 0.1, 10.0]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    st.integers(0, 2**31),
+    st.booleans(),
+    st.booleans(),
+)
+def test_no_mass_is_lost_to_the_size_of_the_scores_over_reg(size, spread, reg, dtype, seed, massive, kernels):
+    generator = torch.Generator().manual_seed(seed)
+    scores_TE = size + spread * torch.randn(9, 5, generator=generator, dtype=torch.float64)
+    mass_T = torch.rand(9, generator=generator) if massive else torch.ones(9)
+    scores_TE = scores_TE.clamp(max=6e4).to(dtype) if dtype == torch.float16 else scores_TE.to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        if not kernels:
+            patch.setattr(native, "load", lambda: None)
+        plan = solve(scores_TE, reg, token_mass=mass_T.to(torch.promote_types(dtype, torch.float32)), max_passes=20)
+        for weights_TE in (plan.topk(5, normalise=False)[0], plan.matrix()):
+            torch.testing.assert_close(weights_TE.sum(1).float(), mass_T, rtol=1e-5, atol=1e-6)
+        assert (plan.topk(2)[0].sum(1) - 1).abs().max() < 1e-5
 
 
 @few

@@ -7,9 +7,8 @@ void topk(const Scores *s, const double *potentials, double reg, int64_t k, int6
           float *weights_out, int64_t threads) {
     int64_t experts = s->experts, padded = PAD(experts);
     double inv = LOG2E / reg;
-    float narrow_g[padded] ALIGNED;
     double g[padded] ALIGNED;
-    for (int64_t j = 0; j < padded; ++j) narrow_g[j] = (float)(g[j] = j < experts ? potentials[j] : 0);
+    for (int64_t j = 0; j < padded; ++j) g[j] = j < experts ? potentials[j] : 0;
 #pragma omp parallel num_threads(threads) if (threads > 1 && s->tokens > 1024)
     {
         float buffer[padded] ALIGNED, y[padded] ALIGNED;
@@ -22,10 +21,13 @@ void topk(const Scores *s, const double *potentials, double reg, int64_t k, int6
                 continue;
             }
             const float *c = read_cost(s, row, buffer);
-            float largest = shifted_max(c, narrow_g, padded);
-            /* Relative to the maximum and in float64 first: near the top no digit is lost to the size of C or g. */
+            /* Relative to the maximum and in float64 first, both: near the top no digit is lost to the size of C or g,
+             * and the largest is 0 whatever reg divides it by. */
+            double largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+            for (int64_t j = 0; j < padded; ++j) largest = c[j] + g[j] > largest ? c[j] + g[j] : largest;
 #pragma omp simd
-            for (int64_t j = 0; j < padded; ++j) y[j] = (float)(c[j] + (g[j] - (double)largest));
+            for (int64_t j = 0; j < padded; ++j) y[j] = (float)(c[j] + g[j] - largest);
             float all = 0;
             if (!normalise)
 #pragma omp simd reduction(+ : all)

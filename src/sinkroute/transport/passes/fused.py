@@ -63,7 +63,9 @@ def _above_top(cost_RE, high_E, low_E, scale):
     lost_RE = cost_RE - (sum_RE - high_E[None, :])
     # NaN where C or g is −inf: `maximum` takes the number. Where C is NaN or +inf, the difference below is NaN too.
     rest_RE = tl.maximum(lost_RE * scale + (low_E * scale)[None, :], FORBIDDEN)
-    return (sum_RE - tl.max(sum_RE, axis=1)[:, None]) * scale + rest_RE
+    above_RE = (sum_RE - tl.max(sum_RE, axis=1)[:, None]) * scale + rest_RE
+    # The maximum of sums is as coarse as they are; over a small reg what is left of it would overflow.
+    return above_RE - tl.max(above_RE, axis=1)[:, None]
 
 
 @triton.jit
