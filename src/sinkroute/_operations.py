@@ -1,6 +1,6 @@
-"""Operations that are not looked into: the compiler sees a call, tensors without values get a shape.
+"""Operations that are not looked into: the compiler or a tracer sees a call, tensors without values get a shape.
 
-All stand under `torch.ops.sinkroute`.
+All stand under `torch.ops.sinkroute`. Under `vmap` an operation is done for one example after another.
 """
 
 from __future__ import annotations
@@ -32,9 +32,25 @@ def define(
         shape: the same arguments to a result that has its shape and dtype and no values.
         backward, save: its gradient and what that needs, as in `torch.autograd.Function`; None: no gradient.
     """
-    name = f"sinkroute::{schema.partition('(')[0]}"
+    short = schema.partition("(")[0]
+    name = f"sinkroute::{short}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(schema.partition("(")[0], kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(short, kernel, "CompositeExplicitAutograd")
     library.register_fake(name, shape, lib=_LIBRARY)
+    library.register_vmap(name, _one_by_one(short), lib=_LIBRARY)
     if backward is not None:
         library.register_autograd(name, backward, setup_context=save, lib=_LIBRARY)
+
+
+def _one_by_one(short: str) -> Callable[..., Any]:
+    def vmapped(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        operation = getattr(torch.ops.sinkroute, short)
+        results = [
+            operation(*(x if dim is None else x.select(dim, n) for x, dim in zip(args, in_dims, strict=True)))
+            for n in range(info.batch_size)
+        ]
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return vmapped

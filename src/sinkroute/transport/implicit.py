@@ -52,13 +52,18 @@ def potentials_of_scores(scores_TE: Tensor, potentials_E: Tensor, problem: Probl
 
 
 class _Potentials(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, scores_TE: Tensor, solved_E: Tensor, problem: Problem) -> Tensor:
-        potentials_E = solved_E.clone()
+    def forward(scores_TE: Tensor, solved_E: Tensor, problem: Problem) -> Tensor:
+        return solved_E.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Problem], output: Tensor) -> None:
+        scores_TE, _, problem = inputs
         # By autograd, not by the problem: so it notices a change in place, and checkpointing can drop the scores.
-        ctx.save_for_backward(scores_TE, potentials_E, problem.token_mask, problem.token_mass)
+        ctx.save_for_backward(scores_TE, output, problem.token_mask, problem.token_mass)
         ctx.problem = replace(problem, scores_TE=scores_TE.new_empty(0, 0), token_mask=None, token_mass=None)
-        return potentials_E
 
     @staticmethod
     def backward(ctx: Any, upstream_E: Tensor) -> tuple[Tensor, None, None]:
@@ -80,13 +85,14 @@ def _gradient_of_scores(problem: Problem, potentials_E: Tensor, upstream_E: Tens
     shared_EE = torch.zeros(experts, experts, dtype=wide, device=potentials_E.device)
     for rows in chunks(tokens, experts):
         _, p_RE, plan_RE = _rows(problem, potentials_E, rows)
-        shared_EE += p_RE.T @ plan_RE
+        shared_EE = shared_EE + p_RE.T @ plan_RE  # not in place: under vmap the zeros are one matrix, these are many
     # One collective for both.
     sums_FE = problem.over_ranks(torch.cat([shared_EE, upstream_E.to(wide)[None]]))
     # Potentials have mean 0 over the experts with mass; the others have p = 0, so that their w does not matter.
     v_E = torch.where(problem.positive_E, sums_FE[-1], 0)
     w_E = _voltages(sums_FE[:-1], v_E - v_E.sum() / problem.positive_E.sum())
-    gradient_TE = torch.empty_like(problem.scores_TE)
+    # Like w, not like the scores: where many gradients are asked for at once, w is many.
+    gradient_TE = w_E.new_empty(problem.scores_TE.shape, dtype=problem.scores_TE.dtype)
     for rows in chunks(tokens, experts):
         cost_RE, p_RE, plan_RE = _rows(problem, potentials_E, rows)
         gradient_RE = plan_RE * ((p_RE @ w_E)[:, None] - w_E)

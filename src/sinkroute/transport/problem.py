@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import NamedTuple
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sinkroute._errors import NonFiniteScores, unknown_name
+from sinkroute._values import holds_values, plain
 
 __all__ = [
     "COSTS",
@@ -29,11 +31,15 @@ __all__ = [
     "Reduction",
     "Solution",
     "check_number",
+    "check_problem",
     "check_scores_form",
+    "full_precision",
     "make_problem",
+    "over_all_ranks",
     "refuse_bad_scores",
     "starting_potentials",
     "sum_over_ranks",
+    "withdrawn",
 ]
 
 Reduction = Callable[[Tensor], Tensor]
@@ -58,7 +64,7 @@ class Solution(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A checked transport problem; `make_problem` builds it.
+    """A checked transport problem; `make_problem` builds it. Kernels read its tensors: all are `plain`.
 
     Attributes:
         scores_TE: (T, E) of any floating-point dtype, not copied: rows without mass may hold anything.
@@ -134,28 +140,69 @@ def make_problem(
     Scores are not looked at here: that would be a pass of its own. Solvers call `refuse_bad_scores` when they find
     that something is wrong, or first of all.
     """
+    return over_all_ranks(check_problem(scores_TE, reg, cost, token_mask, token_mass, expert_mass), reduce)
+
+
+def check_problem(
+    scores_TE: Tensor,
+    reg: float,
+    cost: str,
+    token_mask: Tensor | None,
+    token_mass: Tensor | None,
+    expert_mass: Tensor | Sequence[float] | None,
+) -> Problem:
+    """What one process can tell of its part of a problem. The targets are shares of 1 still; see `over_all_ranks`."""
     if cost not in COSTS:
         raise unknown_name("cost", cost, COSTS)
-    scores_TE = scores_TE.detach().resolve_neg()  # the kernels see memory only
+    scores_TE = plain("scores_TE", scores_TE.detach())
     dtype = torch.promote_types(scores_TE.dtype, torch.float32)
     _check_reg(reg, dtype)
-    mask = _checked_mask(token_mask, scores_TE)
-    mass_T = _checked_token_mass(token_mass, mask, scores_TE, dtype)
+    mask = _checked_mask(plain("token_mask", token_mask), scores_TE)
+    mass_T = _checked_token_mass(plain("token_mass", token_mass), mask, scores_TE, dtype)
     if mass_T is not None:
         mask = mass_T > 0
-    share_E = _checked_mass(expert_mass, scores_TE)
-    total = _total_mass(scores_TE, mask, mass_T, reduce, share_E.dtype)
+    share_E = _checked_mass(plain("expert_mass", expert_mass), scores_TE)
     return Problem(
         scores_TE=scores_TE,
         cost=cost,
         reg=float(reg),
         token_mask=mask,
         token_mass=mass_T,
-        target_E=share_E * total,
+        target_E=share_E,
         positive_E=share_E > 0,
-        empty=not isinstance(total, Tensor) and total == 0,
-        reduce=reduce,
+        empty=False,
+        reduce=None,
     )
+
+
+def over_all_ranks(problem: Problem, reduce: Reduction | None) -> Problem:
+    """The problem of all ranks, from this one's part of `check_problem`: with `reduce`, the first collective.
+
+    Raises:
+        ValueError: on a CPU, another rank refused its arguments (`withdrawn`).
+    """
+    total = _total_mass(problem, reduce)
+    if reduce is not None and not isinstance(total, Tensor) and math.isnan(total):
+        raise ValueError("another rank refused its arguments, its error says which; here they are right")
+    empty = not isinstance(total, Tensor) and total == 0
+    return replace(problem, target_E=problem.target_E * total, empty=empty, reduce=reduce)
+
+
+def withdrawn(scores_TE: object, reduce: Reduction) -> Problem | None:
+    """Tell the ranks that wait in their first collective that this one has refused its arguments.
+
+    On an accelerator nobody looks at the total: the others go on, to a plan that has not converged. Returned is a
+    problem without tokens, for this rank to solve along with them; None where they know already.
+    """
+    device = torch.device("cpu")
+    if isinstance(scores_TE, Tensor) and not scores_TE.is_meta:
+        device = scores_TE.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    total = reduce(torch.full((), math.nan, dtype=dtype, device=device))
+    if device.type == "cpu" or not isinstance(scores_TE, Tensor) or scores_TE.ndim == 0:
+        return None
+    alone = check_problem(torch.empty(0, scores_TE.shape[-1], device=device), 1.0, "linear", None, None, None)
+    return replace(alone, target_E=alone.target_E * total, reduce=reduce)
 
 
 def sum_over_ranks(group: dist.ProcessGroup) -> Reduction:
@@ -172,8 +219,15 @@ def sum_over_ranks(group: dist.ProcessGroup) -> Reduction:
     return reduce
 
 
+def full_precision(scores_TE: Tensor) -> AbstractContextManager[None]:
+    """Without autocast: mixed precision is for the model, a product in bfloat16 would spoil the column sums."""
+    # The meta device has none.
+    return nullcontext() if scores_TE.is_meta else torch.autocast(scores_TE.device.type, enabled=False)
+
+
 def starting_potentials(problem: Problem, init: Tensor | None) -> Tensor | None:
     """`init` as potentials (E,) float64 to start from, 0 where it is not finite; None where there is none."""
+    init = plain("init", init)
     if init is None:
         return None
     if not isinstance(init, Tensor):
@@ -195,10 +249,11 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a finite number above 0, got {value}")
 
 
-def check_scores_form(scores_TE: Tensor) -> None:
-    """Raise unless the scores are a floating-point tensor (T, E) with E ≥ 1."""
+def check_scores_form(scores_TE: Tensor) -> Tensor:
+    """The scores, `plain`. Raise unless they are a floating-point tensor (T, E) with E ≥ 1."""
     if not isinstance(scores_TE, Tensor):
         raise TypeError(f"scores_TE must be a torch.Tensor, got {type(scores_TE).__name__}")
+    scores_TE = plain("scores_TE", scores_TE)
     if scores_TE.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(
             f"scores_TE must be floating-point of 16, 32 or 64 bits, got {scores_TE.dtype}; call scores_TE.float()"
@@ -210,6 +265,7 @@ def check_scores_form(scores_TE: Tensor) -> None:
         )
     if scores_TE.shape[1] == 0:
         raise ValueError(f"scores_TE must have at least one expert, got shape {tuple(scores_TE.shape)}")
+    return scores_TE
 
 
 def _check_reg(reg: float, dtype: torch.dtype) -> None:
@@ -288,7 +344,7 @@ def _checked_token_mass(
         )
     if token_mass.dtype == torch.bool:
         token_mass = token_mass.to(dtype)
-    if token_mass.device.type == "cpu" and token_mass.numel():
+    if token_mass.device.type == "cpu" and holds_values(token_mass) and token_mass.numel():
         low, high = (float(x) for x in token_mass.detach().aminmax())
         if not 0 <= low <= high <= 1e30:
             at = int((~((token_mass >= 0) & (token_mass <= 1e30))).nonzero()[0])
@@ -317,7 +373,11 @@ def _checked_mass(expert_mass: Tensor | Sequence[float] | None, scores_TE: Tenso
             f"expert_mass has shape {tuple(mass_E.shape)} but there are {experts} experts; it must be (E,), one "
             "relative capacity for each expert"
         )
-    if mass_E.device.type == "cpu" and not (mass_E.isfinite().all() and (mass_E >= 0).all() and mass_E.any()):
+    if (
+        mass_E.device.type == "cpu"
+        and holds_values(mass_E)
+        and not (mass_E.isfinite().all() and (mass_E >= 0).all() and mass_E.any())
+    ):
         raise ValueError(
             f"expert_mass must be finite, not negative and positive for at least one expert, got {mass_E.tolist()}"
         )
@@ -325,18 +385,21 @@ def _checked_mass(expert_mass: Tensor | Sequence[float] | None, scores_TE: Tenso
     return mass_E / mass_E.sum()
 
 
-def _total_mass(
-    scores_TE: Tensor, mask: Tensor | None, mass_T: Tensor | None, reduce: Reduction | None, dtype: torch.dtype
-) -> Tensor | float:
+def _total_mass(problem: Problem, reduce: Reduction | None) -> Tensor | float:
     """Σ m_i over all ranks: a float where it is known without waiting for an accelerator."""
-    if mass_T is not None:
+    scores_TE, dtype = problem.scores_TE, problem.target_E.dtype
+    if problem.token_mass is not None:
         # In parts: a sum that widens makes a wide copy of all.
-        total = torch.stack([part.sum(dtype=dtype) for part in mass_T.split(1 << 17)]).sum()
-    elif mask is not None:
-        total = mask.count_nonzero().to(dtype)
+        total = torch.stack([part.sum(dtype=dtype) for part in problem.token_mass.split(1 << 17)]).sum()
+    elif problem.token_mask is not None:
+        total = problem.token_mask.count_nonzero().to(dtype)
     elif reduce is None:
         return float(scores_TE.shape[0])
     else:
         total = torch.full((), scores_TE.shape[0], dtype=dtype, device=scores_TE.device)
-    total = total if reduce is None else reduce(total)
-    return float(total) if total.device.type == "cpu" or scores_TE.shape[0] == 0 else total
+    if reduce is not None:
+        total = reduce(total)
+    elif scores_TE.shape[0] == 0:
+        return 0.0
+    # A rank without tokens on an accelerator does not look either: the others, which do not, would wait for it.
+    return float(total) if total.device.type == "cpu" and holds_values(total) else total

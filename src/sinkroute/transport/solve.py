@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sinkroute._errors import unknown_name
+from sinkroute._operations import define
 from sinkroute._uncompiled import uncompiled
+from sinkroute._values import has_tangent, is_watched, plain, readable
 from sinkroute.transport.dual import dual
 from sinkroute.transport.implicit import potentials_of_scores
 from sinkroute.transport.naive import naive
@@ -21,10 +23,13 @@ from sinkroute.transport.problem import (
     Reduction,
     Solution,
     check_number,
+    check_problem,
     check_scores_form,
-    make_problem,
+    full_precision,
+    over_all_ranks,
     starting_potentials,
     sum_over_ranks,
+    withdrawn,
 )
 from sinkroute.transport.sinkhorn import sinkhorn
 
@@ -109,7 +114,10 @@ def solve(
         A `Plan`.
 
     Raises:
-        TypeError: scores, mask, masses, init, reg, tol or max_passes of a wrong type or dtype.
+        TypeError: scores, mask, masses, init, reg, tol or max_passes of a wrong type or dtype; a tensor that stands for
+            something else, such as a `MaskedTensor` or a `DTensor`.
+        NotImplementedError: `process_group` or `reduce` under a tracer or `torch.func`; `differentiable` in
+            forward-mode differentiation.
         ValueError: a wrong shape, an unknown name, a number out of range, or scores of a real token that are NaN, +inf
             or all −inf (names the first). Values are checked on the CPU only: a check on an accelerator would make
             the host wait for it; there bad scores give a plan with `converged` False.
@@ -125,27 +133,63 @@ def solve(
         >>> plan.topk(1)[1].flatten().tolist()
         [0, 0, 1, 1]
     """
-    check_scores_form(scores_TE)
-    if method not in ("auto", *SOLVERS):
-        raise unknown_name("method", method, ["auto", *SOLVERS])
     if process_group is not None:
         if reduce is not None:
             raise ValueError("process_group and reduce say the same thing in two ways; give one of them")
         reduce = sum_over_ranks(process_group)
-    _check_budget(tol, max_passes)
-    tol = float(tol)
+    if reduce is not None and is_watched():
+        raise NotImplementedError(
+            "process_group and reduce are not for torch.func, torch.jit.trace, make_fx or a dispatch mode: they would "
+            "not see what the ranks tell each other; solve outside of it, or for this rank alone"
+        )
     name = AUTO if method == "auto" else method
-    # Mixed precision is for the model: a product in bfloat16 would spoil the column sums.
-    with torch.autocast(scores_TE.device.type, enabled=False):
-        problem = make_problem(scores_TE, reg, cost, token_mask, token_mass, expert_mass, reduce)
-        init_E = starting_potentials(problem, init)
-        if problem.empty:
-            zeros_E = torch.zeros_like(problem.target_E).masked_fill(~problem.positive_E, -math.inf)
-            found = Solution(zeros_E, zeros_E.new_zeros(()), 0)
-        else:
-            with torch.no_grad():
-                found = SOLVERS[name](problem, tol=tol, max_passes=max_passes, init_E=init_E)
-        with_gradient = differentiable and scores_TE.requires_grad and torch.is_grad_enabled()
+    try:
+        scores_TE = check_scores_form(scores_TE)
+        if method not in ("auto", *SOLVERS):
+            raise unknown_name("method", method, ["auto", *SOLVERS])
+        _check_budget(tol, max_passes)
+        tol = float(tol)
+        expert_mass = plain("expert_mass", expert_mass)
+        with full_precision(scores_TE):
+            alone = check_problem(scores_TE, reg, cost, token_mask, token_mass, expert_mass)
+            init_E = starting_potentials(alone, init)
+        here = readable(alone.scores_TE, alone.token_mask, alone.token_mass, alone.target_E, init_E)
+        if reduce is not None and not here:
+            raise TypeError(
+                f"scores_TE of type {type(scores_TE).__name__} on {scores_TE.device} holds no numbers that ranks could "
+                "add up; leave process_group and reduce out, or pass real tensors"
+            )
+        wants_gradient = differentiable and torch.is_grad_enabled()
+        if wants_gradient and has_tangent(scores_TE):
+            raise NotImplementedError(
+                "differentiable=True gives derivatives by backward only, and scores_TE carries a tangent (forward-mode "
+                "differentiation, torch.func.jvp or jacfwd); take torch.func.vjp or jacrev, or differentiable=False"
+            )
+    except Exception:
+        if reduce is not None:  # the others wait for this rank
+            _leave(scores_TE, reduce, name, tol, max_passes)
+        raise
+    with full_precision(scores_TE):
+        problem = over_all_ranks(alone, reduce)
+        with torch.no_grad():
+            if here:
+                found = _found(problem, name, tol, max_passes, init_E)
+            else:
+                found = Solution(
+                    *torch.ops.sinkroute.solve(
+                        alone.scores_TE,
+                        plain("token_mask", token_mask),
+                        plain("token_mass", token_mass),
+                        _as_tensor(expert_mass),
+                        init_E,
+                        problem.reg,
+                        cost,
+                        name,
+                        tol,
+                        max_passes,
+                    )
+                )
+        with_gradient = wants_gradient and scores_TE.requires_grad
         potentials_E = found.potentials_E
         if with_gradient:
             potentials_E = potentials_of_scores(scores_TE, potentials_E, problem)
@@ -161,6 +205,79 @@ def solve(
         converged=found.column_error <= tol,
         pass_count=found.passes,
     )
+
+
+def _found(problem: Problem, name: str, tol: float, max_passes: int | None, init_E: Tensor | None) -> Solution:
+    if problem.empty:
+        zeros_E = torch.zeros_like(problem.target_E).masked_fill(~problem.positive_E, -math.inf)
+        return Solution(zeros_E, zeros_E.new_zeros(()), 0)
+    return SOLVERS[name](problem, tol=tol, max_passes=max_passes, init_E=init_E)
+
+
+def _leave(scores_TE: object, reduce: Reduction, name: str, tol: object, max_passes: object) -> None:
+    """Take part in what the other ranks do although this one has nothing to solve; then it may raise."""
+    rest = withdrawn(scores_TE, reduce)
+    if rest is not None:
+        tol = tol if isinstance(tol, float) else 1e-4
+        limit = max_passes if isinstance(max_passes, int) else None
+        SOLVERS.get(name, dual)(rest, tol=tol, max_passes=limit, init_E=None)
+
+
+def _as_tensor(expert_mass: Tensor | Sequence[float] | None) -> Tensor | None:
+    if expert_mass is None or isinstance(expert_mass, Tensor):
+        return expert_mass
+    return torch.tensor(expert_mass, dtype=torch.float64, device="cpu")
+
+
+# -- as one operation: for tracers, for `torch.func`, for tensors without values ----------------------------------
+
+
+def _solve(
+    scores_TE: Tensor,
+    token_mask: Tensor | None,
+    token_mass: Tensor | None,
+    expert_mass: Tensor | None,
+    init_E: Tensor | None,
+    reg: float,
+    cost: str,
+    name: str,
+    tol: float,
+    max_passes: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = over_all_ranks(check_problem(scores_TE, reg, cost, token_mask, token_mass, expert_mass), None)
+    found = _found(problem, name, tol, max_passes, starting_potentials(problem, init_E))
+    passes = torch.as_tensor(found.passes, device=scores_TE.device).to(torch.int64)
+    potentials_E, error, _ = _solution_like(scores_TE, token_mask, token_mass, expert_mass, init_E, reg, cost, name)
+    return found.potentials_E.to(potentials_E.dtype), found.column_error.to(error.dtype), passes
+
+
+def _solution_like(
+    scores_TE: Tensor,
+    token_mask: Tensor | None,
+    token_mass: Tensor | None,
+    expert_mass: Tensor | None,
+    init_E: Tensor | None,
+    reg: float,
+    cost: str,
+    name: str,
+    tol: float = 0,
+    max_passes: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.float32 if scores_TE.device.type == "mps" else torch.float64
+    own = wide if name == "dual" else torch.promote_types(scores_TE.dtype, torch.float32)
+    return (
+        scores_TE.new_empty(scores_TE.shape[1], dtype=own),
+        scores_TE.new_empty((), dtype=wide),
+        scores_TE.new_empty((), dtype=torch.int64),
+    )
+
+
+define(
+    "solve(Tensor scores, Tensor? token_mask, Tensor? token_mass, Tensor? expert_mass, Tensor? init, float reg, "
+    "str cost, str method, float tol, int? max_passes) -> (Tensor, Tensor, Tensor)",
+    _solve,
+    _solution_like,
+)
 
 
 def _check_budget(tol: float, max_passes: int | None) -> None:
