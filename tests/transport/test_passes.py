@@ -1,12 +1,14 @@
 """A pass and the last top-k, by every backend, against NumPy in float64."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from sinkroute.transport import native, solve
+from sinkroute.transport.choice import choose
 from sinkroute.transport.passes import make_pass
 from sinkroute.transport.passes import topk as topk_module
 from sinkroute.transport.passes.chunked import ChunkedPass
@@ -171,6 +173,48 @@ def test_compiled_topk_breaks_ties_by_the_lower_expert_and_takes_forbidden_ones_
     assert experts_TK.tolist() == [[0, 1]] * 3
     weights_TK, experts_TK = plan.topk(4)
     assert set(experts_TK[1, :2].tolist()) == {0, 3} and weights_TK[1, 2:].tolist() == [0, 0]
+
+
+def layouts(scores_TE):
+    """The same scores, as they may lie in memory."""
+    experts = scores_TE.shape[1]
+    yield scores_TE
+    yield scores_TE.t().contiguous().t()
+    yield torch.cat([scores_TE, scores_TE], dim=1)[:, :experts]
+    yield scores_TE.repeat_interleave(2, dim=1)[:, ::2]
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["zero", "rounded", "bfloat16"])
+def test_of_equal_values_the_lower_expert_comes_first_on_every_path(monkeypatch, kind, dtype, compiled):
+    scores_TE = {
+        "zero": torch.zeros(300, 12),
+        "rounded": random_scores(300, 12).round(),
+        "bfloat16": random_scores(300, 12).bfloat16().float(),
+    }[kind].to(dtype)
+    mask_T = torch.arange(300) % 7 != 0
+    if not compiled:
+        monkeypatch.setattr(native, "load", lambda: None)
+    plan = solve(scores_TE, 0.5, token_mask=mask_T, max_passes=3)
+    # The potentials rounded too, so that sums are equal often.
+    potentials_E = (8 * plan.potentials).round() / 8
+    best_TK = np.argsort(-(scores_TE.double() + potentials_E).numpy(), axis=1, kind="stable")[:, :4]
+    best_TK[~mask_T.numpy()] = range(4)
+    for same_TE in layouts(scores_TE):
+        again = replace(plan, scores=same_TE, potentials=potentials_E)
+        assert (again.topk(4)[1].numpy() == best_TK).all()
+        problem = problem_of(same_TE, mask_T=mask_T)
+        assert (choose(problem, 4, potentials_E).experts_TK.numpy() == best_TK).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_where_scores_lie_in_memory_does_not_change_the_experts_of_a_plan(size):
+    scores_TE = size + random_scores(2000, 24)
+    plan = solve(scores_TE, 1e-3, max_passes=20)
+    for same_TE in layouts(scores_TE):
+        assert torch.equal(replace(plan, scores=same_TE).topk(24)[1], plan.topk(24)[1])
 
 
 def test_without_a_compiler_torch_does_the_work(monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sinkroute.transport import native
+from sinkroute.transport.largest import largest
 from sinkroute.transport.passes.chunked import chunks
 from sinkroute.transport.passes.compiled import served_by_kernels, threads_for
 from sinkroute.transport.problem import Problem, cost_matrix
@@ -22,7 +23,7 @@ class Choice(NamedTuple):
 
     Attributes:
         bias_E: (E,) float64, g.
-        experts_TK: (T, K) int64, descending; ties go to any; masked rows have experts 0 to K − 1.
+        experts_TK: (T, K) int64, descending, of equal ones the lower first; masked rows have experts 0 to K − 1.
         margin_TK: (T, K) of the working dtype, how far each is ahead of the best that is not chosen.
         loads_E: (E,) int64, how many real tokens have each expert.
         nearness_E: (E,) of the working dtype, the geometric mean of the margin of the K-th, over the tokens for which
@@ -74,7 +75,7 @@ def choose(problem: Problem, k: int, bias_E: Tensor) -> Choice:
     for rows in chunks(tokens, experts):
         mask_R = None if problem.token_mask is None else problem.token_mask[rows]
         shifted_RE = cost_matrix(scores_TE[rows], problem.cost, mask_R) + narrow_E
-        top_RK, chosen_RK = shifted_RE.topk(min(k + 1, experts), dim=1)
+        top_RK, chosen_RK = largest(shifted_RE, min(k + 1, experts))
         experts_TK[rows] = chosen_RK[:, :k]
         margin_TK[rows] = top_RK[:, :k] - (top_RK[:, k:] if k < experts else -math.inf)
         if mask_R is not None:

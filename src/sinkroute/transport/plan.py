@@ -81,7 +81,7 @@ class Plan:
         return matrix_TE if self.token_mask is None else matrix_TE.masked_fill(~self.token_mask[:, None], 0)
 
     def topk(self, k: int, normalise: bool = True) -> tuple[Tensor, Tensor]:
-        """The k largest entries of every row: `(weights_TK, experts_TK)`, descending.
+        """The k largest entries of every row: `(weights_TK, experts_TK)`, descending, of equal ones the lower first.
 
         Normalised, row i is `Π_ij / Σ_{j in top k} Π_ij`: of all distributions on k experts the one nearest to
         row i in Kullback–Leibler divergence (arXiv 2511.08972). Order and weights come from (cost + potentials) / reg,
@@ -93,7 +93,8 @@ class Plan:
 
         Returns:
             Weights (T, K) in float32 (float64 for float64 scores), 0 for masked tokens, and expert indices (T, K)
-            int64, always valid. A forbidden expert is only chosen where a token has fewer than k others, with weight 0.
+            int64, 0 to k − 1 for masked tokens. A forbidden expert is only chosen where a token has fewer than k
+            others, with weight 0.
 
         Raises:
             ValueError: k is not in 1 to E.

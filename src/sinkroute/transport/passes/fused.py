@@ -185,6 +185,7 @@ def _topk(
         if token_mass is not None:
             weights_RK = weights_RK * mass_R[:, None]
     weights_RK = tl.where(real_R[:, None], weights_RK, 0.0)
+    best_RK = tl.where(real_R[:, None], best_RK, places_K.to(tl.int64)[None, :])
     at_RK = rows_R.to(tl.int64)[:, None] * K + places_K[None, :]
     wanted_RK = inside_R[:, None] & (places_K < K)[None, :]
     tl.store(weights_out + at_RK, weights_RK, mask=wanted_RK)
