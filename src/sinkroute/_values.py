@@ -73,8 +73,8 @@ def is_watched() -> bool:
     )
 
 
-def readable(*tensors: Tensor | None) -> bool:
-    """Whether the numbers of all lie in memory, to be read now by their addresses. Of None there is nothing to read.
+def readable(*tensors: object) -> bool:
+    """Whether the numbers of all lie in memory, to be read now by their addresses. What is no tensor does not count.
 
     >>> import torch
     >>> readable(torch.zeros(2), None), torch.vmap(lambda x: x + readable(x))(torch.zeros(2)).tolist()
@@ -82,7 +82,7 @@ def readable(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or is_watched():
         return False
-    return all(x is None or _in_memory(x) for x in tensors)
+    return all(not isinstance(x, Tensor) or _in_memory(x) for x in tensors)
 
 
 def address(x: Tensor | None) -> int | None:
@@ -136,12 +136,12 @@ def plain(name: str, x: Any) -> Any:
     """
     if not isinstance(x, Tensor):
         return x
-    kind = type(x)
+    kind: Any = type(x)
     if kind not in (Tensor, nn.Parameter):
         if kind.__torch_dispatch__ is _NO_DISPATCH:
             return plain(name, x.as_subclass(Tensor))
         if kind.__name__ == "AsyncCollectiveTensor":
-            return plain(name, x.clone() if x.requires_grad else x.wait())
+            return plain(name, x.clone() if x.requires_grad else kind.wait(x))
         if kind.__name__ in _HOLLOW:
             return x
         cure = _CURES.get(kind.__name__, "pass the plain tensor that it stands for").format(name=name)

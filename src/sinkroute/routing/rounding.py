@@ -18,6 +18,9 @@ import math
 import torch
 from torch import Tensor
 
+from sinkroute._operations import define
+from sinkroute._values import readable
+
 __all__ = ["best_rounding"]
 
 
@@ -37,6 +40,12 @@ def best_rounding(scores_TE: Tensor, experts_TK: Tensor, token_mask: Tensor | No
     >>> best_rounding(torch.tensor([[1.0, 5.0, 3.0]]), torch.tensor([[2]])).tolist()
     [[1]]
     """
+    if not readable(scores_TE, experts_TK, token_mask):
+        return torch.ops.sinkroute.best_rounding(scores_TE.detach(), experts_TK, token_mask)
+    return _best_rounding(scores_TE, experts_TK, token_mask)
+
+
+def _best_rounding(scores_TE: Tensor, experts_TK: Tensor, token_mask: Tensor | None) -> Tensor:
     tokens, experts = scores_TE.shape
     real = tokens if token_mask is None else int(token_mask.sum())
     if real * experts_TK.shape[1] % experts == 0:
@@ -105,3 +114,10 @@ def _shortest_chain(loss_EE: Tensor, from_E: Tensor, to_E: Tensor, enough: float
         chain.append((int(before_E[at]), at))
         at = int(before_E[at])
     return chain
+
+
+define(
+    "best_rounding(Tensor scores, Tensor experts, Tensor? token_mask) -> Tensor",
+    lambda scores, experts, token_mask: _best_rounding(scores, experts, token_mask).clone(),  # no argument itself
+    lambda scores, experts, token_mask: torch.empty_like(experts),
+)

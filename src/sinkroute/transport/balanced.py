@@ -27,13 +27,17 @@ import torch
 from torch import Tensor
 
 from sinkroute._errors import require_numbers
+from sinkroute._operations import define
 from sinkroute._uncompiled import uncompiled
+from sinkroute._values import plain, readable
 from sinkroute.transport.chains import repair
 from sinkroute.transport.choice import Choice, choose
 from sinkroute.transport.passes.chunked import chunks
 from sinkroute.transport.problem import (
     Problem,
+    as_masses,
     check_scores_form,
+    full_precision,
     make_problem,
     refuse_bad_scores,
     starting_potentials,
@@ -59,19 +63,19 @@ class BalancedTopk(tuple[Tensor, Tensor]):
         experts: (T, K) int64, the experts of every token, in no order; 0 to K − 1 for masked tokens.
         bias: (E,) float32, or float64 for float64 scores: the experts of each token are the K largest of C + bias, up
             to ties. Mean 0 over the experts with mass; −inf for an expert without. Start the next call from it.
-        passes: how often all tokens were counted.
-        moves: how often the repair gave a token another expert.
+        passes: how often all tokens were counted. A 0-d tensor where a tracer or a transform of `torch.func` looks on.
+        moves: how often the repair gave a token another expert; a 0-d tensor as well.
     """
 
-    passes: int
-    moves: int
+    passes: int | Tensor
+    moves: int | Tensor
 
-    def __new__(cls, experts_TK: Tensor, bias_E: Tensor, passes: int, moves: int) -> BalancedTopk:
+    def __new__(cls, experts_TK: Tensor, bias_E: Tensor, passes: int | Tensor, moves: int | Tensor) -> BalancedTopk:
         self = super().__new__(cls, (experts_TK, bias_E))
         self.passes, self.moves = passes, moves
         return self
 
-    def __getnewargs__(self) -> tuple[Tensor, Tensor, int, int]:
+    def __getnewargs__(self) -> tuple[Tensor, Tensor, int | Tensor, int | Tensor]:
         return self.experts, self.bias, self.passes, self.moves
 
     @property
@@ -125,7 +129,8 @@ def balanced_topk(
         `(experts_TK, bias_E)` with the attributes of `BalancedTopk`.
 
     Raises:
-        TypeError: an argument of a wrong type or dtype.
+        TypeError: an argument of a wrong type or dtype, or a tensor that stands for something else, such as a
+            `MaskedTensor` or a `DTensor`.
         ValueError: a wrong shape, an unknown name, a number out of range, a token with fewer than k experts that are
             allowed, an expert that would have to take tokens twice, or −inf in so many places that no assignment
             has loads within `tol`.
@@ -138,8 +143,29 @@ def balanced_topk(
         >>> experts_TK.flatten().tolist()
         [0, 0, 1, 1]
     """
-    check_scores_form(scores_TE)
-    with torch.no_grad(), torch.autocast(scores_TE.device.type, enabled=False):
+    scores_TE = check_scores_form(scores_TE)
+    _check_numbers(scores_TE, k, tol)
+    mask, mass_E = plain("token_mask", token_mask), None if expert_mass is None else as_masses(expert_mass)
+    init = plain("init", init)
+    if not readable(scores_TE, mask, mass_E, init):
+        with torch.no_grad(), full_precision(scores_TE):  # what can be refused without looking at numbers
+            starting_potentials(make_problem(scores_TE, 1.0, cost, mask, None, mass_E, None), init)
+        found = torch.ops.sinkroute.balanced_topk(scores_TE.detach(), k, tol, cost, mask, mass_E, init)
+        return BalancedTopk(*found)
+    experts_TK, bias_E, passes, moves = _balanced_topk(scores_TE, k, tol, cost, mask, mass_E, init)
+    return BalancedTopk(experts_TK, bias_E, passes, moves)
+
+
+def _balanced_topk(
+    scores_TE: Tensor,
+    k: int,
+    tol: float,
+    cost: str,
+    token_mask: Tensor | None,
+    expert_mass: Tensor | None,
+    init: Tensor | None,
+) -> tuple[Tensor, Tensor, int, int]:
+    with torch.no_grad(), full_precision(scores_TE):
         problem = make_problem(scores_TE, 1.0, cost, token_mask, None, expert_mass, None)
         init_E = starting_potentials(problem, init)
         _check(problem, k, tol)
@@ -169,11 +195,38 @@ def balanced_topk(
                 "or expert_mass, or allow more"
             )
         bias_E = problem.centre(choice.bias_E).to(problem.dtype)
-    return BalancedTopk(choice.experts_TK, bias_E, passes, moves)
+    return choice.experts_TK, bias_E, passes, moves
 
 
-def _check(problem: Problem, k: int, tol: float) -> None:
-    scores_TE = problem.scores_TE
+def _operation(
+    scores_TE: Tensor,
+    k: int,
+    tol: float,
+    cost: str,
+    token_mask: Tensor | None,
+    expert_mass: Tensor | None,
+    init: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    found = _balanced_topk(scores_TE, k, tol, cost, token_mask, expert_mass, init)
+    passes, moves = (torch.tensor(count, device=scores_TE.device) for count in found[2:])
+    return found[0], found[1], passes, moves
+
+
+def _shape(scores_TE: Tensor, k: int, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count = scores_TE.new_empty((), dtype=torch.int64)
+    bias_E = scores_TE.new_empty(scores_TE.shape[1], dtype=torch.promote_types(scores_TE.dtype, torch.float32))
+    return scores_TE.new_empty(scores_TE.shape[0], k, dtype=torch.int64), bias_E, count, torch.empty_like(count)
+
+
+define(
+    "balanced_topk(Tensor scores, SymInt k, float tol, str cost, Tensor? token_mask, Tensor? expert_mass, "
+    "Tensor? init) -> (Tensor, Tensor, Tensor, Tensor)",
+    _operation,
+    _shape,
+)
+
+
+def _check_numbers(scores_TE: Tensor, k: int, tol: float) -> None:
     experts = scores_TE.shape[1]
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
@@ -182,6 +235,10 @@ def _check(problem: Problem, k: int, tol: float) -> None:
     require_numbers(tol=tol)
     if not 0 <= tol < math.inf:
         raise ValueError(f"tol must be a finite number, at least 0, got {tol}")
+
+
+def _check(problem: Problem, k: int, tol: float) -> None:
+    scores_TE = problem.scores_TE
     if not problem.target_E.any():
         return
     low, high = scores_TE.aminmax()

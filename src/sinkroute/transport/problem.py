@@ -30,6 +30,7 @@ __all__ = [
     "Problem",
     "Reduction",
     "Solution",
+    "as_masses",
     "check_number",
     "check_problem",
     "check_scores_form",
@@ -161,7 +162,7 @@ def check_problem(
     mass_T = _checked_token_mass(plain("token_mass", token_mass), mask, scores_TE, dtype)
     if mass_T is not None:
         mask = mass_T > 0
-    share_E = _checked_mass(plain("expert_mass", expert_mass), scores_TE)
+    share_E = _checked_mass(expert_mass, scores_TE)
     return Problem(
         scores_TE=scores_TE,
         cost=cost,
@@ -357,15 +358,20 @@ def _checked_token_mass(
     return mass_T if mask is None else torch.where(mask, mass_T, 0)
 
 
+def as_masses(expert_mass: Tensor | Sequence[float]) -> Tensor:
+    """Relative capacities as a `plain` tensor."""
+    if isinstance(expert_mass, Tensor):
+        return plain("expert_mass", expert_mass)
+    return torch.tensor(expert_mass, dtype=torch.float64, device="cpu")
+
+
 def _checked_mass(expert_mass: Tensor | Sequence[float] | None, scores_TE: Tensor) -> Tensor:
     """The share of the tokens for each expert: (E,) float64 (float32 where a device has no other), sums to 1."""
     experts, device = scores_TE.shape[1], scores_TE.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if expert_mass is None:
         return torch.full((experts,), 1 / experts, dtype=dtype, device=device)
-    mass_E = expert_mass
-    if not isinstance(mass_E, Tensor):
-        mass_E = torch.tensor(expert_mass, dtype=torch.float64, device="cpu")
+    mass_E = as_masses(expert_mass)
     # Before any arithmetic: a quotient in bfloat16 would be another target.
     mass_E = mass_E.detach().to(torch.float32 if mass_E.device.type == "mps" else torch.float64)
     if mass_E.shape != (experts,):

@@ -22,6 +22,7 @@ from sinkroute.transport.problem import (
     Problem,
     Reduction,
     Solution,
+    as_masses,
     check_number,
     check_problem,
     check_scores_form,
@@ -149,9 +150,9 @@ def solve(
             raise unknown_name("method", method, ["auto", *SOLVERS])
         _check_budget(tol, max_passes)
         tol = float(tol)
-        expert_mass = plain("expert_mass", expert_mass)
+        mass_E = None if expert_mass is None else as_masses(expert_mass)
         with full_precision(scores_TE):
-            alone = check_problem(scores_TE, reg, cost, token_mask, token_mass, expert_mass)
+            alone = check_problem(scores_TE, reg, cost, token_mask, token_mass, mass_E)
             init_E = starting_potentials(alone, init)
         here = readable(alone.scores_TE, alone.token_mask, alone.token_mass, alone.target_E, init_E)
         if reduce is not None and not here:
@@ -180,7 +181,7 @@ def solve(
                         alone.scores_TE,
                         plain("token_mask", token_mask),
                         plain("token_mass", token_mass),
-                        _as_tensor(expert_mass),
+                        mass_E,
                         init_E,
                         problem.reg,
                         cost,
@@ -221,12 +222,6 @@ def _leave(scores_TE: object, reduce: Reduction, name: str, tol: object, max_pas
         tol = tol if isinstance(tol, float) else 1e-4
         limit = max_passes if isinstance(max_passes, int) else None
         SOLVERS.get(name, dual)(rest, tol=tol, max_passes=limit, init_E=None)
-
-
-def _as_tensor(expert_mass: Tensor | Sequence[float] | None) -> Tensor | None:
-    if expert_mass is None or isinstance(expert_mass, Tensor):
-        return expert_mass
-    return torch.tensor(expert_mass, dtype=torch.float64, device="cpu")
 
 
 # -- as one operation: for tracers, for `torch.func`, for tensors without values ----------------------------------
