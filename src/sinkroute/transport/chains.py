@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sinkroute._values import address
 from sinkroute.transport import native
 from sinkroute.transport.choice import Choice
 from sinkroute.transport.passes.compiled import served_by_kernels
@@ -49,7 +50,7 @@ def repair(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor) -
     moves: int = kernels.repair(
         ctypes.byref(described),
         ctypes.c_int64(choice.experts_TK.shape[1]),
-        *(ctypes.c_void_p(x.data_ptr()) for x in tensors),
+        *(ctypes.c_void_p(address(x)) for x in tensors),
     )
     if moves < 0:
         raise MemoryError(f"no memory for the lists of {choice.experts_TK.numel()} choices; route fewer at a time")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sinkroute._values import address
 from sinkroute.transport import native
 from sinkroute.transport.largest import largest
 from sinkroute.transport.passes.chunked import chunks
@@ -63,10 +64,10 @@ def choose(problem: Problem, k: int, bias_E: Tensor) -> Choice:
         assert kernels is not None
         described = native.Scores.of(scores_TE, problem.cost == "softmax", problem.token_mask)
         nearness_E = torch.empty(experts, dtype=torch.float32, device="cpu")
-        out = (ctypes.c_void_p(x.data_ptr()) for x in (experts_TK, margin_TK, loads_E, nearness_E))
+        out = (ctypes.c_void_p(address(x)) for x in (experts_TK, margin_TK, loads_E, nearness_E))
         kernels.choose(
             ctypes.byref(described),
-            ctypes.c_void_p(narrow_E.data_ptr()),
+            ctypes.c_void_p(address(narrow_E)),
             ctypes.c_int64(k),
             *out,
             ctypes.c_int64(threads_for(scores_TE)),

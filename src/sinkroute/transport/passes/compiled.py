@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sinkroute._values import address
 from sinkroute.transport import native
 from sinkroute.transport.problem import Problem
 
@@ -47,7 +48,7 @@ class CompiledPass:
         scores = native.Scores.of(scores_TE, problem.cost == "softmax", mask_T, mass_T)
         if problem.cost == "softmax" and scores_TE.numel() <= NUMBERS_TO_KEEP:
             cost_TE = torch.empty(scores_TE.shape, dtype=torch.float32, device="cpu")
-            kernels.costs(ctypes.byref(scores), cost_TE.data_ptr())
+            kernels.costs(ctypes.byref(scores), address(cost_TE))
             scores_TE, scores = cost_TE, native.Scores.of(cost_TE, False, mask_T, mass_T)
         # Held here because the kernels see addresses only.
         self._tensors, self._scores = (scores_TE, mask_T, mass_T), ctypes.byref(scores)
