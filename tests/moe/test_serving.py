@@ -63,12 +63,12 @@ def by_logit_and_bias(layer, x, ids):
 
 
 def by_frozen_table(layer, x, ids):
-    experts_TK = layer.gate.frozen_VK[ids]
+    experts_TK = layer.gate.experts_VK[ids]
     return experts_TK, torch.sigmoid(x @ layer.gate.centroids.T).gather(1, experts_TK)
 
 
 def by_hash(layer, x, ids):
-    return layer.gate.table_VK[ids], torch.full((len(x), TOP_K), 1 / TOP_K)
+    return layer.gate.experts_VK[ids], torch.full((len(x), TOP_K), 1 / TOP_K)
 
 
 SSR = {"probability": 0.5, "noise": 1.0}
@@ -142,12 +142,13 @@ def weights_of(model):
     return {key: value for key, value in model.state_dict().items() if ".router." not in key}
 
 
-def assert_same(model, plain, ids):
+def assert_same(model, plain, ids, within=0.0):
+    """To the last bit, unless told otherwise."""
     with torch.inference_mode():
-        assert torch.equal(model(ids), plain(ids))
+        torch.testing.assert_close(model(ids), plain(ids), rtol=0, atol=within)
     for mine, theirs in zip(model.layers, plain.layers, strict=True):
         assert torch.equal(mine.routes.experts, theirs.routes.experts)
-        assert torch.equal(mine.routes.weights, theirs.routes.weights)
+        torch.testing.assert_close(mine.routes.weights, theirs.routes.weights, rtol=0, atol=within)
         assert torch.equal(mine.routes.load, theirs.routes.load)
 
 
@@ -169,7 +170,8 @@ def test_the_served_model_is_the_plain_one_with_the_same_weights(name):
             weights[gate + "weight"] = weights[gate + "weight"][: promise.gate_rows]
     plain.load_state_dict(weights)  # nothing is missing, nothing is left over
     for seed in range(100, 103):
-        assert_same(model, plain, batch(seed))
+        # A product with half as many rows may be computed in another order.
+        assert_same(model, plain, batch(seed), within=0.0 if promise.gate_rows is None else 1e-5)
 
 
 @pytest.mark.parametrize("name", OTHERWISE)

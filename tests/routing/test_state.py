@@ -18,7 +18,7 @@ from sinkroute.routing.state import RouterState, recomputing
 
 def make_state():
     return RouterState(
-        3, sums={"mass": 2}, bias_E=torch.tensor([0.1, 0.2, 0.3]), firing=torch.tensor(True), level=torch.tensor(-1.0)
+        3, sums={"mass": 2}, bias_E=torch.tensor([0.1, 0.2, 0.3]), firing=torch.tensor(1.0), level=torch.tensor(-1.0)
     )
 
 
@@ -30,7 +30,7 @@ def counted_state():
     state.begin(7)
     state.note(torch.tensor([4, 5, 6]), {"mass": torch.tensor([0.25, 0.5], dtype=torch.float64)})
     state.bias_E.copy_(torch.tensor([1.1, 1.2, 1.3]))
-    state.firing.fill_(False)
+    state.firing.fill_(0.0)
     state.level.fill_(0.75)
     return state
 
@@ -77,7 +77,7 @@ def test_a_cast_of_the_model_leaves_dtypes_and_values_alone(cast):
     model = nn.ModuleDict({"layer": nn.Linear(2, 2), "state": state})
     cast(model)
     assert facts(state) == COUNTED  # 1.1 in bfloat16 and back would be 1.1015625
-    assert state.bias_E.dtype == state.level.dtype == torch.float32 and state.firing.dtype == torch.bool
+    assert state.bias_E.dtype == state.level.dtype == state.firing.dtype == torch.float32
     assert state.load_E.dtype == torch.int64 and state.mass.dtype == torch.float64
 
 
@@ -100,7 +100,7 @@ def test_on_the_meta_device_there_are_no_values_and_back_from_it_the_first_ones(
     state = counted_state().to("meta")
     assert state.bias_E.is_meta and state.firing.is_meta and state.bias_E.dtype == torch.float32
     state.to_empty(device="cpu")
-    assert [state.bias_E.tolist(), state.firing.item(), state.level.item()] == [FRESH["bias_E"], True, -1.0]
+    assert [state.bias_E.tolist(), state.firing.item(), state.level.item()] == [FRESH["bias_E"], 1.0, -1.0]
 
 
 @every_stateful_router
@@ -124,7 +124,7 @@ def test_a_router_made_on_the_meta_device_takes_the_tensors_of_a_checkpoint_as_t
 def _values_on_the_cpu():
     return {
         "bias_E": torch.zeros(3, device="cpu"),
-        "firing": torch.tensor(True, device="cpu"),
+        "firing": torch.tensor(1.0, device="cpu"),
         "level": torch.tensor(0.0, device="cpu"),
     }
 
@@ -132,6 +132,18 @@ def _values_on_the_cpu():
 def test_an_initial_value_that_is_none_is_refused():
     with pytest.raises(ValueError, match='bias_E is on the meta device and has no value; make it with device="cpu"'):
         RouterState(3, bias_E=torch.zeros(3, device="meta"))
+
+
+def test_what_came_from_the_meta_device_is_reset_to_its_first_values_too():
+    state = make_state().to("meta").to_empty(device="cpu")
+    state.bias_E += 1
+    state.reset_parameters()
+    assert facts(state) == FRESH
+
+
+def test_an_initial_value_that_averages_would_spoil_is_refused():
+    with pytest.raises(TypeError, match=r"on must be a float tensor, got torch.bool; keep a flag as 0.0 or 1.0"):
+        RouterState(3, on=torch.tensor(True))
 
 
 def test_reset_parameters_forgets_everything():

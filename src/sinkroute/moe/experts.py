@@ -47,6 +47,7 @@ class Experts(nn.Module):
         b_out: (E, D), or None.
     """
 
+    @torch.inference_mode(False)  # it is to be trained, wherever it is made
     def __init__(
         self,
         d_model: int,

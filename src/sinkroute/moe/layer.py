@@ -13,6 +13,7 @@ from sinkroute._values import holds_values
 from sinkroute.moe.dispatch import combine, dispatch, plan_dispatch
 from sinkroute.moe.experts import Experts
 from sinkroute.routing import Router, Routes, create_router
+from sinkroute.routing.gate import LinearGate
 
 __all__ = ["MoE", "check_tokens"]
 
@@ -86,8 +87,10 @@ class MoE(nn.Module):
                 raise ValueError(
                     f"gate_bias=True, but the gate of {type(router).__name__} is no linear map; leave gate_bias out"
                 )
-            if self.gate.bias is None:
-                self.gate.bias = nn.Parameter(torch.zeros(self.gate.out_features))
+            if self.gate.bias is None and isinstance(self.gate, LinearGate):
+                self.gate.add_bias()
+            elif self.gate.bias is None:
+                self.gate.bias = nn.Parameter(torch.zeros_like(self.gate.weight[:, 0]))
         self.experts = Experts(d_model, d_hidden, num_experts, activation, bias=bias, dropout=dropout)
         self.shared = (
             None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sinkroute.moe.experts import ACTIVATIONS
@@ -65,7 +66,7 @@ class MultiHeadMoE(nn.Module):
     ) -> None:
         super().__init__()
         self.d_model, self.heads = d_model, heads
-        self.split = nn.Linear(d_model, d_model)
+        self.split = _XavierLinear(d_model, gain=1 / math.sqrt(2), zero_bias=False)
         self.moe = MoE(
             _sub_width(d_model, heads),
             d_hidden,
@@ -79,14 +80,13 @@ class MultiHeadMoE(nn.Module):
             dropout=dropout,
             router_options=router_options,
         )
-        self.merge = nn.Linear(d_model, d_model)
+        self.merge = _XavierLinear(d_model, gain=1.0, zero_bias=True)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Split and merge as in the authors' code: Xavier, the split's with a gain of 1/√2, no bias after merging."""
-        nn.init.xavier_uniform_(self.split.weight, gain=1 / math.sqrt(2))
-        nn.init.xavier_uniform_(self.merge.weight)
-        nn.init.zeros_(self.merge.bias)
+        self.split.draw()
+        self.merge.draw()
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}"
@@ -148,6 +148,35 @@ class MultiHeadMoE(nn.Module):
                 f"num_experts={num_experts}: split and merge alone have {around}; enlarge the plain layer"
             )
         return hidden
+
+
+class _XavierLinear(nn.Linear):
+    """A map D → D with Xavier's initial weight, and a bias that is `nn.Linear`'s or 0.
+
+    It draws them itself: what makes models from the meta device resets every module, the layer before its maps.
+    """
+
+    _gain: float | None = None
+
+    @torch.inference_mode(False)  # it is to be trained, wherever it is made
+    def __init__(self, width: int, gain: float, zero_bias: bool) -> None:
+        super().__init__(width, width)
+        self._gain, self._zero_bias = gain, zero_bias
+
+    def _get_name(self) -> str:  # in descriptions
+        return "Linear"
+
+    def draw(self) -> None:
+        """Xavier's weight, and a bias of 0 if it is to be so."""
+        assert self._gain is not None
+        nn.init.xavier_uniform_(self.weight, gain=self._gain)
+        if self._zero_bias:
+            nn.init.zeros_(self.bias)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self._gain is not None:  # nn.Linear is being made: the layer calls `draw` when all its parts are there
+            self.draw()
 
 
 def _sub_width(d_model: int, heads: int) -> int:

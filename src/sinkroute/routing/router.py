@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sinkroute._errors import NonFiniteScores, require_numbers, unknown_name
-from sinkroute._values import holds_values
+from sinkroute._values import holds_values, plain
 from sinkroute.routing.draws import hash63, normal_like, uniform
+from sinkroute.routing.gate import LinearGate
 from sinkroute.routing.losses.inputs import LossInputs
 from sinkroute.routing.losses.registry import LOSSES, LossesLike, check_coefficient, read_losses
 from sinkroute.routing.ranks import Group, Ranks
@@ -186,7 +187,9 @@ class Router(nn.Module):
         self.correction_on: Literal["scores", "logits"] = "scores"
         self.links: list[Link] = []
         self._keyless_passes = 0
-        self._noise_seed = torch.zeros((), dtype=torch.int64, device="cpu")  # there always: no parameter, no buffer
+        with torch.inference_mode(False):  # or it could not be written to outside it
+            # There always, on the CPU: no parameter, no buffer.
+            self._noise_seed = torch.zeros((), dtype=torch.int64, device="cpu")
         self._noise_key: tuple[int, ...] | None = None  # of that seed
         self._step_load_E: Tensor | None = None
         self._step_loads: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -220,7 +223,7 @@ class Router(nn.Module):
 
     def make_gate(self, d_model: int) -> nn.Module:
         """The module that turns tokens (T, D) into the logits (T, E) that this router takes: a bias-free linear map."""
-        return nn.Linear(d_model, self.num_experts, bias=False)
+        return LinearGate(d_model, self.num_experts)
 
     def is_plain(self) -> bool:
         """Whether in this mode and step the method does no more than plain top-k (of a model that its state is in)."""
@@ -340,7 +343,7 @@ class Router(nn.Module):
         else:
             ones_R = counted_TK.expand_as(experts_TK).flatten().long()
         load_E = torch.zeros(self.num_experts, dtype=torch.int64, device=experts_TK.device)
-        return load_E.scatter_add_(0, experts_TK.flatten(), ones_R)
+        return load_E.scatter_add(0, experts_TK.flatten(), ones_R)
 
     # -- losses ------------------------------------------------------------------------------------------------------
 
@@ -471,6 +474,7 @@ class Router(nn.Module):
         if not isinstance(logits_TE, Tensor) or not logits_TE.is_floating_point():
             kind = logits_TE.dtype if isinstance(logits_TE, Tensor) else type(logits_TE).__name__
             raise TypeError(f"logits_TE must be a float tensor, got {kind}; pass the gate's scores")
+        logits_TE, token_mask = plain("logits_TE", logits_TE), plain("token_mask", token_mask)
         widths = (self.num_experts, self.num_experts * self.logit_parts)
         if logits_TE.ndim != 2 or logits_TE.shape[1] not in widths:
             raise ValueError(

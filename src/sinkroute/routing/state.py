@@ -5,6 +5,9 @@
   from the meta device.
 - Counts are int64. They are of the whole batch: summed over the micro-batches of a step as these come, over the ranks
   when the step ends. A forward pass that is repeated for activation checkpointing counts once, evaluation never.
+- Whole numbers and flags are floats too where they are buffers, read by rounding. Tools that average models (EMA, SWA)
+  take buffers for numbers: 0.99 · 5 + 0.01 · 5 is 4 in int64, and a bool cannot be averaged at all. As floats, averages
+  of equal ones are equal.
 - All of it is in the `state_dict`, the counts of an unfinished step too, so that a resumed run continues alike. (Not
   what the loss of the global batch has seen of an unfinished step: with that one, save between steps.) The
   counts themselves are no buffers: DistributedDataParallel would overwrite them with those of rank 0 before every
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 
 from sinkroute._operations import define
 
-__all__ = ["RouterState", "recomputing"]
+__all__ = ["KeepsDtypes", "RouterState", "check_table", "recomputing", "whole"]
 
 
 def recomputing() -> bool:
@@ -43,14 +46,65 @@ def _count(total: Tensor, part: Tensor) -> None:
 define("count(Tensor(a!) total, Tensor part) -> ()", _count, lambda total, part: None)
 
 
+def whole(values: Tensor) -> Tensor:
+    """Whole numbers that are kept as floats, as int64.
+
+    >>> whole(torch.tensor([4.9999, -1.0]))
+    tensor([ 5, -1])
+    """
+    return values.round().long()
+
+
+def check_table(table: Tensor | None, name: str, num_experts: int) -> None:
+    """Refuse a table of experts from a checkpoint whose dtype cannot hold their numbers.
+
+    Raises:
+        ValueError: it was cast to a dtype that is too narrow.
+
+    >>> check_table(torch.zeros(2, 2, dtype=torch.bfloat16), "gate.table_VK", 300)
+    Traceback (most recent call last):
+    ValueError: gate.table_VK is torch.bfloat16, which holds whole numbers up to 256 only, ...
+    """
+    if table is None or not table.is_floating_point():
+        return
+    most = 2 / torch.finfo(table.dtype).eps
+    if num_experts - 1 > most:
+        raise ValueError(
+            f"{name} is {table.dtype}, which holds whole numbers up to {most:g} only, and there are {num_experts} "
+            "experts; save the checkpoint without casting this tensor"
+        )
+
+
+class KeepsDtypes(nn.Module):
+    """A module whose buffers keep their dtype when the model is cast, and move with it otherwise.
+
+    For whole numbers that are kept as floats: bfloat16 holds them up to 256 only.
+
+    >>> module = KeepsDtypes()
+    >>> module.register_buffer("table", torch.tensor([257.0]))
+    >>> module.bfloat16().table
+    tensor([257.])
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsDtypes:
+        before = dict(self._buffers)
+        with torch.inference_mode(False):  # or what is moved in inference mode could not be written to outside it
+            super()._apply(fn, recurse)
+            for name, value in before.items():
+                now = self._buffers[name]
+                if value is not None and now is not None and now.dtype != value.dtype:
+                    self._buffers[name] = value.to(now.device)
+        return self
+
+
 class RouterState(nn.Module):
     """Values that persist, and what was counted since the step began.
 
     Args:
         num_experts: E.
         sums: name → how many; further numbers (float64) that are summed over a step beside the load.
-        values: name → initial value, made with `device="cpu"`; registered as buffers, which keep their dtype whatever
-            the model is cast to.
+        values: name → initial value of any float dtype, made with `device="cpu"`; registered as float32 buffers, which
+            they stay whatever the model is cast to. A flag is 0.0 or 1.0, and read by a threshold.
 
     Attributes:
         current: the step that the counts are of, −1 before the first.
@@ -60,8 +114,16 @@ class RouterState(nn.Module):
 
     Raises:
         ValueError: an initial value on the meta device, which holds nothing.
+        TypeError: an initial value that is no float; averages of a model would spoil it.
+
+    >>> state = RouterState(4, bias_E=torch.zeros(4, device="cpu"))
+    >>> state.begin(7)
+    >>> state.note(torch.tensor([3, 1, 0, 0]), {})
+    >>> state.load_E, state.current, state.ended
+    (tensor([3, 1, 0, 0]), 7, -1)
     """
 
+    @torch.inference_mode(False)  # tensors of inference mode could not be written to outside it
     def __init__(self, num_experts: int, *, sums: dict[str, int] | None = None, **values: Tensor) -> None:
         super().__init__()
         self.current, self.ended = -1, -1
@@ -72,10 +134,13 @@ class RouterState(nn.Module):
         for name, value in values.items():
             if value.is_meta:
                 raise ValueError(f'{name} is on the meta device and has no value; make it with device="cpu"')
+            if not value.is_floating_point():
+                raise TypeError(f"{name} must be a float tensor, got {value.dtype}; keep a flag as 0.0 or 1.0")
         # Whatever the default dtype was when they were made.
-        values = {name: value.float() if value.is_floating_point() else value for name, value in values.items()}
-        copies = {"saved_steps": self._steps(), **{f"saved_{name}": count for name, count in self._counts().items()}}
-        self._initial = {name: value.clone() for name, value in (values | copies).items()}
+        values = {name: value.float() for name, value in values.items()}
+        copies = {f"saved_{name}": count.double() for name, count in self._counts().items()}
+        values |= {"saved_steps": self._steps(), **copies}
+        self._initial = {name: value.clone() for name, value in values.items()}
         device = torch.empty(0).device  # the default one
         for name, value in self._initial.items():
             self.register_buffer(name, value.clone().to(device))
@@ -86,7 +151,7 @@ class RouterState(nn.Module):
         def __getattr__(self, name: str) -> Tensor: ...
 
     def _steps(self) -> Tensor:
-        return torch.tensor([self.current, self.ended], device="cpu")
+        return torch.tensor([self.current, self.ended], dtype=torch.float64, device="cpu")
 
     def _counts(self) -> dict[str, Tensor]:
         return {"load_E": self.load_E, **self.sums}
@@ -146,16 +211,19 @@ class RouterState(nn.Module):
     def _move_counts(self, device: torch.device) -> None:
         if self.load_E.device == device or device.type == "meta":  # nothing can be counted there
             return
-        for name, counted in self._counts().items():
-            setattr(self, name, counted.to(device))
+        with torch.inference_mode(False):
+            for name, counted in self._counts().items():
+                setattr(self, name, counted.to(device))
 
+    @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RouterState:
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, value in before.items():
             assert value is not None
             # Of what fn does, only the move: no other dtype, no emptiness.
-            setattr(self, name, (self._initial[name] if value.is_meta else value).to(getattr(self, name).device))
+            value = self._initial[name].clone() if value.is_meta else value
+            setattr(self, name, value.to(getattr(self, name).device))
         self._move_counts(fn(self.load_E).device)
         return self
 
@@ -172,6 +240,13 @@ class RouterState(nn.Module):
             setattr(self, name, getattr(self, name).to(value.dtype))
         if f"{prefix}saved_steps" not in state_dict or self.saved_steps.is_meta:
             return
-        self.current, self.ended = self.saved_steps.tolist()
+        saved = [self.saved_steps, *(getattr(self, f"saved_{name}") for name in self._counts())]
+        if not all(bool(value.isfinite().all()) for value in saved):
+            # A checkpoint in a dtype that is too narrow for them: what was counted is lost, one step of many.
+            self.current, self.ended = -1, -1
+            self._clear()
+            return
+        self.current, self.ended = (round(step) for step in self.saved_steps.tolist())
         for name, counted in self._counts().items():
-            counted.copy_(getattr(self, f"saved_{name}"))
+            value = getattr(self, f"saved_{name}")
+            counted.copy_(value if counted.is_floating_point() else value.round())

@@ -40,25 +40,25 @@ def test_the_same_id_always_goes_to_the_same_experts():
 
 
 def test_blocks_are_shuffled_each_by_itself():
-    table = make(8).make_gate(3).table_VK.view(-1, 8)
+    table = make(8).make_gate(3).experts_VK.view(-1, 8)
     assert len({tuple(block) for block in table.tolist()}) > 1000
     # The pairs of neighbouring ids that share an expert would be none if blocks were alike.
     assert len(set((table[:-1] == table[1:]).sum(1).tolist())) > 1
 
 
 def test_the_table_follows_seed_and_layer_and_is_the_same_for_all_layers_that_are_not_told():
-    tables = [make(seed=s, layer=y).make_gate(3).table_VK for s, y in ((0, None), (1, None), (0, 0), (0, 1))]
+    tables = [make(seed=s, layer=y).make_gate(3).experts_VK for s, y in ((0, None), (1, None), (0, 0), (0, 1))]
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(tables, 2))
-    assert torch.equal(make().make_gate(3).table_VK, tables[0])
+    assert torch.equal(make().make_gate(3).experts_VK, tables[0])
     layer = sinkroute.MoE(4, 4, 4, 1, "hash")
     sinkroute.set_step(layer, 0)  # numbers the router: too late to matter
-    assert torch.equal(layer.gate.table_VK, tables[0])
+    assert torch.equal(layer.gate.experts_VK, tables[0])
 
 
 def test_ids_beyond_the_table_and_below_0_take_a_row_of_it():
     router = make(4, vocab_size=10)
     gate = router.make_gate(3)
-    assert gate.table_VK.shape == (12, 1)  # rounded up to whole blocks
+    assert gate.experts_VK.shape == (12, 1)  # rounded up to whole blocks
     routes = route(router, torch.tensor([3, 15, -9, 1_000_000_011]), gate)
     assert len(set(routes.experts.flatten().tolist())) == 1
 
@@ -70,7 +70,7 @@ def test_balancing_is_greedy_by_frequency(top_k):
     gate.balance(counts)
     load = [0] * 3
     for token in sorted(range(50), key=lambda token: -counts[token].item()):
-        chosen = gate.table_VK[token].tolist()
+        chosen = gate.experts_VK[token].tolist()
         others = [load[expert] for expert in range(3) if expert not in chosen]
         assert len(set(chosen)) == top_k and max(load[expert] for expert in chosen) <= min(others)
         for expert in chosen:
@@ -81,22 +81,22 @@ def test_balancing_is_greedy_by_frequency(top_k):
 def test_words_that_never_occur_are_spread_over_the_experts():
     gate = make(4, vocab_size=100).make_gate(3)
     gate.balance(torch.zeros(100))
-    assert torch.bincount(gate.table_VK.flatten()).tolist() == [25] * 4
+    assert torch.bincount(gate.experts_VK.flatten()).tolist() == [25] * 4
 
 
 def test_rows_beyond_the_counts_stay():
     gate = make(4, vocab_size=100).make_gate(3)
-    before = gate.table_VK.clone()
+    before = gate.experts_VK.clone()
     gate.balance(torch.arange(20.0))
-    assert torch.equal(gate.table_VK[20:], before[20:]) and not torch.equal(gate.table_VK[:20], before[:20])
+    assert torch.equal(gate.experts_VK[20:], before[20:]) and not torch.equal(gate.experts_VK[:20], before[:20])
 
 
 def test_a_balanced_table_is_saved_with_the_model():
     layer, other = (sinkroute.MoE(4, 4, 4, 2, "hash", router_options={"vocab_size": 20}) for _ in range(2))
     layer.gate.balance(torch.arange(20.0))
-    assert not torch.equal(other.gate.table_VK, layer.gate.table_VK)
+    assert not torch.equal(other.gate.experts_VK, layer.gate.experts_VK)
     other.load_state_dict(layer.bfloat16().state_dict())
-    assert torch.equal(other.gate.table_VK, layer.gate.table_VK) and layer.gate.table_VK.dtype == torch.int64
+    assert torch.equal(other.gate.experts_VK, layer.gate.experts_VK) and layer.gate.experts_VK.dtype == torch.int64
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_ids_of_any_integer_type_go_to_the_experts_of_those_of_int64(dtype):
     layer, ids = sinkroute.MoE(4, 4, 4, 1, "hash"), torch.arange(120)
     for of in (ids, ids.to(dtype)):
         layer(torch.zeros(120, 4), token_ids=of)
-        assert torch.equal(layer.routes.experts, layer.gate.table_VK[ids])
+        assert torch.equal(layer.routes.experts, layer.gate.experts_VK[ids])
 
 
 def test_groups_are_refused():
@@ -140,7 +140,7 @@ def test_groups_are_refused():
 
 def test_resetting_the_gate_gives_it_its_random_table_again():
     gate = make(4, 2, vocab_size=20).make_gate(3)
-    before = gate.table_VK.clone()
+    before = gate.experts_VK.clone()
     gate.balance(torch.arange(20.0))
     gate.reset_parameters()
-    assert torch.equal(gate.table_VK, before)
+    assert torch.equal(gate.experts_VK, before)

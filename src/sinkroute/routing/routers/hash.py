@@ -17,6 +17,7 @@ The gate makes logits of it, 0 for the chosen and −10⁴ for the others, so th
 from __future__ import annotations
 
 import heapq
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from typing_extensions import Unpack
 from sinkroute._errors import require_count
 from sinkroute.routing.draws import hash63
 from sinkroute.routing.router import CommonOptions, Router
+from sinkroute.routing.state import KeepsDtypes, check_table, whole
 
 __all__ = ["HashGate", "HashRouter"]
 
@@ -32,7 +34,7 @@ __all__ = ["HashGate", "HashRouter"]
 _NEVER = -1e4
 
 
-class HashGate(nn.Module):
+class HashGate(KeepsDtypes):
     """Ids of tokens (T,) to logits (T, E).
 
     Args:
@@ -42,17 +44,20 @@ class HashGate(nn.Module):
         seed: of the table.
 
     Attributes:
-        table_VK: (V, K) int64, the experts of each id; a buffer.
+        table_VK: (V, K) float32, the experts of each id; a buffer. What averages models or casts them takes buffers for
+            numbers: it spoils integers, and floats of equal models stay what they are.
+        experts_VK: the same as int64.
     """
 
     needs_token_ids = True
     table_VK: Tensor
 
+    @torch.inference_mode(False)  # or `balance` could not write to the table
     def __init__(self, num_experts: int, top_k: int, vocab_size: int, seed: int) -> None:
         super().__init__()
         self.num_experts, self.seed = num_experts, seed
         rows = -(-vocab_size // num_experts) * num_experts
-        self.register_buffer("table_VK", torch.empty(rows, top_k, dtype=torch.int64))
+        self.register_buffer("table_VK", torch.empty(rows, top_k, dtype=torch.float32))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -67,8 +72,13 @@ class HashGate(nn.Module):
         choices = [shuffled_BE.roll(-k, dims=1).flatten() for k in range(top_k)]
         self.table_VK.copy_(torch.stack(choices, dim=1))
 
+    @property
+    def experts_VK(self) -> Tensor:
+        """(V, K) int64, the experts of each id."""
+        return whole(self.table_VK)
+
     def forward(self, x_TD: Tensor, token_ids: Tensor) -> Tensor:
-        experts_TK = self.table_VK[token_ids % len(self.table_VK)]
+        experts_TK = whole(self.table_VK[token_ids % len(self.table_VK)])
         return x_TD.new_full((len(x_TD), self.num_experts), _NEVER).scatter(1, experts_TK, 0.0)
 
     @torch.no_grad()
@@ -85,7 +95,7 @@ class HashGate(nn.Module):
 
         >>> gate = HashGate(num_experts=2, top_k=1, vocab_size=4, seed=0)
         >>> gate.balance(torch.tensor([5, 1, 3, 2]))  # 5 to 0; 3, 2 to 1; 1 where fewer ids are
-        >>> gate.table_VK.flatten().tolist()
+        >>> gate.experts_VK.flatten().tolist()
         [0, 0, 1, 1]
         """
         rows, top_k = self.table_VK.shape
@@ -98,13 +108,18 @@ class HashGate(nn.Module):
         if not (torch.isfinite(counts).all() and (counts >= 0).all()):
             raise ValueError("token_counts must be finite numbers of 0 or more")
         heap = [(0.0, 0, expert) for expert in range(self.num_experts)]
-        table = self.table_VK.tolist()
+        table = self.experts_VK.tolist()
         for token in torch.argsort(counts, descending=True, stable=True).tolist():
             emptiest = [heapq.heappop(heap) for _ in range(top_k)]
             table[token] = [expert for _, _, expert in emptiest]
             for load, ids, expert in emptiest:
                 heapq.heappush(heap, (load + counts[token].item(), ids + 1, expert))
-        self.table_VK.copy_(torch.tensor(table))
+        self.table_VK.copy_(torch.tensor(table, device="cpu"))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_table(state_dict.get(f"{prefix}table_VK"), f"{prefix}table_VK", self.num_experts)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.table_VK = self.table_VK.float()  # `assign=True` takes tensors as they are
 
 
 class HashRouter(Router):

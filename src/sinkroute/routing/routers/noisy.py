@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from sinkroute.routing.gate import LinearGate
 from sinkroute.routing.losses.importance import cv_squared
 from sinkroute.routing.losses.registry import check_coefficient
 from sinkroute.routing.masked import mean_over_tokens
@@ -76,7 +77,7 @@ class NoisyRouter(Router):
 
         All zeros at first, as in the paper: then noise alone chooses, and the load is even from the start.
         """
-        return _ZeroGate(d_model, 2 * self.num_experts, bias=False)
+        return _ZeroGate(d_model, 2 * self.num_experts)
 
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         clean_TE, raw_TE = logits_TE[:, : self.num_experts], logits_TE[:, self.num_experts :]
@@ -92,15 +93,13 @@ class NoisyRouter(Router):
         return choice._replace(aux_loss=aux_loss)
 
 
-class _ZeroGate(nn.Linear):
+class _ZeroGate(LinearGate):
     """A linear map of zeros, which stays so when its values are reset."""
 
     def reset_parameters(self) -> None:
         # Drawn first as in any linear map: from the same seed, the other layers are what they are with other routers.
         super().reset_parameters()
         nn.init.zeros_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
 
 def smooth_load_loss(

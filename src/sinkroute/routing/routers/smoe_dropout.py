@@ -122,6 +122,7 @@ class _FixedGate(nn.Linear):
 
     _key: int | None = None
 
+    @torch.inference_mode(False)
     def __init__(self, d_model: int, num_experts: int, seed: int, layer: int | None) -> None:
         super().__init__(d_model, num_experts)
         layer = int(torch.randint(2**62, (), device="cpu")) if layer is None else layer

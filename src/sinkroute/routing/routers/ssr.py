@@ -167,8 +167,10 @@ class SSRRouter(Router):
         self._rate = None if self.adaptive else make_schedule("probability", probability, most=1)  # type: ignore[arg-type]
         self.raw_noise: nn.Parameter | None = None
         if isinstance(noise, str) and (start := _learned(noise)) is not None:
-            self.raw_noise = nn.Parameter(torch.tensor(math.log(math.expm1(start))))
+            with torch.inference_mode(False):  # it is to be trained, wherever the router is made
+                self.raw_noise = nn.Parameter(torch.empty(()))
             self._noise_schedule: Schedule = Constant(start)
+            self.reset_parameters()
         else:
             self._noise_schedule = make_schedule("noise", noise)
         self.state = self.make_state()
@@ -176,6 +178,11 @@ class SSRRouter(Router):
         self._measured: tuple[float, bool] | None = None
         self.register_load_state_dict_post_hook(_prepare_again)
         _prepare_again(self)
+
+    def reset_parameters(self) -> None:
+        """The first value of a noise that is learned. (What is remembered resets itself.)"""
+        if self.raw_noise is not None:
+            nn.init.constant_(self.raw_noise, _softplus_inverse(self._noise_schedule(0)))
 
     def extra_repr(self) -> str:
         probability = self.probability if isinstance(self.probability, (str, Adaptive)) else self._rate
@@ -188,7 +195,7 @@ class SSRRouter(Router):
         """For what this method remembers, or None."""
         values, sums = self.state_values(), self.state_sums()
         if self.adaptive:
-            values |= {"max_vio": torch.tensor(-1.0, device="cpu"), "firing": torch.tensor(False, device="cpu")}
+            values |= {"max_vio": torch.tensor(-1.0, device="cpu"), "firing": torch.tensor(0.0, device="cpu")}
             sums |= {"gate_load": self.num_experts}
         return RouterState(self.num_experts, sums=sums, **values) if values or sums else None
 
@@ -275,7 +282,7 @@ class SSRRouter(Router):
             assert self.state is not None
             if self.state.firing.is_meta:  # there is no value yet
                 return -1.0, False
-            self._measured = (float(self.state.max_vio), bool(self.state.firing))
+            self._measured = (float(self.state.max_vio), float(self.state.firing) > 0.5)
         return self._measured
 
     # -- routes ------------------------------------------------------------------------------------------------------
@@ -391,6 +398,11 @@ def _learned(text: str) -> float | None:
     if not (start > 0 and math.isfinite(start)):
         raise ValueError(f"noise must be learned or learned(VALUE) with a value above 0, got {text!r}")
     return start
+
+
+def _softplus_inverse(value: float) -> float:
+    # log(e^x − 1), which overflows for large x.
+    return value + math.log(-math.expm1(-value))
 
 
 def _among_chosen(weights_TK: Tensor, chosen_TK: Tensor, normalise: bool) -> Tensor:

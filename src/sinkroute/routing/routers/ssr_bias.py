@@ -113,6 +113,7 @@ class SSRBiasRouter(SSRKeptRouter):
         if self.bias_on == "scores":
             raise ValueError('bias_on="scores": a bias of the scores is none of the gate\'s; serve with the bias')
         if gate.bias is None:
-            gate.bias = nn.Parameter(torch.zeros_like(gate.weight[:, 0]))
+            with torch.inference_mode(False):
+                gate.bias = nn.Parameter(torch.zeros_like(gate.weight[:, 0]))
         gate.bias.add_(self.state.bias_E.to(gate.bias.dtype))
         self.state.bias_E.zero_()

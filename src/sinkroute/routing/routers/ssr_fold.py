@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from sinkroute._errors import unknown_name
+from sinkroute.routing.gate import LinearGate
 from sinkroute.routing.ranks import distribute
 from sinkroute.routing.router import Choice
 from sinkroute.routing.routers.ssr_kept import SSRKeptOptions, SSRKeptRouter
@@ -71,9 +72,7 @@ class SSRFoldRouter(SSRKeptRouter):
         """
         if self.__dict__.get("_gate"):
             raise ValueError("this ssr-fold router has a gate already; make one router per layer")
-        gate = nn.Linear(d_model, self.num_experts, bias=self.gate == "bias")
-        if self.gate == "bias":
-            nn.init.zeros_(gate.bias)
+        gate = _FoldGate(d_model, self.num_experts, bias=self.gate == "bias")
         self.bind_gate(gate)
         return gate
 
@@ -179,6 +178,15 @@ class SSRFoldRouter(SSRKeptRouter):
         if hasattr(moved, "device_mesh"):  # sharded
             move = distribute(move, moved)
         moved.add_(move)
+
+
+class _FoldGate(LinearGate):
+    """A linear gate that draws a bias too, and drops it: from the same seed, the other layers stay what they were."""
+
+    def reset_parameters(self) -> None:
+        nn.Linear.reset_parameters(self)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class _Hand:

@@ -30,7 +30,7 @@ from sinkroute.routing.masked import mean_over_tokens
 from sinkroute.routing.orthogonal import fill_orthogonal
 from sinkroute.routing.router import Choice, CommonOptions, Router
 from sinkroute.routing.scores import weigh
-from sinkroute.routing.state import RouterState
+from sinkroute.routing.state import KeepsDtypes, RouterState, check_table, whole
 
 __all__ = ["StableGate", "StableMoERouter"]
 
@@ -38,7 +38,7 @@ __all__ = ["StableGate", "StableMoERouter"]
 _NEVER = -1e4
 
 
-class StableGate(nn.Module):
+class StableGate(KeepsDtypes):
     """Tokens (T, D) and their ids (T,) to main and light logits, (T, 2·E); without ids to main logits, (T, E).
 
     Args:
@@ -51,7 +51,9 @@ class StableGate(nn.Module):
     Attributes:
         centroids: (E, D), of the main router.
         embeddings, light_centroids: (V, light_dim) and (E, light_dim), the light router.
-        frozen_VK: (V, K) int64, what the light router chose when it was frozen, best first; −1 before. A buffer.
+        frozen_VK: (V, K) float32, what the light router chose when it was frozen, best first; −1 before. A buffer, of
+            floats for the reason that `HashGate` tells.
+        experts_VK: the same as int64.
         is_frozen: whether it is frozen: known without a device, which would have to be waited for.
 
     Raises:
@@ -61,12 +63,13 @@ class StableGate(nn.Module):
     needs_token_ids = False  # it takes them
     frozen_VK: Tensor
 
+    @torch.inference_mode(False)  # it is to be trained and frozen, wherever it is made
     def __init__(self, d_model: int, num_experts: int, top_k: int, vocab_size: int, light_dim: int) -> None:
         super().__init__()
         self.centroids = nn.Parameter(torch.empty(num_experts, d_model))
         self.embeddings = nn.Parameter(torch.empty(vocab_size, light_dim))
         self.light_centroids = nn.Parameter(torch.empty(num_experts, light_dim))
-        self.register_buffer("frozen_VK", torch.empty(vocab_size, top_k, dtype=torch.int64))
+        self.register_buffer("frozen_VK", torch.empty(vocab_size, top_k, dtype=torch.float32))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -77,6 +80,11 @@ class StableGate(nn.Module):
         fill_orthogonal(self.light_centroids, gain=0.1)
         self.frozen_VK.fill_(-1)
         self.is_frozen = False
+
+    @property
+    def experts_VK(self) -> Tensor:
+        """(V, K) int64, the experts of each id since it was frozen; −1 before."""
+        return whole(self.frozen_VK)
 
     def forward(self, x_TD: Tensor, token_ids: Tensor | None = None) -> Tensor:
         # In the dtype of the tokens, which the layer has lifted to float32: a gate in low precision is lifted too.
@@ -93,7 +101,7 @@ class StableGate(nn.Module):
         light_TE = F.linear(F.embedding(row_T, self.embeddings).to(dtype), self.light_centroids.to(dtype))
         # Frozen are the choices, not the weights that led to them: these would go on moving by an optimiser's momentum
         # and weight decay. They stay in the graph with a gradient of 0, as data-parallel wrappers demand.
-        frozen_TK = self.frozen_VK[row_T]
+        frozen_TK = whole(self.frozen_VK[row_T])
         rank_K = torch.arange(frozen_TK.shape[1], device=x_TD.device, dtype=dtype)
         kept_TE = torch.full_like(light_TE, _NEVER).scatter(1, frozen_TK.clamp(min=0), -rank_K.expand(frozen_TK.shape))
         return torch.cat((main_TE, torch.where(frozen_TK[:, :1] >= 0, kept_TE, light_TE)), dim=1)
@@ -104,12 +112,14 @@ class StableGate(nn.Module):
         light_VE = self.embeddings.float() @ self.light_centroids.float().t()
         chosen_VK = torch.topk(light_VE, self.frozen_VK.shape[1], dim=-1).indices
         # What is frozen stays: a data-parallel wrapper may have filled the buffer, which `is_frozen` does not see.
-        self.frozen_VK.copy_(torch.where(self.frozen_VK >= 0, self.frozen_VK, chosen_VK))
+        self.frozen_VK.copy_(torch.where(self.frozen_VK > -0.5, self.frozen_VK, chosen_VK))
         self.is_frozen = True
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self.is_frozen = holds_values(self.frozen_VK) and bool(self.frozen_VK[0, 0] >= 0)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_table(state_dict.get(f"{prefix}frozen_VK"), f"{prefix}frozen_VK", len(self.centroids))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.frozen_VK = self.frozen_VK.float()  # `assign=True` takes tensors as they are
+        self.is_frozen = holds_values(self.frozen_VK) and bool(self.frozen_VK[0, 0] > -0.5)
 
 
 class _StableState(RouterState):
@@ -118,7 +128,7 @@ class _StableState(RouterState):
     is_frozen = False
 
     def freeze(self) -> None:
-        self.frozen.fill_(True)
+        self.frozen.fill_(1.0)
         self.is_frozen = True
 
     def reset_parameters(self) -> None:
@@ -127,7 +137,20 @@ class _StableState(RouterState):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.is_frozen = holds_values(self.frozen) and bool(self.frozen)
+        self.is_frozen = holds_values(self.frozen) and float(self.frozen) >= self.frozen_from
+
+    @property
+    def frozen_from(self) -> float:
+        """The least `frozen` with which the routes are frozen.
+
+        In an average of models of both stages it is the share of those that are frozen, and their table has the same
+        share of the gate's: with less than this, what the table rounds to is no model's.
+        """
+        return 1 - 1 / (4 * (len(self.load_E) + 1))
+
+    def now(self) -> Tensor:
+        """0-d bool, on the device: whether the routes are frozen."""
+        return self.frozen >= self.frozen_from
 
 
 class StableMoERouter(Router):
@@ -149,7 +172,7 @@ class StableMoERouter(Router):
             those of the paper. Without groups.
 
     Attributes:
-        state: holds `frozen`, 0-d bool: whether stage 2 has begun.
+        state: holds `frozen`, 0-d float32: 1.0 when stage 2 has begun, 0.0 before.
 
     Raises:
         TypeError, ValueError: a number that is none or out of range.
@@ -185,7 +208,7 @@ class StableMoERouter(Router):
         self.freeze_step, self.vocab_size, self.light_dim = freeze_step, vocab_size, light_dim
         self.balance_coefficient = check_coefficient("balance_coefficient", balance_coefficient, 0.3)
         self.distill_coefficient = check_coefficient("distill_coefficient", distill_coefficient, 0.3)
-        self.state = _StableState(num_experts, frozen=torch.tensor(False, device="cpu"))
+        self.state = _StableState(num_experts, frozen=torch.tensor(0.0, device="cpu"))
         self._gates: list[StableGate] = []  # a list, or the layer's gate would be a module of this router too
 
     def make_gate(self, d_model: int) -> nn.Module:
@@ -228,7 +251,7 @@ class StableMoERouter(Router):
         if light_TE.shape[1]:
             log_light_TK = F.log_softmax(light_TE, dim=-1).gather(1, choice.experts_TK)
             loss = loss - self.distill_coefficient * mean_over_tokens(log_light_TK.mean(1), token_mask)
-            loss = torch.where(self.state.frozen, 0.0, loss)
+            loss = torch.where(self.state.now(), 0.0, loss)
         return choice._replace(aux_loss=loss)
 
     def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
@@ -236,7 +259,7 @@ class StableMoERouter(Router):
         if light_TE.shape[1] == 0:
             return self.score_topk(main_TE)
         # Chosen on the device: whether the routes are frozen is state, and to ask for it would wait.
-        experts_TK = self.choose(torch.where(self.state.frozen, light_TE, main_TE).detach())
+        experts_TK = self.choose(torch.where(self.state.now(), light_TE, main_TE).detach())
         return Choice(experts_TK, self.weigh(main_TE, experts_TK))
 
     def _balance_loss(self, main_TE: Tensor, experts_TK: Tensor, token_mask: Tensor | None) -> Tensor:

@@ -45,6 +45,7 @@ class CosineGate(nn.Module):
         temperature: 0-d. Below 10⁻⁴ it acts as 10⁻⁴, with the gradient that it has there.
     """
 
+    @torch.inference_mode(False)  # it is to be trained, wherever it is made
     def __init__(self, d_model: int, num_experts: int, dim: int, temperature: float) -> None:
         super().__init__()
         self.project = nn.Linear(d_model, dim, bias=False)
