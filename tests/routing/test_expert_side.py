@@ -17,10 +17,12 @@ from sinkroute.routing.expert_side import take_best_tokens
     per_token=st.floats(0.3, 3),
     seed=st.integers(0, 2**32),
     masked=st.booleans(),
+    tied=st.booleans(),
 )
-def test_each_expert_takes_its_best_real_tokens(tokens, experts, per_token, seed, masked):
+def test_each_expert_takes_its_best_real_tokens_of_equal_ones_the_first(tokens, experts, per_token, seed, masked, tied):
     generator = torch.Generator().manual_seed(seed)
     values_TE = torch.randn(tokens, experts, generator=generator)
+    values_TE = values_TE.round() if tied else values_TE
     mask = torch.rand(tokens, generator=generator) < 0.7 if masked else None
     real = [t for t in range(tokens) if mask is None or mask[t]]
     ranked = [sorted(real, key=lambda t: -values_TE[t, expert].item()) for expert in range(experts)]
@@ -47,6 +49,14 @@ def test_each_expert_takes_its_best_real_tokens(tokens, experts, per_token, seed
 def test_a_tokens_experts_come_by_descending_value():
     experts_TK, chosen_TK = take_best_tokens(torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 0.0]]), 1.5, None, 2)
     assert experts_TK[0].tolist() == [1, 2, 0] and chosen_TK[0].all() and not chosen_TK[1].any()
+
+
+def test_equal_tokens_are_spread_over_the_experts_by_a_seed():
+    values_TE = torch.zeros(64, 8)
+    _, by_order_TK = take_best_tokens(values_TE, 2.0, None, 1)
+    assert by_order_TK.sum(1).tolist() == [8] * 16 + [0] * 48  # every expert takes the same tokens
+    _, drawn_TK = take_best_tokens(values_TE, 2.0, None, 1, torch.tensor(3))
+    assert drawn_TK.sum() == 128 and drawn_TK.any(1).sum() > 48
 
 
 @pytest.mark.parametrize("mask", [None, torch.zeros(0, dtype=torch.bool)])

@@ -254,6 +254,14 @@ def test_the_two_scores_of_a_group_choose_different_groups():
     assert limit_to_groups(values_TE, 2, 1, "top2-sum").isfinite().tolist() == [[False, False, True, True]]
 
 
+def test_of_equal_groups_the_lower_is_taken_or_those_that_are_drawn():
+    values_TE = torch.zeros(2000, 8)
+    assert limit_to_groups(values_TE, 4, 2, "max").isfinite().sum(0).tolist() == [2000] * 4 + [0] * 4
+    assert limit_to_groups(values_TE.t().contiguous().t(), 4, 2, "max").isfinite().sum(0)[:4].tolist() == [2000] * 4
+    drawn_E = limit_to_groups(values_TE, 4, 2, "max", torch.tensor(1)).isfinite().sum(0)
+    assert (drawn_E - 1000).abs().max() < 120  # a standard deviation is 22
+
+
 def test_a_group_of_one_expert_is_as_good_as_that():
     values_TE = torch.tensor([[1.0, 3.0, 2.0]])
     assert limit_to_groups(values_TE, 3, 2, "top2-sum").tolist() == [[float("-inf"), 3.0, 2.0]]

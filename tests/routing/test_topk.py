@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sinkroute.routing.draws import normal_like
 from sinkroute.routing.topk import noisy_topk, top_experts
@@ -120,6 +121,69 @@ def test_transformed_functions_and_meta_tensors_can_be_chosen_from():
     gradient_TE = torch.func.grad(lambda values_TE: values_TE.gather(1, top_experts(values_TE, 2)).sum())(values_TE)
     assert torch.equal(gradient_TE.nonzero()[:, 1].view(5, 2), by_sorting(values_TE, 2).sort(1).values)
     assert top_experts(values_TE.to("meta"), 2).shape == (5, 2)
+
+
+class Best(torch.nn.Module):
+    def forward(self, values_TE):
+        return top_experts(values_TE, 4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit.trace
+def test_exported_and_traced_graphs_break_ties_alike():
+    values_TE, other_TE = random(50, 20).round(), random(50, 20)  # nothing is tied where the graph is made
+    expected_TK = by_sorting(values_TE, 4)
+    assert torch.equal(torch.export.export(Best(), (other_TE,)).module()(values_TE), expected_TK)
+    assert torch.equal(make_fx(Best())(other_TE)(values_TE), expected_TK)
+    assert torch.equal(torch.jit.trace(Best(), other_TE)(values_TE), expected_TK)
+    assert torch.equal(torch.vmap(Best())(torch.stack([values_TE, other_TE]))[0], expected_TK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["contiguous", "transposed", "every other column", "one row again and again"])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_layout_dtype_and_kernels_do_not_change_a_choice(monkeypatch, kernels, form, dtype):
+    values_TE = random(60, 24).round().to(dtype)
+    if form == "transposed":
+        values_TE = values_TE.t().contiguous().t()
+    elif form == "every other column":
+        values_TE = values_TE.repeat_interleave(2, dim=1)[:, ::2]
+    elif form == "one row again and again":
+        values_TE = values_TE[:1].expand(60, 24)
+    if not kernels:
+        monkeypatch.setattr(native, "load", lambda: None)
+    assert torch.equal(top_experts(values_TE, 3), by_sorting(values_TE, 3))
+
+
+# -- ties in an order that is drawn ----------------------------------------------------------------------------------
+
+
+def by_value_then_draw(values_TE, draws_TE, k):
+    pairs = zip(values_TE.tolist(), draws_TE.tolist(), strict=True)
+    return [sorted(range(len(row)), key=lambda j: (-row[j], -draw[j]))[:k] for row, draw in pairs]
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_equal_values_come_in_the_order_of_their_draws_and_others_in_their_own(monkeypatch, kernels, dtype, k):
+    if not kernels:
+        monkeypatch.setattr(native, "load", lambda: None)
+    values_TE, seed = random(80, 9).round().to(dtype), torch.tensor(4)
+    expected = by_value_then_draw(values_TE, normal_like(values_TE, seed), k)
+    assert top_experts(values_TE, k, seed).tolist() == expected
+    compiled = torch.compile(lambda x, ties: top_experts(x, k, ties), fullgraph=True, backend="eager")
+    assert compiled(values_TE, seed).tolist() == expected
+    plain_TE = random(80, 9, seed=1)
+    assert torch.equal(top_experts(plain_TE, k, seed), top_experts(plain_TE, k))
+
+
+def test_equal_values_are_spread_evenly_and_anew_by_every_seed():
+    values_TE = torch.zeros(4000, 8)
+    one, other = (top_experts(values_TE, 2, torch.tensor(seed)) for seed in (1, 2))
+    for experts_TK in (one, other):
+        # 1000 expected, with a standard deviation of 27.
+        assert (experts_TK.flatten().bincount(minlength=8) - 1000).abs().max() < 150
+    assert (one == other).float().mean() < 0.2
 
 
 # -- with noise ------------------------------------------------------------------------------------------------------

@@ -1,9 +1,12 @@
 """The K best experts of every token.
 
 Of equal values the lower expert comes first, so that a choice is a function of its values: bfloat16 logits are equal
-often. `torch.topk` leaves that open, and on a CPU it is the slowest part of a router; there the compiled kernel chooses
-(native/noisy_topk.c), or where there is none (or values are float64) rows with ties are sorted. `torch.compile` sees
-one opaque operation. On other devices, and in exported graphs, the order of equal values is torch's.
+often. That is so on every device, for every dtype and layout, in exported graphs, under tracers and transforms. On a
+CPU, where `torch.topk` is the slowest part of a router, the compiled kernel chooses (native/noisy_topk.c), and
+`torch.compile` sees one opaque operation; elsewhere, and for float64, it is `largest`.
+
+Where all experts are equal at first (a gate of zeros, copies of one expert) that rule sends all tokens to experts 0 to
+K − 1. For training there is another: of equal values the order is drawn, from a key as all that is random here.
 
 Noise that is added for the choice is bounded (6.34 standard deviations). Values further below the K-th largest than
 twice that stay out whatever is drawn, so that the kernel draws for the others alone.
@@ -15,44 +18,56 @@ import torch
 from torch import Tensor
 
 from sinkroute._operations import define
-from sinkroute._values import holds_values
+from sinkroute._values import readable
 from sinkroute.routing.draws import normal_like
 from sinkroute.transport import native
+from sinkroute.transport.largest import largest
 from sinkroute.transport.passes.compiled import served_by_kernels, threads_for
 
 __all__ = ["noisy_topk", "top_experts"]
 
 
-def top_experts(values_TE: Tensor, k: int) -> Tensor:
-    """The k largest of each row, descending; on a CPU, of equal ones the lower expert first.
+def top_experts(values_TE: Tensor, k: int, ties: Tensor | None = None) -> Tensor:
+    """The k largest of each row, descending; of equal ones the lower expert first, or in an order that is drawn.
 
     Args:
-        values_TE: (T, E) of any float dtype; −inf loses to all else. With NaN in a row its experts are any k.
+        values_TE: (T, E) of any float dtype; −inf loses to all else, −0 is 0. With NaN in a row its experts are any k.
         k: 1 to E.
+        ties: 0-d int64 on the CPU, the seed of `normal_like` numbers by which equal values are ordered, anew for each
+            token. The values themselves are not changed. None: the lower expert first.
 
     Returns:
         (T, k) int64, without gradient.
 
     >>> top_experts(torch.tensor([[1.0, 2.0, 2.0], [0.0, float("-inf"), 0.0]]), 2).tolist()
     [[1, 2], [0, 2]]
+    >>> top_experts(torch.zeros(1000, 4), 1, ties=torch.tensor(7)).flatten().bincount().min() > 200
+    tensor(True)
     """
     values_TE = values_TE.detach()
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and values_TE.device.type == "cpu":
-        return torch.ops.sinkroute.top_experts(values_TE, k)
-    return _top_experts(values_TE, k)
+        return torch.ops.sinkroute.top_experts(values_TE, k, ties)
+    return _top_experts(values_TE, k, ties)
 
 
-def _top_experts(values_TE: Tensor, k: int) -> Tensor:
-    if not _in_memory(values_TE):
-        return torch.topk(values_TE, k, dim=-1).indices
-    if _served(values_TE):
-        return _native_topk(values_TE, k, None, 0.0, None)[0]
-    # One more than asked, to see whether the last is tied with the next.
-    top = torch.topk(values_TE, min(k + 1, values_TE.shape[1]), dim=-1)
-    experts_TK = top.indices[:, :k].contiguous()
-    tied_R = (top.values[:, 1:] == top.values[:, :-1]).any(-1).nonzero()[:, 0]
+def _top_experts(values_TE: Tensor, k: int, ties: Tensor | None) -> Tensor:
+    if values_TE.device.type != "cpu" or not readable(values_TE):
+        return largest(values_TE, k, None if ties is None else normal_like(values_TE, ties))[1]
+    if ties is not None:
+        return _drawn(values_TE, k, ties)
+    served_TE = _for_kernels(values_TE if values_TE.dtype == torch.float64 else values_TE.float())
+    return largest(values_TE, k)[1] if served_TE is None else _native_topk(served_TE, k, None, 0.0, None)[0]
+
+
+def _drawn(values_TE: Tensor, k: int, ties: Tensor) -> Tensor:
+    """Nothing is drawn where nothing is tied, which is soon so in any training."""
+    experts = values_TE.shape[1]
+    best_TK = _top_experts(values_TE, min(k + 1, experts), None)  # one more, to see whether the last is tied with it
+    top_TK = values_TE.gather(1, best_TK)
+    tied_R = (top_TK[:, 1:] == top_TK[:, :-1]).any(1).nonzero()[:, 0]
+    experts_TK = best_TK[:, :k].contiguous()
     if len(tied_R):
-        experts_TK[tied_R] = values_TE[tied_R].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        experts_TK[tied_R] = largest(values_TE[tied_R], k, normal_like(values_TE, ties)[tied_R])[1]
     return experts_TK
 
 
@@ -79,26 +94,20 @@ def noisy_topk(
     values_TE = values_TE.detach()
     std = std.detach() if isinstance(std, Tensor) else std
     bias_E = None if bias_E is None else bias_E.to(values_TE.dtype)
-    if _in_memory(values_TE) and _served(values_TE):
-        return _native_topk(values_TE, k, bias_E, float(std), seed)
+    if values_TE.dtype == torch.float32 and readable(values_TE, bias_E):
+        served_TE = _for_kernels(values_TE)
+        if served_TE is not None:
+            return _native_topk(served_TE, k, bias_E, float(std), seed)
     noise_TE = normal_like(values_TE, seed)
     noisy_TE = values_TE + std * noise_TE
     experts_TK = top_experts(noisy_TE if bias_E is None else noisy_TE + bias_E, k)
     return experts_TK, noise_TE.gather(-1, experts_TK)
 
 
-def _in_memory(values_TE: Tensor) -> bool:
-    """Whether the values lie in this machine's memory, to be read now."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or values_TE.device.type != "cpu":
-        return False
-    try:
-        return holds_values(values_TE) and (values_TE.data_ptr() != 0 or values_TE.numel() == 0)
-    except RuntimeError:  # what torch.func makes of a tensor
-        return False
-
-
-def _served(values_TE: Tensor) -> bool:
-    return values_TE.dtype == torch.float32 and served_by_kernels(values_TE)
+def _for_kernels(values_TE: Tensor) -> Tensor | None:
+    """The values as the kernel reads them, row by row, or None where it cannot; a copy takes a fraction of its time."""
+    values_TE = values_TE if values_TE.stride(1) == 1 else values_TE.contiguous()
+    return values_TE if values_TE.dtype == torch.float32 and served_by_kernels(values_TE) else None
 
 
 def _native_topk(
@@ -127,7 +136,7 @@ def _native_topk(
 
 
 define(
-    "top_experts(Tensor values, SymInt k) -> Tensor",
+    "top_experts(Tensor values, SymInt k, Tensor? ties) -> Tensor",
     _top_experts,
-    lambda values, k: values.new_empty(values.shape[0], k, dtype=torch.int64),
+    lambda values, k, ties: values.new_empty(values.shape[0], k, dtype=torch.int64),
 )
