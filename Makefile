@@ -1,16 +1,22 @@
 # Everything from a fresh checkout: `make demo`, `make test`.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# The lowest Python and torch that pyproject.toml allows, for `make test-oldest`; the newest torch, for `make test-latest`.
+PYTHON_OLDEST ?= python3.10
+TORCH_OLDEST ?= torch==2.10.0
+TORCH_LATEST ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint slow fuzz bench bench-routing bench-transport test-peers test-megatron clean
+.PHONY: help demo test test-oldest test-latest lock lint slow fuzz bench bench-routing bench-transport test-peers test-megatron clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train SSR and its rivals on Wikipedia text and write runs/demo/report.html"
 	@echo "             (options: make demo ARGS='--train.steps 100 --only softmax ssr-s')"
 	@echo "make test    lint and the whole test suite        make slow    the long tests"
+	@echo "make test-oldest, make test-latest   the suite with the lowest and with the newest versions that are allowed"
+	@echo "make lock    the newest versions into requirements/, from which demo and test install"
 	@echo "make fuzz    the property tests on random examples, MINUTES=30 of them; SEED= repeats one round"
 	@echo "make bench-routing   time and memory of every router alone, and of other packages' routers"
 	@echo "make bench   time per step of SSR against vanilla        make bench-transport   the solver against public ones"
@@ -18,12 +24,23 @@ help:
 	@echo "make test-megatron   the adapter to Megatron-Core (docs/megatron.md), in Megatron-Core's environment"
 	@echo "PYTHON=python3.12 chooses the interpreter, TORCH='torch==2.13.0 --index-url ...' the build of torch"
 
-# torch first and by itself: what comes after is satisfied by it and cannot pull another build.
-$(VENV)/.installed: pyproject.toml scripts/make_venv.py
-	$(PYTHON) scripts/make_venv.py $(VENV)
-	@echo "Installing torch and the lab into $(VENV) (some minutes) ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[lab,dev]"
+PIP := python -m pip --disable-pip-version-check install --quiet
+
+# $(call install,ENVIRONMENT,PYTHON,TORCH,LOCK). Torch first and by itself, of whatever build; then the locked versions of
+# all the rest, which must suit that torch and never replace it. What has no wheel is built with the locked setuptools,
+# the project with the locked hatchling: pip's own build environments would take versions of the day.
+define install
+	$(2) scripts/make_venv.py $(1)
+	@echo "Installing torch and the lab into $(1) (some minutes) ..."
+	$(1)/bin/$(PIP) --no-deps $(3)
+	$(1)/bin/$(PIP) -c $(4) setuptools
+	$(1)/bin/$(PIP) --no-build-isolation --use-pep517 -r $(4) \
+		$$($(1)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))')
+	$(1)/bin/$(PIP) --no-build-isolation --no-deps -e .
+endef
+
+$(VENV)/.installed: requirements/locked.txt pyproject.toml scripts/make_venv.py
+	$(call install,$(VENV),$(PYTHON),$(TORCH),requirements/locked.txt)
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -36,6 +53,31 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+.venv-oldest/.installed: requirements/oldest.txt pyproject.toml scripts/make_venv.py
+	$(call install,.venv-oldest,$(PYTHON_OLDEST),$(TORCH_OLDEST),requirements/oldest.txt)
+	@touch $@
+
+# The lowest versions that pyproject.toml allows.
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -n 2 -q $(ARGS)
+
+# The newest versions that pyproject.toml allows, looked up each time; a machine's own cap on versions is lifted.
+test-latest: export PIP_CONSTRAINT := /dev/null
+test-latest:
+	test -x .venv-latest/bin/python || $(PYTHON) scripts/make_venv.py .venv-latest
+	.venv-latest/bin/$(PIP) --upgrade --upgrade-strategy eager $(TORCH_LATEST)
+	.venv-latest/bin/$(PIP) --upgrade --upgrade-strategy eager $(TORCH_LATEST) -e ".[lab,dev]"
+	.venv-latest/bin/python -m pip list | grep -iE "^(torch|triton|transformers|numpy) "
+	.venv-latest/bin/python -m pytest -n 2 -q $(ARGS)
+
+# Newest versions into requirements/: the only thing that changes what `make demo` and `make test` install.
+lock: .venv-lock/bin/uv
+	$(PYTHON) scripts/lock.py $< $(TORCH) $(TORCH_OLDEST)
+
+.venv-lock/bin/uv:
+	$(PYTHON) scripts/make_venv.py .venv-lock
+	.venv-lock/bin/$(PIP) uv
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -q -m slow
@@ -97,4 +139,4 @@ $(PEERS:%=.venv-%/.torch): .venv-%/.torch: tests/peers/requirements.txt pyprojec
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-bench $(PEERS:%=.venv-%) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-latest .venv-lock .venv-bench $(PEERS:%=.venv-%) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

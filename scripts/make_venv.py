@@ -21,7 +21,8 @@ import venv
 from pathlib import Path
 
 # The newest pip is not needed, one that every supported Python runs is.
-PIP_WHEEL = "pip-25.2-py3-none-any.whl"
+PIP = "25.2"
+PIP_WHEEL = f"pip-{PIP}-py3-none-any.whl"
 
 
 def main(target: Path) -> None:
@@ -35,7 +36,8 @@ def main(target: Path) -> None:
     ):
         return
     venv.create(target, with_pip=False, clear=True)
-    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "pip"], capture_output=True)
+    fill = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", f"pip=={PIP}"]
+    subprocess.run(fill, capture_output=True)
     if has_pip(python):
         return
     with tempfile.TemporaryDirectory() as folder:
