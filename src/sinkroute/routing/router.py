@@ -7,6 +7,7 @@ beside the model's weights to serve say so.)
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections import deque
@@ -26,15 +27,21 @@ from sinkroute.routing.routes import Routes
 from sinkroute.routing.scores import GroupScore, Score, limit_to_groups, scores, weigh
 from sinkroute.routing.state import RouterState, recomputing
 from sinkroute.routing.topk import top_experts
-from sinkroute.transport import Plan
+from sinkroute.transport import Plan, solve
 
-__all__ = ["Choice", "CommonOptions", "Link", "Router"]
+__all__ = ["Choice", "CommonOptions", "Link", "Router", "Ties"]
 
 # After so many passes without set_step, accumulation and recomputation cannot explain it: somebody forgot.
 _PASSES_BEFORE_WARNING = 64
 
+# What a rank gives instead of its load when it refuses its logits: below 0 with any loads, however many ranks do so.
+_REFUSED = -(2**50)
+
 # Passes without a graph whose losses are remembered until they are repeated with one; more are not under way at once.
 _LEAVES = 256
+
+
+Ties = Literal["first", "spread"]
 
 
 class CommonOptions(TypedDict, total=False):
@@ -46,6 +53,7 @@ class CommonOptions(TypedDict, total=False):
     top_groups: int | None
     group_score: GroupScore
     route_scale: float
+    ties: Ties
     losses: LossesLike
     process_group: Group
     seed: int
@@ -99,6 +107,9 @@ class Router(nn.Module):
         top_groups: a token chooses experts of so many groups. None: of all.
         group_score: a group is as good as its best expert (`"max"`) or its best two together (`"top2-sum"`).
         route_scale: factor of all weights (`routed_scaling_factor`).
+        ties: which of equal values is chosen: the lower expert (`"first"`), or, in training, one that is drawn for each
+            token (`"spread"`), so that equal experts get equal loads: for a gate of zeros and for experts that are
+            copies of one another. Serving is always `"first"`.
         losses: auxiliary losses beside those of the method: names, or name → coefficient. See `LOSSES`. One that the
             method has already is computed once, with this coefficient.
         process_group: the ranks whose tokens are balanced together: a `ProcessGroup` or `"world"`. None: for a plan,
@@ -138,6 +149,7 @@ class Router(nn.Module):
         top_groups: int | None = None,
         group_score: GroupScore = "top2-sum",
         route_scale: float = 1.0,
+        ties: Ties = "first",
         losses: LossesLike = (),
         process_group: Group = None,
         seed: int = 0,
@@ -154,7 +166,11 @@ class Router(nn.Module):
                 f"top_k must be between 1 and num_experts={num_experts}, got {top_k}; "
                 "a token cannot visit an expert twice"
             )
-        for name, choice, choices in (("score", score, Score), ("group_score", group_score, GroupScore)):
+        for name, choice, choices in (
+            ("score", score, Score),
+            ("group_score", group_score, GroupScore),
+            ("ties", ties, Ties),
+        ):
             if choice not in get_args(choices):
                 raise unknown_name(name, choice, get_args(choices))
         if groups < 1 or num_experts % groups:
@@ -176,6 +192,9 @@ class Router(nn.Module):
         self.norm_topk = top_k > 1 if norm_topk is None else norm_topk
         self.score, self.groups, self.top_groups, self.group_score = score, groups, top_groups, group_score
         self.route_scale = float(route_scale)
+        self.ties = ties
+        if ties == "spread":
+            self.needs_step = True
         self.losses = read_losses(losses)
         self.process_group = Ranks(process_group)
         self.batch_ranks = Ranks("world") if self.process_group == Ranks(None) else self.process_group
@@ -229,7 +248,7 @@ class Router(nn.Module):
         """Whether in this mode and step the method does no more than plain top-k (of a model that its state is in)."""
         if not self.training:
             return self.serves_plainly or bool(self.links)
-        return type(self).route is Router.route and not self.losses
+        return type(self).route is Router.route and not self.losses and self.ties == "first"
 
     def forward(self, logits_TE: Tensor, token_mask: Tensor | None = None, *, plain: Choice | None = None) -> Routes:
         """Route T tokens.
@@ -245,9 +264,9 @@ class Router(nn.Module):
         Raises:
             TypeError: a dtype that is not float, a mask that is not bool.
             ValueError: a wrong shape; non-finite logits of a real token (checked on CPU only: elsewhere it would stall
-                the device).
+                the device); on a CPU, another rank has refused its logits in a pass for which the ranks talk.
         """
-        all_TX = self._checked(logits_TE, token_mask)
+        all_TX = self._checked_together(logits_TE, token_mask)
         logits_TE = all_TX[:, : self.num_experts]
         if self.training and self.needs_step:
             self._note_keyless_pass()
@@ -322,14 +341,18 @@ class Router(nn.Module):
 
     def choose(self, selection_TE: Tensor) -> Tensor:
         """(T, K) int64: the K largest of each row, in its best groups; see `top_experts`."""
+        ties = self.tie_seed()
         if self.top_groups < self.groups:
-            selection_TE = limit_to_groups(selection_TE, self.groups, self.top_groups, self.group_score)
-        return top_experts(selection_TE, self.top_k)
+            selection_TE = limit_to_groups(selection_TE, self.groups, self.top_groups, self.group_score, ties)
+        return top_experts(selection_TE, self.top_k, ties)
 
     def choose_in(self, plan: Plan) -> Tensor:
         """(T, K) int64: the K largest entries of each row of a plan, in its best groups."""
         if self.top_groups == self.groups:
-            return plan.topk(self.top_k)[1]
+            if self.tie_seed() is None:
+                return plan.topk(self.top_k)[1]
+            # Before the division by reg, after which distinct entries may underflow to ties.
+            return self.choose((plan.cost + plan.potentials).detach())
         return self.choose(plan.matrix().detach())  # groups are judged by the sums of entries
 
     def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
@@ -375,6 +398,9 @@ class Router(nn.Module):
                 if len(known) == 1 or torch.equal(own_E, load_E):
                     return batch_E
         batch_E = self.batch_ranks.sum(load_E.clone())
+        if batch_E.device.type == "cpu" and not torch.compiler.is_compiling() and holds_values(batch_E):
+            if int(batch_E[0]) < 0:
+                raise ValueError("another rank refused its logits, its error says why; here they are right")
         if self.step_was_set:
             batch_E = batch_E if self._step_load_E is None else batch_E + self._step_load_E
             self._step_load_E = batch_E
@@ -451,6 +477,10 @@ class Router(nn.Module):
             self._update_noise_seed()
         return self._noise_seed
 
+    def tie_seed(self) -> Tensor | None:
+        """What orders equal values here and now (see `top_experts`); None: the lower expert comes first."""
+        return self.noise_seed() if self.training and self.ties == "spread" else None
+
     def _update_noise_seed(self) -> None:
         key = (self.seed, self.layer or 0, self.step, self.micro_batch, self.batch_ranks.rank)
         if key != self._noise_key:
@@ -469,6 +499,33 @@ class Router(nn.Module):
             )
 
     # -- input -------------------------------------------------------------------------------------------------------
+
+    def withdraw(self, device: torch.device) -> None:
+        """Take part, with nothing to give, in the collective calls that other ranks make in this pass.
+
+        For a rank that is about to raise: the others would wait for it. On a CPU they raise in the first call.
+        """
+        if self.training and not recomputing() and any(LOSSES[name].of_batch for name in self.losses):
+            self.batch_ranks.sum(torch.full((self.num_experts,), _REFUSED, dtype=torch.int64, device=device))
+
+    def _withdraw_from_plan(self, device: torch.device, tol: float, max_passes: int | None) -> bool:
+        """`withdraw` from a `solve` over `process_group`; whether the other ranks know now, and call no more."""
+        group = self.process_group.group
+        if group is None:
+            return False
+        nothing = torch.empty(0, self.num_experts, dtype=torch.int64, device=device)
+        with contextlib.suppress(TypeError):  # integers are refused, and solve tells the others
+            solve(nothing, tol=tol, max_passes=max_passes, process_group=group)
+        return device.type == "cpu"
+
+    def _checked_together(self, logits_TE: Tensor, token_mask: Tensor | None) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._checked(logits_TE, token_mask)
+        try:
+            return self._checked(logits_TE, token_mask)
+        except (TypeError, ValueError):
+            self.withdraw(logits_TE.device if isinstance(logits_TE, Tensor) else torch.device("cpu"))
+            raise
 
     def _checked(self, logits_TE: Tensor, token_mask: Tensor | None) -> Tensor:
         if not isinstance(logits_TE, Tensor) or not logits_TE.is_floating_point():

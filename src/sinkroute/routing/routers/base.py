@@ -48,6 +48,7 @@ class BaseRouter(Router):
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         experts_TK, _ = balanced_topk(logits_TE.detach(), self.top_k, tol=0, token_mask=token_mask)
         experts_TK = best_rounding(logits_TE, experts_TK, token_mask)
+        experts_TK = experts_TK.sort(dim=1).values  # so that of equal ones the lower expert comes first
         order_TK = logits_TE.detach().gather(1, experts_TK).argsort(dim=1, descending=True, stable=True)
         experts_TK = experts_TK.gather(1, order_TK)
         return Choice(experts_TK, self.weigh(logits_TE, experts_TK), "assignment")

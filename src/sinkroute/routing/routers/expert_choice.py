@@ -64,7 +64,7 @@ class ExpertChoiceRouter(Router):
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         per_token = self.top_k if self.capacity_factor is None else self.capacity_factor
         values_TE = scores(logits_TE.detach(), self.score)
-        experts_TK, chosen_TK = take_best_tokens(values_TE, per_token, token_mask, self.top_k)
+        experts_TK, chosen_TK = take_best_tokens(values_TE, per_token, token_mask, self.top_k, self.tie_seed())
         weights_TK = scores(logits_TE, self.score).gather(1, experts_TK) * chosen_TK
         if self.norm_topk:
             weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=torch.finfo(weights_TK.dtype).tiny)

@@ -113,7 +113,7 @@ class SMoEDropoutRouter(Router):
         return self._topk(logits_TE, self.serving_top_k or self.top_k)
 
     def _topk(self, logits_TE: Tensor, k: int) -> Choice:
-        experts_TK = top_experts(logits_TE, k)
+        experts_TK = top_experts(logits_TE, k, self.tie_seed())
         return Choice(experts_TK, self.weigh(logits_TE, experts_TK))
 
 

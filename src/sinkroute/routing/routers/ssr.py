@@ -290,7 +290,9 @@ class SSRRouter(Router):
     def is_plain(self) -> bool:
         if not self.training:
             return self.inference == "none" and super().is_plain()
-        quiet = self.raw_noise is None and (self.noise_now == 0 or self.noise_branch == "sinkhorn")
+        quiet = (
+            self.ties == "first" and self.raw_noise is None and (self.noise_now == 0 or self.noise_branch == "sinkhorn")
+        )
         return quiet and not self.sinkhorn_now and not self.losses and self.gate_bias() is None
 
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
@@ -302,6 +304,11 @@ class SSRRouter(Router):
         if self.raw_noise is not None:  # a gradient of 0 rather than none, as below
             choice = choice._replace(weights_TK=choice.weights_TK + 0 * self.raw_noise)
         return choice
+
+    def withdraw(self, device: torch.device) -> None:
+        plans = self.sinkhorn_now if self.training else self.inference in ("sinkhorn", "both")
+        if not (plans and self._withdraw_from_plan(device, self.tol, self.max_passes)):
+            super().withdraw(device)
 
     def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         if self.inference in ("sinkhorn", "both"):

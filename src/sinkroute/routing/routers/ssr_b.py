@@ -35,7 +35,9 @@ def choose_balanced(plan: Plan, top_k: int, tol: float, token_mask: Tensor | Non
     """Experts with balanced loads for the cost of a plan, best first."""
     scores_TE = plan.scores.detach()
     experts_TK, bias_E = balanced_topk(scores_TE, top_k, tol, token_mask=token_mask, init=plan.potentials.detach())
-    order_TK = (scores_TE + plan.potentials.detach()).gather(1, experts_TK).argsort(1, descending=True)
+    experts_TK = experts_TK.sort(1).values  # so that of equal ones the lower expert comes first
+    chosen_TK = (scores_TE + plan.potentials.detach()).gather(1, experts_TK)
+    order_TK = chosen_TK.argsort(dim=1, descending=True, stable=True)
     return PlanChoice(experts_TK.gather(1, order_TK), None, bias_E)
 
 

@@ -31,5 +31,6 @@ class SSRExpertChoiceRouter(SSRRouter):
         self.refuse_groups()
 
     def choose_on_plan(self, plan: Plan, token_mask: Tensor | None) -> PlanChoice:
-        experts_TK, chosen_TK = take_best_tokens(plan.matrix().detach(), self.top_k, token_mask, self.top_k)
+        entries_TE = plan.matrix().detach()
+        experts_TK, chosen_TK = take_best_tokens(entries_TE, self.top_k, token_mask, self.top_k, self.tie_seed())
         return PlanChoice(experts_TK, chosen_TK, plan.potentials)

@@ -31,6 +31,7 @@ from sinkroute.routing.orthogonal import fill_orthogonal
 from sinkroute.routing.router import Choice, CommonOptions, Router
 from sinkroute.routing.scores import weigh
 from sinkroute.routing.state import KeepsDtypes, RouterState, check_table, whole
+from sinkroute.routing.topk import top_experts
 
 __all__ = ["StableGate", "StableMoERouter"]
 
@@ -110,7 +111,7 @@ class StableGate(KeepsDtypes):
     def freeze(self) -> None:
         """From now on every id has the experts that the light router chooses for it now."""
         light_VE = self.embeddings.float() @ self.light_centroids.float().t()
-        chosen_VK = torch.topk(light_VE, self.frozen_VK.shape[1], dim=-1).indices
+        chosen_VK = top_experts(light_VE, self.frozen_VK.shape[1])
         # What is frozen stays: a data-parallel wrapper may have filled the buffer, which `is_frozen` does not see.
         self.frozen_VK.copy_(torch.where(self.frozen_VK > -0.5, self.frozen_VK, chosen_VK))
         self.is_frozen = True
