@@ -49,6 +49,8 @@ def _one_by_one(short: str) -> Callable[..., Any]:
             operation(*(x if dim is None else x.select(dim, n) for x, dim in zip(args, in_dims, strict=True)))
             for n in range(info.batch_size)
         ]
+        if results[0] is None:
+            return None, None
         if isinstance(results[0], torch.Tensor):
             return torch.stack(results), 0
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])

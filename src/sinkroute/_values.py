@@ -43,7 +43,7 @@ def holds_values(tensor: Tensor) -> bool:
     # A fake tensor claims any device; what gives it away is that it is of a subclass.
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
         return False
-    return torch.compiler.is_compiling() or not (is_traced() or torch._C._are_functorch_transforms_active())
+    return torch.compiler.is_compiling() or not (is_traced() or _is_batched(tensor))
 
 
 def is_traced() -> bool:
@@ -112,7 +112,7 @@ def has_tangent(x: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
-def plain(name: str, x: Any) -> Any:
+def plain(name: str, x: Any, beside: Tensor | None = None) -> Any:
     """The argument `name` as a tensor whose numbers lie in memory where it has any; what is no tensor as it came.
 
     Wrappers that torch opens by itself stay closed: fake tensors, those of the meta device and of `torch.func`.
@@ -121,6 +121,7 @@ def plain(name: str, x: Any) -> Any:
         name: of the argument, for the error.
         x: a tensor of any kind. The result of a collective is waited for; a subclass that is a tensor by another name
             becomes that tensor; what is negated or conjugated only when read becomes numbers.
+        beside: a tensor that it is used with: if that one holds numbers, `x` has to.
 
     Raises:
         TypeError: a tensor that stands for something else, such as a `MaskedTensor`, a `DTensor`, a nested or sparse
@@ -134,8 +135,11 @@ def plain(name: str, x: Any) -> Any:
     Traceback (most recent call last):
     TypeError: scores_TE is a tensor of layout torch.sparse_coo, not numbers in memory; pass scores_TE.to_dense()
     """
-    if not isinstance(x, Tensor):
+    # What the compiler traces are tensors of its own; it knows what they stand for.
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling():
         return x
+    if beside is not None and x.is_meta and not beside.is_meta:
+        raise TypeError(f"{name} is on the meta device and holds no numbers, the rest does; pass {name} with numbers")
     kind: Any = type(x)
     if kind not in (Tensor, nn.Parameter):
         if kind.__torch_dispatch__ is _NO_DISPATCH:
@@ -160,6 +164,15 @@ def plain(name: str, x: Any) -> Any:
             f"its layer?), or a transform that made the tensor has ended; pass {name} while it holds numbers"
         )
     return x
+
+
+def _is_batched(x: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def _in_memory(x: Tensor) -> bool:

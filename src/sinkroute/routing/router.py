@@ -31,6 +31,9 @@ from sinkroute.transport import Plan, solve
 
 __all__ = ["Choice", "CommonOptions", "Link", "Router", "Ties"]
 
+# A float dtype that torch cannot convert; not every build has it.
+_PACKED = getattr(torch, "float4_e2m1fn_x2", None)
+
 # After so many passes without set_step, accumulation and recomputation cannot explain it: somebody forgot.
 _PASSES_BEFORE_WARNING = 64
 
@@ -531,7 +534,9 @@ class Router(nn.Module):
         if not isinstance(logits_TE, Tensor) or not logits_TE.is_floating_point():
             kind = logits_TE.dtype if isinstance(logits_TE, Tensor) else type(logits_TE).__name__
             raise TypeError(f"logits_TE must be a float tensor, got {kind}; pass the gate's scores")
-        logits_TE, token_mask = plain("logits_TE", logits_TE), plain("token_mask", token_mask)
+        if logits_TE.dtype == _PACKED:
+            raise TypeError(f"logits_TE is {_PACKED}, two numbers in one; pass the gate's scores as torch.bfloat16")
+        logits_TE, token_mask = plain("logits_TE", logits_TE), plain("token_mask", token_mask, logits_TE)
         widths = (self.num_experts, self.num_experts * self.logit_parts)
         if logits_TE.ndim != 2 or logits_TE.shape[1] not in widths:
             raise ValueError(

@@ -145,8 +145,11 @@ def balanced_topk(
     """
     scores_TE = check_scores_form(scores_TE)
     _check_numbers(scores_TE, k, tol)
-    mask, mass_E = plain("token_mask", token_mask), None if expert_mass is None else as_masses(expert_mass)
-    init = plain("init", init)
+    mask, mass_E = (
+        plain("token_mask", token_mask, scores_TE),
+        None if expert_mass is None else as_masses(expert_mass, scores_TE),
+    )
+    init = plain("init", init, scores_TE)
     if not readable(scores_TE, mask, mass_E, init):
         with torch.no_grad(), full_precision(scores_TE):  # what can be refused without looking at numbers
             starting_potentials(make_problem(scores_TE, 1.0, cost, mask, None, mass_E, None), init)

@@ -158,8 +158,8 @@ def check_problem(
     scores_TE = plain("scores_TE", scores_TE.detach())
     dtype = torch.promote_types(scores_TE.dtype, torch.float32)
     _check_reg(reg, dtype)
-    mask = _checked_mask(plain("token_mask", token_mask), scores_TE)
-    mass_T = _checked_token_mass(plain("token_mass", token_mass), mask, scores_TE, dtype)
+    mask = _checked_mask(plain("token_mask", token_mask, scores_TE), scores_TE)
+    mass_T = _checked_token_mass(plain("token_mass", token_mass, scores_TE), mask, scores_TE, dtype)
     if mass_T is not None:
         mask = mass_T > 0
     share_E = _checked_mass(expert_mass, scores_TE)
@@ -228,7 +228,7 @@ def full_precision(scores_TE: Tensor) -> AbstractContextManager[None]:
 
 def starting_potentials(problem: Problem, init: Tensor | None) -> Tensor | None:
     """`init` as potentials (E,) float64 to start from, 0 where it is not finite; None where there is none."""
-    init = plain("init", init)
+    init = plain("init", init, problem.scores_TE)
     if init is None:
         return None
     if not isinstance(init, Tensor):
@@ -358,10 +358,10 @@ def _checked_token_mass(
     return mass_T if mask is None else torch.where(mask, mass_T, 0)
 
 
-def as_masses(expert_mass: Tensor | Sequence[float]) -> Tensor:
+def as_masses(expert_mass: Tensor | Sequence[float], scores_TE: Tensor) -> Tensor:
     """Relative capacities as a `plain` tensor."""
     if isinstance(expert_mass, Tensor):
-        return plain("expert_mass", expert_mass)
+        return plain("expert_mass", expert_mass, scores_TE)
     return torch.tensor(expert_mass, dtype=torch.float64, device="cpu")
 
 
@@ -371,7 +371,7 @@ def _checked_mass(expert_mass: Tensor | Sequence[float] | None, scores_TE: Tenso
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if expert_mass is None:
         return torch.full((experts,), 1 / experts, dtype=dtype, device=device)
-    mass_E = as_masses(expert_mass)
+    mass_E = as_masses(expert_mass, scores_TE)
     # Before any arithmetic: a quotient in bfloat16 would be another target.
     mass_E = mass_E.detach().to(torch.float32 if mass_E.device.type == "mps" else torch.float64)
     if mass_E.shape != (experts,):

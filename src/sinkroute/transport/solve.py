@@ -150,7 +150,7 @@ def solve(
             raise unknown_name("method", method, ["auto", *SOLVERS])
         _check_budget(tol, max_passes)
         tol = float(tol)
-        mass_E = None if expert_mass is None else as_masses(expert_mass)
+        mass_E = None if expert_mass is None else as_masses(expert_mass, scores_TE)
         with full_precision(scores_TE):
             alone = check_problem(scores_TE, reg, cost, token_mask, token_mass, mass_E)
             init_E = starting_potentials(alone, init)
