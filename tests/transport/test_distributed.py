@@ -19,6 +19,28 @@ CASES = {
 }
 
 
+# What one rank refuses by itself: how it differs from arguments that are right.
+REFUSED = {
+    "no scores": lambda scores_TE: {"scores_TE": None},
+    "integers": lambda scores_TE: {"scores_TE": scores_TE.long()},
+    "a batch": lambda scores_TE: {"scores_TE": scores_TE[None]},
+    "no experts": lambda scores_TE: {"scores_TE": scores_TE[:, :0]},
+    "a masked tensor": lambda scores_TE: {"scores_TE": torch.masked.masked_tensor(scores_TE, scores_TE > 0)},
+    "no numbers": lambda scores_TE: {"scores_TE": scores_TE.to("meta")},
+    "a mask of another size": lambda scores_TE: {"token_mask": torch.ones(1, dtype=torch.bool)},
+    "a mask of numbers": lambda scores_TE: {"token_mask": torch.ones(len(scores_TE))},
+    "a negative mass": lambda scores_TE: {"token_mass": torch.full((len(scores_TE),), -1.0)},
+    "a NaN mass": lambda scores_TE: {"token_mass": torch.full((len(scores_TE),), torch.nan)},
+    "capacities of another size": lambda scores_TE: {"expert_mass": [1.0]},
+    "a start of another size": lambda scores_TE: {"init": torch.zeros(1)},
+    "another method": lambda scores_TE: {"method": "guess"},
+    "another cost": lambda scores_TE: {"cost": "squared"},
+    "no xi": lambda scores_TE: {"reg": 0.0},
+    "no tolerance": lambda scores_TE: {"tol": "small"},
+    "no passes": lambda scores_TE: {"max_passes": 0},
+}
+
+
 def all_scores():
     generator = torch.Generator().manual_seed(0)
     return torch.randn(40, 5, generator=generator) + torch.randn(5, generator=generator)
@@ -44,6 +66,15 @@ def solve_on_rank():
             solve(bad_TE, 0.5, method=method, process_group=dist.group.WORLD)
         except ValueError as error:
             results["bad", method] = str(error)
+    for case, change in REFUSED.items():
+        scores_TE = all_scores()[:5]
+        changed = change(scores_TE) if rank else {}
+        try:
+            solve(**{"scores_TE": scores_TE, "process_group": dist.group.WORLD} | changed)
+        except (TypeError, ValueError) as error:
+            results[case] = str(error)
+    after = solve(all_scores()[:5], process_group=dist.group.WORLD)
+    results["after"] = bool(after.converged)
     return results
 
 
@@ -68,3 +99,13 @@ def test_sharded_tokens_give_the_plan_of_one_process(results, case, method):
 @pytest.mark.parametrize("method", list_solvers())
 def test_bad_scores_on_one_rank_are_an_error_on_all(results, method):
     assert "another rank" in results[0]["bad", method] and "scores_TE[0, 0] is nan" in results[1]["bad", method]
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_one_rank_refuses_is_an_error_on_all_at_once(results, case):
+    assert "another rank refused its arguments" in results[0][case]
+    assert "another rank" not in results[1][case]
+
+
+def test_ranks_go_on_together_after_refusals(results):
+    assert results[0]["after"] and results[1]["after"]
