@@ -656,3 +656,52 @@ def test_a_token_that_is_not_finite_is_an_error_on_the_cpu():
     x[2, 3] = float("nan")
     with pytest.raises(ValueError, match=r"logits_TE\[2, 0\] is nan"):
         make()(x)
+
+
+# -- tokens that do not go with the weights --------------------------------------------------------------------------
+
+NARROW = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def any_layer(kind):
+    return make(D) if kind == "MoE" else sinkroute.MultiHeadMoE(D, 2, HIDDEN, EXPERTS, 2, "softmax")
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("kind", ["MoE", "MultiHeadMoE"])
+def test_tokens_of_8_bits_are_refused_by_name(kind, dtype):
+    with pytest.raises(
+        TypeError, match=rf"x must be a float tensor of 16, 32 or 64 bits, got a tensor of {dtype}.*x\.to"
+    ):
+        any_layer(kind)(random(3, D).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int32, torch.bool])
+@pytest.mark.parametrize("kind", ["MoE", "MultiHeadMoE"])
+def test_tokens_that_are_no_floats_are_refused_by_name(kind, dtype):
+    with pytest.raises(TypeError, match=rf"x must be a float tensor, got a tensor of {dtype}; pass tokens"):
+        any_layer(kind)(random(3, D).to(dtype))
+
+
+@pytest.mark.parametrize("router", sinkroute.list_routers())
+@pytest.mark.parametrize(("weights", "tokens"), [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)])
+def test_tokens_of_another_dtype_than_the_weights_are_refused_with_the_cure(router, weights, tokens):
+    layer = make(router=router, dtype=weights)
+    with pytest.raises(
+        TypeError, match=rf"x must have the dtype of the experts' weights, {weights}, got {tokens}; .*x\.t"
+    ):
+        layer(random(3, D, dtype=tokens), token_ids=torch.arange(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_without_values_refuses_tokens_with_values(dtype):
+    with torch.device("meta"):
+        layer = make(dtype=dtype)
+    with pytest.raises(ValueError, match=r"weights are on the meta device and hold no values.*to_empty"):
+        layer(random(3, D, dtype=dtype))
+    assert layer(random(3, D, dtype=dtype).to("meta")).shape == (3, D)
+
+
+def test_ids_for_heads_that_are_no_tensor_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"token_ids must be an integer tensor, got \[1, 2, 3\]"):
+        any_layer("MultiHeadMoE")(random(3, D), token_ids=[1, 2, 3])

@@ -401,3 +401,17 @@ def test_those_that_need_a_bias_or_a_gate_of_their_own_say_so():
 def test_a_router_says_where_it_does_no_more_than_plain_topk(name, options, plain):
     router = sinkroute.create_router(name, num_experts=4, top_k=2, **options)
     assert (router.train().is_plain(), router.eval().is_plain()) == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_logits_of_8_bits_are_routed_as_what_they_hold(dtype):
+    router = sinkroute.create_router("softmax", num_experts=4, top_k=2)
+    logits_TE = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(router(logits_TE).weights, router(logits_TE.float()).weights)
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="torch has no such dtype")
+def test_logits_of_4_bits_are_refused_by_name():
+    logits_TE = torch.zeros(3, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    with pytest.raises(TypeError, match=r"logits_TE is torch\.float4_e2m1fn_x2.*as torch\.bfloat16"):
+        sinkroute.create_router("softmax", num_experts=4, top_k=2)(logits_TE)

@@ -62,8 +62,23 @@ def test_set_step_starts_the_micro_batches_of_a_new_step_at_0():
     assert (router.step, router.micro_batch) == (2, 0)
 
 
-def test_set_step_leaves_a_model_without_routers_alone():
-    sinkroute.set_step(nn.Linear(2, 2), 3)
+@pytest.mark.parametrize("call", [lambda model: sinkroute.set_step(model, 3), sinkroute.end_step])
+def test_a_model_without_routers_is_told_of_once_and_left_alone(call):
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.warns(UserWarning, match=r"step\(\) found no router in Sequential.*sinkroute\.Router.*patch") as told:
+        call(model)
+    assert len(told) == 1 and told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(model)
+    with pytest.warns(UserWarning, match="found no router"):  # another model
+        call(nn.Linear(2, 2))
+
+
+def test_a_model_with_routers_is_not_told_that_it_has_none():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sinkroute.set_step(TwoRouters(), 3)
 
 
 @pytest.mark.parametrize("value", [-1, 1.0, True, "3", None, torch.tensor(2.0)])
@@ -100,13 +115,81 @@ def test_no_warning_where_no_draw_lacks_its_step(silenced_by):
     router = sinkroute.create_router(
         "load-balance" if silenced_by == "a router without draws" else "ssr-s", num_experts=4, top_k=2
     )
-    if silenced_by == "set_step":
-        sinkroute.set_step(router, 0)
     router.train(silenced_by != "eval")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(70):
+        for step in range(70):
+            if silenced_by == "set_step":
+                sinkroute.set_step(router, step)
             router(torch.zeros(1, 4))
+
+
+def pass_through(router, times, step=None):
+    """Passes in training; with `step`, each after `set_step`."""
+    logits_TE = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    for _ in range(times):
+        if step is not None:
+            sinkroute.set_step(router, step)
+        routes = router(logits_TE)
+    return routes
+
+
+@pytest.mark.parametrize("name", ["global-load-balance", "loss-free", "ssr-s", "noisy"])
+def test_a_step_that_is_set_once_for_a_whole_training_is_told_once_and_by_name(name):
+    router = sinkroute.create_router(name, num_experts=4, top_k=2)
+    sinkroute.set_step(router, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pass_through(router, 64)  # as many micro-batches, or shared layers, may have one key
+    with pytest.warns(
+        UserWarning, match=r"Router has been trained 65 times for step 7:.*set_step\(model, step\)"
+    ) as told:
+        pass_through(router, 1000)
+    assert len(told) == 1
+
+
+def test_a_global_load_does_not_grow_for_ever():
+    router = sinkroute.create_router("global-load-balance", num_experts=4, top_k=2)
+    sinkroute.set_step(router, 0)
+    with pytest.warns(UserWarning, match="the load of its global batch begins anew"):
+        pass_through(router, 1000)
+    assert router._step_load_E.sum() <= 65 * 12 and len(router._step_loads) <= 256
+    sinkroute.set_step(router, 1)
+    assert not router._step_loads
+
+
+def test_a_step_that_is_set_anew_for_every_micro_batch_may_have_many():
+    # As pipelined schedules do that leave micro_batch at 0.
+    router = sinkroute.create_router("global-load-balance", num_experts=4, top_k=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pass_through(router, 300, step=3)
+    assert router._step_load_E.sum() == 300 * 12
+
+
+def test_a_step_that_never_advances_is_told_too():
+    router = sinkroute.create_router("global-load-balance", num_experts=4, top_k=2)
+    with pytest.warns(UserWarning, match="trained 4097 times for step 0"):
+        pass_through(router, 4100, step=0)
+    assert router._step_load_E.sum() == 4 * 12
+
+
+@pytest.mark.parametrize("losses", [(), "load-balance"])
+def test_a_method_that_knows_no_steps_is_not_told(losses):
+    router = sinkroute.create_router("softmax", num_experts=4, top_k=2, losses=losses)
+    sinkroute.set_step(router, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pass_through(router, 200)
+
+
+def test_micro_batches_without_end_leave_a_bounded_memory():
+    router = sinkroute.create_router("global-load-balance", num_experts=4, top_k=2)
+    with torch.no_grad():
+        for part in range(400):
+            sinkroute.set_step(router, 0, part)
+            pass_through(router, 1)
+    assert len(router._step_loads) == len(router._loss_leaves) == 256
 
 
 # -- the end of a step -----------------------------------------------------------------------------------------------

@@ -89,12 +89,24 @@ class Experts(nn.Module):
         return f"num_experts={experts}, d_model={d_model}, d_hidden={d_hidden}, activation={self.activation}{rest}"
 
     def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """Rows (R, D) sorted by expert, expert e's ending at `ends_E[e]` → (R, D)."""
+        """Rows (R, D) sorted by expert, expert e's ending at `ends_E[e]` → (R, D).
+
+        Raises:
+            TypeError: rows of another dtype than the weights, without autocast.
+            ValueError: weights on the meta device, which hold nothing, for rows that do.
+        """
         if not x_RD.is_meta and torch.is_autocast_enabled(x_RD.device.type):  # autocast does not know grouped_mm
             dtype = torch.get_autocast_dtype(x_RD.device.type)
             x_RD, w_in, w_out = x_RD.to(dtype), self.w_in.to(dtype), self.w_out.to(dtype)
         else:
             w_in, w_out = self.w_in, self.w_out
+            if x_RD.dtype != w_in.dtype:
+                raise TypeError(
+                    f"x must have the dtype of the experts' weights, {w_in.dtype}, got {x_RD.dtype}; call "
+                    f"x.to({w_in.dtype}), layer.to({x_RD.dtype}), or compute within torch.autocast"
+                )
+        if w_in.is_meta and not x_RD.is_meta:
+            raise no_values(x_RD.device)
         if can_group(x_RD, w_in) and can_group(x_RD, w_out):
             linear = grouped_linear
         else:
@@ -107,6 +119,14 @@ class Experts(nn.Module):
             hidden_RF = self.function(hidden_RF)
         hidden_RF = F.dropout(hidden_RF, self.dropout, self.training)
         return add_bias(linear(hidden_RF, w_out, ends_E), self.b_out, ends_E)
+
+
+def no_values(device: torch.device) -> ValueError:
+    """For weights on the meta device and tokens that are not."""
+    return ValueError(
+        f"the layer's weights are on the meta device and hold no values, but x is on {device}; call "
+        f'layer.to_empty(device="{device}") and reset_parameters of its modules, or load a checkpoint with assign=True'
+    )
 
 
 def can_group(x: Tensor, weight: Tensor) -> bool:

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sinkroute._values import holds_values
+from sinkroute._values import holds_values, plain
 from sinkroute.moe.dispatch import combine, dispatch, plan_dispatch
-from sinkroute.moe.experts import Experts
+from sinkroute.moe.experts import Experts, no_values
 from sinkroute.routing import Router, Routes, create_router
 from sinkroute.routing.gate import LinearGate
 
-__all__ = ["MoE", "check_tokens"]
+__all__ = ["MoE", "check_inputs"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class MoE(nn.Module):
@@ -109,19 +111,21 @@ class MoE(nn.Module):
                 them, "stable-moe" from the step on with which its routes are frozen; others ignore them.
 
         Raises:
-            TypeError: `x` is no float tensor, a mask that is no bool tensor, ids that are no integer tensor.
+            TypeError: `x` is no float tensor of 16, 32 or 64 bits, or not of the weights' dtype; a mask that is no bool
+                tensor, ids that are no integer tensor.
             ValueError: a last dimension other than D, a mask or ids whose shape is not the leading shape of `x`, or no
-                ids for a gate that needs them.
+                ids for a gate that needs them; weights on the meta device.
         """
-        check_tokens(x, token_mask, self.d_model)
-        if token_ids is not None:
-            _check_ids(token_ids, x)
+        x, token_mask = check_inputs(self.router, x, token_mask, token_ids, self.d_model)
         x_TD = x.reshape(-1, self.d_model)
         mask_T = None if token_mask is None else token_mask.reshape(-1)
         if mask_T is not None:
             # Whatever padding holds, NaN included, must not reach the experts' gradients.
             x_TD = x_TD.masked_fill(~mask_T[:, None], 0.0)
-        self.routes = routes = self.router(self._logits(x_TD, token_ids), mask_T)
+        logits_TE = self._logits(x_TD, token_ids)
+        if logits_TE.is_meta and not x_TD.is_meta:  # of some dtypes torch makes no error of that
+            raise no_values(x_TD.device)
+        self.routes = routes = self.router(logits_TE, mask_T)
         plan = plan_dispatch(routes.experts, self.router.num_experts, self._computed(routes))
         y_TD = combine(self.experts(dispatch(x_TD, plan), plan.ends_E), routes.weights, plan)
         if self.shared is not None:
@@ -168,19 +172,40 @@ class MoE(nn.Module):
         return {**super().__getstate__(), "routes": None}
 
 
-def check_tokens(x: Tensor, token_mask: Tensor | None, d_model: int) -> None:
-    """Refuse tokens (..., D), or a mask for them, of a wrong form.
+def check_inputs(
+    router: Router, x: Tensor, token_mask: Tensor | None, token_ids: Tensor | None, d_model: int
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens (..., D) and the mask for them, `plain`. What is of a wrong form, ids too, is refused; ranks that wait for
+    this one are told.
 
     Raises:
-        TypeError: `x` is no float tensor, a mask that is no bool tensor.
-        ValueError: a last dimension other than D, a mask whose shape is not the leading shape of `x`.
+        TypeError: `x` is no float tensor of 16, 32 or 64 bits, a mask that is no bool tensor, ids that are no integers.
+        ValueError: a last dimension other than D, a mask or ids whose shape is not the leading shape of `x`.
     """
+    try:
+        x, token_mask = _check_tokens(x, token_mask, d_model)
+        if token_ids is not None:
+            _check_ids(token_ids, x)
+    except (TypeError, ValueError):
+        if not torch.compiler.is_compiling():
+            router.withdraw(x.device if isinstance(x, Tensor) else torch.device("cpu"))
+        raise
+    return x, token_mask
+
+
+def _check_tokens(x: Tensor, token_mask: Tensor | None, d_model: int) -> tuple[Tensor, Tensor | None]:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a float tensor, got {_kind(x)}; pass tokens (..., {d_model}), not their ids")
+    x, token_mask = plain("x", x), plain("token_mask", token_mask, x)
+    if x.dtype not in _DTYPES:
+        raise TypeError(
+            f"x must be a float tensor of 16, 32 or 64 bits, got {_kind(x)}, with which nothing can be computed; "
+            "call x.to(torch.bfloat16), or the dtype of the layer's weights"
+        )
     if x.ndim == 0 or x.shape[-1] != d_model:
         raise ValueError(f"x must have a last dimension of d_model={d_model}, got shape {tuple(x.shape)}")
     if token_mask is None:
-        return
+        return x, None
     if not isinstance(token_mask, Tensor):
         raise TypeError(
             f"token_mask must be a bool tensor with True for real tokens, got {_kind(token_mask)}; "
@@ -190,6 +215,7 @@ def check_tokens(x: Tensor, token_mask: Tensor | None, d_model: int) -> None:
         raise TypeError(f"token_mask must be bool with True for real tokens, got {token_mask.dtype}; use mask.bool()")
     if token_mask.shape != x.shape[:-1]:
         raise ValueError(f"token_mask must have shape {tuple(x.shape[:-1])} like x, got {tuple(token_mask.shape)}")
+    return x, token_mask
 
 
 def _check_ids(token_ids: Tensor, x: Tensor) -> None:

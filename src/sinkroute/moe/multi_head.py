@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkroute.moe.experts import ACTIVATIONS
-from sinkroute.moe.layer import MoE, check_tokens
+from sinkroute.moe.layer import MoE, check_inputs
 from sinkroute.routing import Router, Routes
 
 __all__ = ["MultiHeadMoE"]
@@ -97,9 +97,7 @@ class MultiHeadMoE(nn.Module):
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, *, token_ids: Tensor | None = None) -> Tensor:
         """(..., D) → (..., D); arguments and errors are those of `MoE.forward`. Sub-tokens are what their token is."""
-        check_tokens(x, token_mask, self.d_model)
-        if token_ids is not None and token_ids.shape != x.shape[:-1]:
-            raise ValueError(f"token_ids must have shape {tuple(x.shape[:-1])} like x, got {tuple(token_ids.shape)}")
+        x, token_mask = check_inputs(self.moe.router, x, token_mask, token_ids, self.d_model)
         if token_mask is not None:
             # Whatever padding holds, NaN included, must not reach the gradient of the split.
             x = x.masked_fill(~token_mask[..., None], 0.0)

@@ -185,6 +185,11 @@ class LoadMonitor:
         packed = torch.cat([pack.to(packs[0].device) for pack in packs])
         ranks = [packed]
         if group is not None:
+            Ranks(group).require_alike(
+                [len(pack) for pack in packs],
+                packed.device,
+                "the ranks of process_group must watch the same layers in the same tier; give a group of ranks that do",
+            )
             # Gathered, not reduced: most is summed, but not all.
             ranks = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
             dist.all_gather(ranks, packed, group=group)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from sinkroute.routing.draws import hash63
 
 __all__ = ["Group", "Ranks", "distribute"]
 
@@ -13,6 +18,10 @@ if TYPE_CHECKING:
     Group: TypeAlias = dist.ProcessGroup | Literal["world"] | "Ranks" | None
 else:
     Group = Any  # torch may be built without ProcessGroup
+
+
+# Of each process group, the sizes on which its ranks have agreed.
+_alike: MutableMapping[Any, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
 
 
 class Ranks:
@@ -55,6 +64,36 @@ class Ranks:
         if (group := self.group) is not None:
             dist.all_reduce(values, group=group)
         return values
+
+    def require_alike(self, sizes: Sequence[int], device: torch.device, what: str) -> None:
+        """Refuse sizes that differ between the ranks, on all of them, before a call that would wait for ever.
+
+        A collective call, of which only the first with these sizes asks.
+
+        Args:
+            sizes: what has to be equal.
+            device: whose tensors the group takes.
+            what: the sizes are of, for the message: what each rank has, and the cure.
+
+        Raises:
+            ValueError: they differ.
+        """
+        if (group := self.group) is None:
+            return
+        known, own = _alike.setdefault(group, set()), tuple(sizes)
+        if own in known:
+            return
+        # Of fixed length, or this call would be what it guards against. A hash of 62 bits and a sign fits an int64.
+        mine = torch.tensor([len(own), sum(own), hash63("alike", *own)], device=device)
+        found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(found, mine, group=group)
+        rows = [row.tolist() for row in found]
+        if any(row != rows[0] for row in rows):
+            told = ", ".join(
+                f"{count} with {sum_} numbers on rank {rank}" for rank, (count, sum_, _) in enumerate(rows)
+            )
+            raise ValueError(f"{what}, got {told}")
+        known.add(own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self

@@ -37,11 +37,14 @@ _PACKED = getattr(torch, "float4_e2m1fn_x2", None)
 # After so many passes without set_step, accumulation and recomputation cannot explain it: somebody forgot.
 _PASSES_BEFORE_WARNING = 64
 
+# Nor after so many of one step, however often set_step was called for it.
+_PASSES_OF_A_STEP = 4096
+
 # What a rank gives instead of its load when it refuses its logits: below 0 with any loads, however many ranks do so.
 _REFUSED = -(2**50)
 
-# Passes without a graph whose losses are remembered until they are repeated with one; more are not under way at once.
-_LEAVES = 256
+# Passes of a step that are remembered until they are repeated; more are not under way at once.
+_REMEMBERED = 256
 
 
 Ties = Literal["first", "spread"]
@@ -208,14 +211,16 @@ class Router(nn.Module):
         self.correction_E: Tensor | None = None
         self.correction_on: Literal["scores", "logits"] = "scores"
         self.links: list[Link] = []
-        self._keyless_passes = 0
+        self._passes_of_call = self._passes_of_step = 0  # in training, since set_step was called, and for this step
+        self._warned_of_passes = False
         with torch.inference_mode(False):  # or it could not be written to outside it
             # There always, on the CPU: no parameter, no buffer.
             self._noise_seed = torch.zeros((), dtype=torch.int64, device="cpu")
         self._noise_key: tuple[int, ...] | None = None  # of that seed
         self._step_load_E: Tensor | None = None
-        self._step_loads: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._loss_leaves: dict[int, deque[Tensor]] = {}
+        # By pass: its micro-batch, and its load with what `batch_load` made of it; or the leaf of its loss.
+        self._step_loads: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=_REMEMBERED)
+        self._loss_leaves: deque[tuple[int, Tensor]] = deque(maxlen=_REMEMBERED)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}"
@@ -271,8 +276,8 @@ class Router(nn.Module):
         """
         all_TX = self._checked_together(logits_TE, token_mask)
         logits_TE = all_TX[:, : self.num_experts]
-        if self.training and self.needs_step:
-            self._note_keyless_pass()
+        if self.training:
+            self._count_pass()
         if plain is not None and self.is_plain():
             choice = plain
         else:
@@ -394,21 +399,20 @@ class Router(nn.Module):
     def batch_load(self, load_E: Tensor) -> Tensor:
         """(E,) int64: the load over all ranks and the micro-batches of this step up to this one. A collective call."""
         if recomputing():
-            known = self._step_loads.get(self.micro_batch, [])
+            known = [(own_E, batch_E) for part, own_E, batch_E in self._step_loads if part == self.micro_batch]
             # Several passes under one key: a repetition has the load of its own pass. One pass: nothing to compare,
             # and a device need not be waited for.
             for own_E, batch_E in reversed(known):
                 if len(known) == 1 or torch.equal(own_E, load_E):
                     return batch_E
         batch_E = self.batch_ranks.sum(load_E.clone())
-        if batch_E.device.type == "cpu" and not torch.compiler.is_compiling() and holds_values(batch_E):
-            if int(batch_E[0]) < 0:
-                raise ValueError("another rank refused its logits, its error says why; here they are right")
+        if not torch.compiler.is_compiling() and _is_refused(batch_E):
+            raise ValueError("another rank refused its logits, its error says why; here they are right")
         if self.step_was_set:
             batch_E = batch_E if self._step_load_E is None else batch_E + self._step_load_E
             self._step_load_E = batch_E
             if not torch.compiler.is_compiling():  # nothing compiled looks it up, and each index would be a graph
-                self._step_loads.setdefault(self.micro_batch, []).append((load_E, batch_E))
+                self._step_loads.append((self.micro_batch, load_E, batch_E))
         return batch_E
 
     def _keep_gradient(self, aux_loss: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -422,15 +426,15 @@ class Router(nn.Module):
         """
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return aux_loss, weights_TK
-        leaves = self._loss_leaves.setdefault(self.micro_batch, deque(maxlen=_LEAVES))
         if not torch.is_grad_enabled():
             leaf = aux_loss.detach().requires_grad_()
-            leaves.append(leaf)
+            self._loss_leaves.append((self.micro_batch, leaf))
             return leaf, weights_TK
         if recomputing():
             # The last that a loss has reached: there are others where a layer is used several times, and where several
             # forward passes come before a backward pass; one without a gradient is of a pass that was a trial.
-            found = next((leaf for leaf in reversed(leaves) if leaf.is_leaf and leaf.grad is not None), None)
+            leaves = (leaf for part, leaf in reversed(self._loss_leaves) if part == self.micro_batch)
+            found = next((leaf for leaf in leaves if leaf.is_leaf and leaf.grad is not None), None)
             if found is not None:
                 weights_TK = _AddGradient.apply(weights_TK, aux_loss, found.grad)
                 found.grad = None  # this one has been passed on
@@ -444,6 +448,8 @@ class Router(nn.Module):
             self._step_load_E = None
             self._step_loads.clear()
             self._loss_leaves.clear()
+            self._passes_of_step = 0
+        self._passes_of_call = 0
         self.step, self.micro_batch, self.step_was_set = step, micro_batch, True
         self.total_steps = self.total_steps if total_steps is None else total_steps
         if self.state is not None:
@@ -490,16 +496,30 @@ class Router(nn.Module):
             self._noise_seed.fill_(hash63("noise", *key))
             self._noise_key = key
 
-    def _note_keyless_pass(self) -> None:
-        if self.step_was_set or torch.compiler.is_compiling():
+    def _count_pass(self) -> None:
+        """Notice that nobody tells the steps, which nothing here can do without: what is summed over one would grow."""
+        if torch.compiler.is_compiling() or recomputing():
             return
-        self._keyless_passes += 1
-        if self._keyless_passes == _PASSES_BEFORE_WARNING:
-            warnings.warn(
-                f"{type(self).__name__} has been trained {_PASSES_BEFORE_WARNING} times for step 0: its random draws "
-                "repeat, its state does not move. Call sinkroute.set_step(model, step) before every training step.",
-                stacklevel=2,
-            )
+        self._passes_of_call += 1
+        self._passes_of_step += 1
+        # A step that was told may have that many passes, before it is told nobody waits for one.
+        allowed = _PASSES_BEFORE_WARNING - (not self.step_was_set)
+        if self._passes_of_call <= allowed and self._passes_of_step <= _PASSES_OF_A_STEP:
+            return
+        passes = max(self._passes_of_call, self._passes_of_step)
+        self._passes_of_call = self._passes_of_step = 0
+        of_batch = any(LOSSES[name].of_batch for name in self.losses)
+        if of_batch:
+            self._step_load_E = None
+        if self._warned_of_passes or not (self.needs_step or of_batch):
+            return
+        self._warned_of_passes = True
+        warnings.warn(
+            f"{type(self).__name__} has been trained {passes} times for step {self.step}: its random draws repeat, its "
+            f"state does not move{', the load of its global batch begins anew' if of_batch else ''}. Call "
+            "sinkroute.set_step(model, step) before every training step, with micro_batch= where a step has several.",
+            stacklevel=3,
+        )
 
     # -- input -------------------------------------------------------------------------------------------------------
 
@@ -572,6 +592,11 @@ class Router(nn.Module):
                 "scores; training has probably diverged: lower the learning rate or clip gradients "
                 "(padding belongs in token_mask)"
             )
+
+
+def _is_refused(batch_E: Tensor) -> bool:
+    """Whether a rank gave `_REFUSED`; a device is not waited for."""
+    return batch_E.device.type == "cpu" and holds_values(batch_E) and int(batch_E[0]) < 0
 
 
 class _AddGradient(torch.autograd.Function):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import warnings
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ def set_step(module: nn.Module, step: int, micro_batch: int = 0, *, total_steps:
         micro_batch: the micro-batch within the step, 0 or more.
         total_steps: the length of training, for schedules that span it; once is enough.
 
+    A module without any router is left alone, with a warning.
+
     Raises:
         ValueError: `step` or `micro_batch` is not an integer of 0 or more, or `total_steps` of 1 or more; a schedule
             that spans the training is not told how long it is.
@@ -48,7 +51,7 @@ def set_step(module: nn.Module, step: int, micro_batch: int = 0, *, total_steps:
     step, micro_batch = _count("step", step), _count("micro_batch", micro_batch)
     if total_steps is not None and _count("total_steps", total_steps) == 0:
         raise ValueError("total_steps must be an integer of 1 or more, got 0; leave it out if it is not known")
-    routers = _routers(module)
+    routers = _routers(module, "set_step")
     for router in routers:
         router.check_step(step, total_steps)
     # A router is in the step that it was told last, before a resume too; a new one ends that.
@@ -66,6 +69,9 @@ def end_step(module: nn.Module) -> None:
     rank's are in its `state_dict` and survive) and before an evaluation. A second call for the same step does nothing.
     On several ranks it is a collective call: all ranks, or none.
 
+    Raises:
+        ValueError: the ranks of a process group hold other routers; found in the first call, on all ranks.
+
     >>> import torch, sinkroute
     >>> router = sinkroute.create_router("loss-free", num_experts=2, top_k=1)
     >>> sinkroute.set_step(router, 0)
@@ -74,7 +80,7 @@ def end_step(module: nn.Module) -> None:
     >>> router.state.bias_E.tolist()
     [-0.0010000000474974513, 0.0010000000474974513]
     """
-    routers = _routers(module)
+    routers = _routers(module, "end_step")
     if any(router.state is not None and router.state.current == -1 for router in routers):
         warnings.warn(
             "end_step has no step to end: call sinkroute.set_step(model, step) before every training step",
@@ -93,6 +99,13 @@ def _end_step(routers: list[Router]) -> None:
     for (ranks, _), members in together.items():
         # One collective call for all layers of a device.
         parts = [pending for _, pending in members]
+        ranks.require_alike(
+            [len(part) for part in parts],
+            parts[0].device,
+            "the ranks whose routers are brought up to date together must hold the same routers (those that remember "
+            "something); give create_router a process_group of ranks with the same layers, such as the data-parallel "
+            "ranks of a pipeline stage",
+        )
         totals = ranks.sum(torch.cat(parts)).split([len(part) for part in parts])
         for (router, _), total in zip(members, totals, strict=True):
             router.end_step(total)
@@ -117,8 +130,21 @@ def _number(routers: list[Router]) -> None:
         taken.add(router.layer)
 
 
-def _routers(module: nn.Module) -> list[Router]:
-    return list(named_routers(module).values())
+# Modules of which it was said that they hold no router: once is enough.
+_empty: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _routers(module: nn.Module, caller: str) -> list[Router]:
+    routers = list(named_routers(module).values())
+    if not routers and module not in _empty:
+        _empty.add(module)
+        warnings.warn(
+            f"{caller}() found no router in {type(module).__name__}: neither a part that is a sinkroute.Router, as in "
+            "sinkroute.MoE, nor one that sinkroute.patch attached. Call it with the model that holds the routers; a "
+            "part of a model without any, such as a pipeline stage, needs no call",
+            stacklevel=3,  # at who calls it
+        )
+    return routers
 
 
 def _count(name: str, value: int) -> int:

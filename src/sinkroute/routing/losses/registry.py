@@ -20,16 +20,20 @@ __all__ = ["LOSSES", "Loss", "LossesLike", "read_losses"]
 
 
 class Loss(NamedTuple):
-    """A loss without its coefficient (0-d; 0 with a gradient of 0 where no token is real), and the published one."""
+    """A loss without its coefficient (0-d; 0 with a gradient of 0 where no token is real), and the published one.
+
+    `of_batch`: whether it asks for `batch_load`, a collective call, which all ranks have to make then.
+    """
 
     function: Callable[[LossInputs], Tensor]
     coefficient: float
+    of_batch: bool = False
 
 
 LOSSES: dict[str, Loss] = {
     "load-balance": Loss(lambda i: load_balance_loss(i.logits_TE, i.load_E, i.token_mask, i.score), 0.01),
     "gshard": Loss(lambda i: gshard_loss(i.logits_TE, i.experts_TK, i.token_mask, i.score, i.chosen_TK), 0.01),
-    "global-load-balance": Loss(global_load_balance_loss, 0.01),
+    "global-load-balance": Loss(global_load_balance_loss, 0.01, of_batch=True),
     "importance": Loss(lambda i: importance_loss(i.logits_TE, i.token_mask, i.score), 0.005),
     "z-loss": Loss(lambda i: z_loss(i.logits_TE, i.token_mask), 1e-3),
 }

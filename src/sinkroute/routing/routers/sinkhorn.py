@@ -47,6 +47,10 @@ class SinkhornRouter(Router):
         solve(torch.empty(0, num_experts, device="cpu"), reg, tol=tol, max_passes=max_passes)
         self.reg, self.tol, self.max_passes = reg, tol, max_passes
 
+    def withdraw(self, device: torch.device) -> None:
+        if not (self.training and self._withdraw_from_plan(device, self.tol, self.max_passes)):
+            super().withdraw(device)
+
     @uncompiled  # the solver's loop ends when the data say so
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         plan = solve(
