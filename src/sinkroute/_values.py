@@ -25,7 +25,7 @@ _NO_DISPATCH = Tensor.__torch_dispatch__  # what a subclass has that is memory w
 # Subclasses that hold no numbers but know what an operation's result would be.
 _HOLLOW = ("FakeTensor", "FunctionalTensor")
 _CURES = {
-    "MaskedTensor": "pass {name}.get_data(), and which tokens are real as token_mask",
+    "MaskedTensor": "pass {name}.get_data(), and padding as token_mask",
     "DTensor": "pass {name}.to_local(), with process_group where tokens are spread over ranks, or {name}.full_tensor()",
     "NestedTensor": "pass {name}.values(), the rows of all sequences one after another",
 }
@@ -138,9 +138,11 @@ def plain(name: str, x: Any, beside: Tensor | None = None) -> Any:
     # What the compiler traces are tensors of its own; it knows what they stand for.
     if not isinstance(x, Tensor) or torch.compiler.is_compiling():
         return x
+    kind: Any = type(x)
+    if (kind is Tensor or kind is nn.Parameter) and _in_memory(x):
+        return x
     if beside is not None and x.is_meta and not beside.is_meta:
         raise TypeError(f"{name} is on the meta device and holds no numbers, the rest does; pass {name} with numbers")
-    kind: Any = type(x)
     if kind not in (Tensor, nn.Parameter):
         if kind.__torch_dispatch__ is _NO_DISPATCH:
             return plain(name, x.as_subclass(Tensor))
@@ -158,7 +160,7 @@ def plain(name: str, x: Any, beside: Tensor | None = None) -> Any:
         return x.resolve_neg().resolve_conj()
     if x._is_zerotensor():
         return torch.zeros_like(x)
-    if not x.is_meta and not is_watched() and x.device.type in ("cpu", "cuda") and not _in_memory(x):
+    if not x.is_meta and not is_watched() and x.device.type in ("cpu", "cuda"):
         raise TypeError(
             f"{name} of shape {tuple(x.shape)} has no memory behind it: it was given back (a sharded parameter outside "
             f"its layer?), or a transform that made the tensor has ended; pass {name} while it holds numbers"
@@ -177,11 +179,12 @@ def _is_batched(x: Tensor) -> bool:
 
 def _in_memory(x: Tensor) -> bool:
     kind = type(x)
-    if (kind is not Tensor and kind is not nn.Parameter and kind.__torch_dispatch__ is not _NO_DISPATCH) or x.is_meta:
-        return False
-    if x.layout != torch.strided or x.is_neg() or x.is_conj() or torch._is_functional_tensor(x):
+    if (kind is not Tensor and kind is not nn.Parameter and kind.__torch_dispatch__ is not _NO_DISPATCH) or x.is_neg():
         return False
     try:
-        return x.data_ptr() != 0 or x.numel() == 0
-    except RuntimeError:  # what torch.func makes of a tensor, also once it has ended
+        if x.data_ptr() != 0:
+            return not x.is_conj()
+    except RuntimeError:  # other layouts; what torch.func makes of a tensor, also once it has ended
         return False
+    # Wrappers have the address 0, as memory of no size has.
+    return x.numel() == 0 and x.layout == torch.strided and not x.is_meta and not torch._is_functional_tensor(x)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sinkroute._operations import define
+from sinkroute._values import address
 from sinkroute.transport import native
 from sinkroute.transport.passes.compiled import threads_for
 
@@ -58,7 +59,7 @@ def normal_like(reference: Tensor, seed: Tensor) -> Tensor:
 def _normal_like(reference: Tensor, seed: Tensor) -> Tensor:
     if reference.device.type == "cpu" and (kernels := native.load()) is not None:
         noise = torch.empty(reference.shape, dtype=torch.float32, device="cpu")
-        kernels.normal(int(seed), noise.numel(), noise.data_ptr(), threads_for(noise))
+        kernels.normal(int(seed), noise.numel(), address(noise), threads_for(noise))
         return noise.to(reference.dtype)
     generator = torch.Generator(device=reference.device)
     generator.manual_seed(int(seed))

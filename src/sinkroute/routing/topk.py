@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sinkroute._operations import define
-from sinkroute._values import readable
+from sinkroute._values import address, readable
 from sinkroute.routing.draws import normal_like
 from sinkroute.transport import native
 from sinkroute.transport.largest import largest
@@ -120,16 +120,16 @@ def _native_topk(
     noise_TK = torch.empty(tokens, 0 if seed is None else k, dtype=torch.float32, device="cpu")
     bias_E = None if bias_E is None else bias_E.contiguous()
     kernels.noisy_topk(
-        values_TE.data_ptr(),
+        address(values_TE),
         tokens,
         experts,
         values_TE.stride(0),
-        native.pointer(bias_E),
+        address(bias_E),
         k,
         std,
         0 if seed is None else int(seed),
-        experts_TK.data_ptr(),
-        None if seed is None else noise_TK.data_ptr(),
+        address(experts_TK),
+        None if seed is None else address(noise_TK),
         threads_for(values_TE),
     )
     return experts_TK, noise_TK

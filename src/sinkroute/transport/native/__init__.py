@@ -18,7 +18,7 @@ from torch import Tensor
 from sinkroute._values import address
 from sinkroute.transport.native import library
 
-__all__ = ["DTYPES", "Scores", "load", "pointer", "status"]
+__all__ = ["DTYPES", "Scores", "load", "status"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -59,11 +59,6 @@ class Scores(ctypes.Structure):
             address(mass_T),
             0 if mass_T is None else mass_T.stride(0),
         )
-
-
-def pointer(x: Tensor | None) -> int | None:
-    """The address of a tensor's memory, or None (NULL)."""
-    return address(x)
 
 
 def load() -> ctypes.CDLL | None:
