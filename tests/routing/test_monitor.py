@@ -840,3 +840,13 @@ def test_a_monitor_made_in_inference_mode_watches_training_too():
     layer(torch.randn(5, 8)).sum().backward()
     [found] = monitor.metrics().values()
     assert sum(found["load"]) == 10
+
+
+def test_a_probe_of_a_layer_that_is_not_reached_is_empty_on_the_cpu_whatever_the_default_device_is():
+    model = nn.ModuleDict({"used": make(), "idle": make()})
+    model.forward = lambda logits_TE: model["used"](logits_TE)
+    with sinkroute.LoadMonitor(model) as monitor:
+        logits_TE = feed(0, 0)
+        with torch.device("meta"):
+            found = monitor.probe(logits_TE)
+    assert found["idle"].shape == (0, 0) and found["idle"].device.type == "cpu"

@@ -236,7 +236,7 @@ class LoadMonitor:
                 undo.callback(setattr, module, "training", was_training)
             self.model.eval()
             self.model(*inputs, **named)
-        empty = torch.empty(0, 0, dtype=torch.int64)
+        empty = torch.empty(0, 0, dtype=torch.int64, device="cpu")
         return {name: torch.cat(parts) if parts else empty for name, parts in found.items()}
 
     # -- outputs -----------------------------------------------------------------------------------------------------
