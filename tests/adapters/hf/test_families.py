@@ -1,6 +1,8 @@
 """Every mixture-of-experts family of the installed transformers: patched, or refused with a reason."""
 
 import functools
+import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ pytest.importorskip("transformers")
 import transformers
 
 from .families import many, page, reason
-from .zoo import FAMILIES, TOP_K
+from .zoo import FAMILIES, TOP_K, VERSION, newcomers
 
 REFUSED = {
     "deepseek_v4.hash": "missing 1 required positional argument: 'input_ids'",
@@ -194,6 +196,28 @@ def test_the_same_in_bf16(family):
     assert torch.equal(answer(model, family), before)
 
 
+# -- those that a newer transformers brings ----------------------------------------------------------------------------
+
+
+def test_routers_that_nobody_has_listed_keep_the_contract():
+    """They are reported, as a warning or as an expected failure: a release of somebody else's is no fault of ours."""
+    failed = {}
+    for name, family in newcomers().items():
+        try:
+            if isinstance(family, str):
+                raise ValueError(family)
+            test_every_layer_is_taken_over(family)
+            test_steps_between_sinkhorn_steps_are_the_models_own_to_the_last_bit(family)
+            test_eval_is_the_models_own_to_the_last_bit_and_so_is_what_is_left_by_remove(family)
+            test_nothing_is_added_to_the_model(family)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
+        else:
+            warnings.warn(f"{name} is new in transformers {transformers.__version__}: taken over", stacklevel=1)
+    if failed:
+        pytest.xfail(f"new in transformers {transformers.__version__}, and not taken over or not tried: {failed}")
+
+
 # -- rules -----------------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +302,17 @@ def test_a_router_that_does_nothing_gives_the_models_own_loss_and_gradients(fami
 
 def test_the_page_of_families_is_up_to_date():
     text = (Path(__file__).parents[3] / "docs" / "families.md").read_text()
-    if f"transformers {transformers.__version__}:" not in text:
-        pytest.skip(f"docs/families.md is of another version than transformers {transformers.__version__}")
+    assert f"transformers {VERSION}:" in text
+    if transformers.__version__ != VERSION:
+        pytest.skip(f"docs/families.md is of transformers {VERSION}, this is {transformers.__version__}")
     assert text == page(), "run python -m tests.adapters.hf.families > docs/families.md"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/huggingface.md", "CHANGELOG.md"])
+def test_texts_name_as_many_router_classes_as_the_page(name):
+    root = Path(__file__).parents[3]
+    counts = re.compile(r"(\d+) of (?:the )?(\d+) router classes")
+    (of_page,) = counts.findall((root / "docs" / "families.md").read_text())
+    text = (root / name).read_text()
+    assert set(counts.findall(text)) == {of_page}
+    assert f"transformers {VERSION.rpartition('.')[0]}" in text

@@ -3,13 +3,27 @@
 import ast
 import collections
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-from .zoo import EXPERTS, FAMILIES, NOT_ROUTERS, UNBUILDABLE, _chooses_experts, router_classes
+import transformers
+
+from .zoo import (
+    EXPERTS,
+    FAMILIES,
+    LISTED,
+    NOT_ROUTERS,
+    UNBUILDABLE,
+    VERSION,
+    _chooses_experts,
+    _discover,
+    router_classes,
+)
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
@@ -22,13 +36,37 @@ def tensors(output):
     return [x for x in (output if isinstance(output, tuple) else (output,)) if isinstance(x, torch.Tensor)]
 
 
+def test_the_zoo_is_of_the_locked_transformers():
+    lock = (Path(__file__).parents[3] / "requirements" / "locked.txt").read_text()
+    assert f"\ntransformers=={VERSION} " in lock, "update VERSION and what is listed in zoo.py, and docs/families.md"
+
+
 def test_every_router_class_of_transformers_is_in_the_zoo_and_no_other():
-    listed = [family.router_class for family in FAMILIES] + [*UNBUILDABLE, *NOT_ROUTERS]
-    assert collections.Counter(router_classes()) == collections.Counter(listed)
+    if transformers.__version__ != VERSION:
+        pytest.skip(f"the zoo is of transformers {VERSION}, this is {transformers.__version__}")
+    listed = [family.router_class for family in LISTED] + [*UNBUILDABLE, *NOT_ROUTERS]
+    assert collections.Counter(list(router_classes())) == collections.Counter(listed)
+
+
+def test_a_router_that_nobody_has_listed_gets_a_family_by_itself():
+    family = _discover("mixtral", "MixtralTopKRouter")
+    assert family.loss(family.build()(**family.inputs())).isfinite()
+    assert (family.name, family.router_class) == ("mixtral", "MixtralTopKRouter")
+
+
+@pytest.mark.parametrize(
+    ("module", "router_class", "why"),
+    [
+        ("mixtral", "OlmoeTopKRouter", "no model of its module holds it"),
+        ("dots3_note", "Dots3NoteVisionTopKRouter", "Dots3NoteVisionModel: TypeError: .*'pixel_values'"),
+    ],
+)
+def test_why_a_router_that_nobody_has_listed_gets_none_is_told(module, router_class, why):
+    assert re.search(why, _discover(module, router_class))
 
 
 def test_names_differ():
-    assert len({family.name for family in FAMILIES}) == len(FAMILIES)
+    assert len({family.name for family in LISTED}) == len(LISTED)
 
 
 @pytest.mark.parametrize(

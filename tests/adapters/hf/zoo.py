@@ -1,8 +1,9 @@
 """A tiny random instance of every mixture-of-experts model of the installed transformers, to plug our routers into.
 
-One `Family` per router class. Sizes that most configurations share are given once, in `SIZES`; a family's own line says
-only what differs. Weights are redrawn so that no router, bias or correction is left at zero: tokens choose differently,
-and what an adapter forgets to honour changes the output.
+One `Family` per router class: those that are listed, for `VERSION`, as far as the installed transformers has them, and
+`newcomers()`, which find out for themselves how a class is used that nobody has listed. Sizes that most configurations
+share are given once, in `SIZES`; a family's own line says only what differs. Weights are redrawn so that no router,
+bias or correction is left at zero: tokens choose differently, and what an adapter forgets to honour changes the output.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ast
 import dataclasses
 import functools
 import importlib
+import inspect
 import math
 import re
 from collections.abc import Callable
@@ -21,6 +23,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+# The transformers that LISTED, UNBUILDABLE and NOT_ROUTERS together are the whole of, as is docs/families.md.
+VERSION = "5.24.0"
 
 HIDDEN = 32
 EXPERTS = 8
@@ -158,11 +163,18 @@ class Family:
     takes_attention_mask: bool
 
 
-def _build(module: str, model_class: str, overrides: dict[str, Any]) -> PreTrainedModel:
-    modelling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
-    of_model = getattr(modelling, model_class)
+def _modelling(module: str) -> Any:
+    return importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+
+
+def _configure(of_model: type[PreTrainedModel], overrides: dict[str, Any]) -> Any:
     fields = {field.name for field in dataclasses.fields(of_model.config_class)}
-    config = of_model.config_class(**{name: SIZES[name] for name in SIZES.keys() & fields} | overrides)
+    return of_model.config_class(**{name: SIZES[name] for name in SIZES.keys() & fields} | overrides)
+
+
+def _build(module: str, model_class: str, overrides: dict[str, Any]) -> PreTrainedModel:
+    of_model = getattr(_modelling(module), model_class)
+    config = _configure(of_model, overrides)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = of_model(config)
@@ -237,7 +249,7 @@ def _family(
 
 LINEAR_AND_FULL = ["linear_attention", "full_attention"]
 
-FAMILIES: tuple[Family, ...] = (
+LISTED: tuple[Family, ...] = (
     _family("afmoe", "AfmoeTokenChoiceRouter", "AfmoeForCausalLM"),
     _family("aria", "AriaTextTopKRouter", "AriaTextForCausalLM"),
     _family("axk1", "AXK1TopkRouter", "AXK1ForCausalLM"),
@@ -315,8 +327,15 @@ FAMILIES: tuple[Family, ...] = (
     _family("hunyuan_v1_moe", "HunYuanMoEV1Gate", "HunYuanMoEV1ForCausalLM"),
     _family("hy_v3", "HYV3TopKRouter", "HYV3ForCausalLM"),
     _family("hy_v4", "HYV4TopkRouter", "HYV4ForCausalLM"),
+    _family(
+        "hy_v4_vl",
+        "HYV4VLTopkRouter",
+        "HYV4VLTextModel",
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    ),
     _family("inkling", "InklingTopkRouter", "InklingForCausalLM"),
     _family("inkling2", "Inkling2TopKRouter", "Inkling2ForCausalLM"),
+    _family("inkling2_loop", "Inkling2LoopTopKRouter", "Inkling2LoopForCausalLM"),
     _family(
         "jamba",
         "JambaTopKRouter",
@@ -331,6 +350,7 @@ FAMILIES: tuple[Family, ...] = (
     _family("kimi_linear", "KimiLinearTopkRouter", "KimiLinearForCausalLM", layer_types=LINEAR_AND_FULL),
     _family("kolibri1", "Kolibri1TopKRouter", "Kolibri1ForCausalLM"),
     _family("laguna", "LagunaTopKRouter", "LagunaForCausalLM", moe_router_logit_softcapping=2.0),
+    _family("lara_mini", "LaraMiniTopKRouter", "LaraMiniForCausalLM"),
     _family("lfm2_moe", "Lfm2MoeTopKRouter", "Lfm2MoeForCausalLM", layer_types=["conv", "full_attention"]),
     _family("llama4", "Llama4Router", "Llama4ForCausalLM"),
     _family("longcat_flash", "LongcatFlashTopkRouter", "LongcatFlashForCausalLM"),
@@ -382,6 +402,17 @@ FAMILIES: tuple[Family, ...] = (
     _family("zaya", "ZayaRouter", "ZayaForCausalLM", num_experts_per_tok=1),
 )
 
+MODELS = Path(transformers.__file__).parent / "models"
+
+
+def _is_installed(family: Family) -> bool:
+    module = family.name.partition(".")[0]
+    file = MODELS / module / f"modeling_{module}.py"
+    return file.exists() and f"class {family.router_class}(" in file.read_text(encoding="utf-8")
+
+
+FAMILIES: tuple[Family, ...] = tuple(family for family in LISTED if _is_installed(family))
+
 UNBUILDABLE: dict[str, str] = {
     "Qwen3OmniMoeTextTopKRouter": "no module of transformers makes one: only an output recorder names it",
 }
@@ -394,22 +425,55 @@ NOT_ROUTERS: dict[str, str] = {
 }
 
 
-def router_classes() -> set[str]:
+def newcomers() -> dict[str, Family | str]:
+    """By router class, for those of the installed transformers that are not listed: a family, or why there is none."""
+    listed = {family.router_class for family in LISTED} | UNBUILDABLE.keys() | NOT_ROUTERS.keys()
+    return {name: _discover(module, name) for name, module in router_classes().items() if name not in listed}
+
+
+def _discover(module: str, router_class: str) -> Family | str:
+    """The first model of the module that holds the router, is small at our sizes, and runs on tokens alone.
+
+    Errors of every kind are told, not raised: it is somebody else's code, with sizes that it was not asked about.
+    """
+    try:
+        parts = vars(_modelling(module)).values()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    of_models = [one for one in parts if isinstance(one, type) and issubclass(one, PreTrainedModel)]
+    of_models = [one for one in of_models if one is not PreTrainedModel]
+    failures = []
+    for of_model in sorted(of_models, key=lambda one: not one.__name__.endswith("ForCausalLM")):
+        try:
+            with torch.device("meta"):  # at the sizes of its checkpoints it may be larger than the machine
+                model = of_model(_configure(of_model, {}))
+            if not any(type(part).__name__ == router_class for part in model.modules()):
+                continue
+            if sum(p.numel() for p in model.parameters()) > 10**7:
+                raise ValueError("larger than 10 million parameters at the sizes of the zoo")
+            takes_mask = "attention_mask" in inspect.signature(of_model.forward).parameters
+            family = _family(module, router_class, of_model.__name__, takes_attention_mask=takes_mask)
+            family.loss(family.build()(**family.inputs()))
+        except Exception as error:
+            failures.append(f"{of_model.__name__}: {type(error).__name__}: {error}".partition("\n")[0])
+        else:
+            return family
+    return "; ".join(failures) or "no model of its module holds it"
+
+
+def router_classes() -> dict[str, str]:
     """Every class in the modelling files of the installed transformers that chooses experts, by name or by deed.
 
     By name: a "Router". By deed: it takes a top k or an argmax and speaks of experts or routers.
-    Read from the source, so that a model whose dependencies are missing is found too.
+    Read from the source, so that a model whose dependencies are missing is found too. With the module of each.
     """
-    folder = Path(transformers.__file__).parent / "models"
-    found: set[str] = set()
-    for file in folder.glob("*/modeling_*.py"):
+    found: dict[str, str] = {}
+    for file in MODELS.glob("*/modeling_*.py"):
         source = file.read_text(encoding="utf-8")
         if re.search("[Rr]outer|expert", source):
-            found.update(
-                node.name
-                for node in ast.parse(source).body
-                if isinstance(node, ast.ClassDef) and _chooses_experts(node)
-            )
+            for node in ast.parse(source).body:
+                if isinstance(node, ast.ClassDef) and _chooses_experts(node):
+                    found[node.name] = file.parent.name
     return found
 
 
