@@ -332,3 +332,60 @@ def test_a_second_derivative_over_ranks_is_refused():
     assert gradient_TE.isfinite().all()
     with pytest.raises(NotImplementedError, match=r"differentiable=True.* over several ranks.* without create_graph"):
         torch.autograd.grad((plan.matrix() ** 2).sum(), scores_TE, create_graph=True)
+
+
+def potentials_of(scores_TE):
+    return solve(scores_TE, differentiable=True, tol=1e-7).potentials
+
+
+def weights_of(scores_TE):
+    return solve(scores_TE, differentiable=True, tol=1e-7).topk(2)[0][:, 0].sum()
+
+
+def many_scores():
+    return torch.randn(3, 9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def test_many_gradients_at_once_are_those_of_one_at_a_time():
+    scores_TE = many_scores()[0]
+    jacobian_ETE = torch.autograd.functional.jacobian(potentials_of, scores_TE)
+    at_once_ETE = torch.autograd.functional.jacobian(potentials_of, scores_TE, vectorize=True)
+    torch.testing.assert_close(at_once_ETE, jacobian_ETE)
+    torch.testing.assert_close(torch.func.jacrev(potentials_of)(scores_TE), jacobian_ETE)
+    given_TE = scores_TE.clone().requires_grad_()
+    (batched_ETE,) = torch.autograd.grad(
+        potentials_of(given_TE), given_TE, torch.eye(4, dtype=torch.float64), is_grads_batched=True
+    )
+    torch.testing.assert_close(batched_ETE, jacobian_ETE)
+
+
+def test_gradients_of_many_problems_at_once_are_those_of_each():
+    scores_NTE = many_scores()
+    alone = [torch.func.grad(weights_of)(scores_TE) for scores_TE in scores_NTE]
+    for scores_TE, gradient_TE in zip(scores_NTE, alone, strict=True):
+        given_TE = scores_TE.clone().requires_grad_()
+        weights_of(given_TE).backward()
+        torch.testing.assert_close(gradient_TE, given_TE.grad)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(weights_of))(scores_NTE), torch.stack(alone))
+
+
+def test_second_derivatives_by_torch_func_are_those_of_autograd():
+    scores_TE = many_scores()[0]
+    hessian = torch.autograd.functional.hessian(weights_of, scores_TE)
+    torch.testing.assert_close(torch.func.jacrev(torch.func.jacrev(weights_of))(scores_TE), hessian)
+    torch.testing.assert_close(torch.autograd.functional.hessian(weights_of, scores_TE, vectorize=True), hessian)
+
+
+@pytest.mark.parametrize("forward", [torch.func.jacfwd, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))])
+def test_forward_mode_is_refused_by_name(forward):
+    with pytest.raises(NotImplementedError, match="scores_TE carries a tangent"):
+        forward(potentials_of)(many_scores()[0])
+
+
+def test_a_tangent_is_not_dropped_in_silence():
+    scores_TE = many_scores()[0]
+    with torch.autograd.forward_ad.dual_level():
+        dual_TE = torch.autograd.forward_ad.make_dual(scores_TE, scores_TE)
+        with pytest.raises(NotImplementedError, match="scores_TE carries a tangent"):
+            potentials_of(dual_TE)
+        assert torch.equal(solve(dual_TE).potentials, solve(scores_TE).potentials)
