@@ -23,7 +23,8 @@ def shown(terminal: bool) -> str:
 
 
 def test_without_a_terminal_there_is_a_line_at_each_tenth() -> None:
-    assert shown(terminal=False).splitlines() == [
+    # The last line of all is empty with rich before 15.
+    assert [line for line in shown(terminal=False).splitlines() if line] == [
         "ssr-s          step 4/40  loss 2.500   12.3k tokens/s  MaxVio 0.75",
         "ssr-s          step 8/40  loss 2.500   12.3k tokens/s  MaxVio 0.75",
         "ssr-s          step 40/40  loss 2.500   12.3k tokens/s  MaxVio 0.75",

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from .zoo import FAMILIES
+from .zoo import FAMILIES, recompute
 
 FAMILY = {family.name: family for family in FAMILIES}
 QUIET = {"noise": 0.0}
@@ -644,7 +644,7 @@ def test_an_evaluation_before_the_backward_pass_does_not_take_the_masks_of_the_t
     gradients = []
     for evaluated in (False, True):
         model, _ = make("mixtral", "ssr-l", probability=1, noise=0)
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute(model)
         loss = model.train()(**with_labels(), attention_mask=RIGHT).loss
         if evaluated:
             with sinkroute.LoadMonitor(model), torch.no_grad():

@@ -1,5 +1,6 @@
 """Routers in transformers' Trainer: steps, logs, and runs that are killed and go on."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -233,10 +234,13 @@ def test_attached_after_it_was_given_among_the_callbacks_it_is_there_once(tmp_pa
 
 def test_recomputed_layers_change_no_number(tmp_path):
     runs = []
+    # Renamed after transformers 5.20.
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    setting = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     for recompute in (False, True):
         trainer, _, _ = patched_trainer(
             tmp_path, mixtral(), options={"probability": 0.5, "noise": 1.0}, max_steps=3,
-            activation_checkpointing=recompute,
+            **{setting: recompute},
         )  # fmt: skip
         calls = []
         watch(trainer.model, lambda *_: calls.append(1))  # noqa: B023

@@ -425,6 +425,13 @@ NOT_ROUTERS: dict[str, str] = {
 }
 
 
+def recompute(model: PreTrainedModel, use_reentrant: bool = False) -> None:
+    """Activation checkpointing, by whichever name the installed transformers has for it."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    name = next(name for name in names if hasattr(model, name))
+    getattr(model, name)({"use_reentrant": use_reentrant})
+
+
 def newcomers() -> dict[str, Family | str]:
     """By router class, for those of the installed transformers that are not listed: a family, or why there is none."""
     listed = {family.router_class for family in LISTED} | UNBUILDABLE.keys() | NOT_ROUTERS.keys()
