@@ -30,6 +30,8 @@ PIP := python -m pip --disable-pip-version-check install --quiet
 # all the rest, which must suit that torch and never replace it. What has no wheel is built with the locked setuptools,
 # the project with the locked hatchling: pip's own build environments would take versions of the day.
 define install
+	@$(2) -c 'import sys; sys.exit("gensim 4.4.0 has no wheel for Python 3.14: make PYTHON=python3.13 ..." \
+		if sys.version_info >= (3, 14) else 0)'
 	$(2) scripts/make_venv.py $(1)
 	@echo "Installing torch and the lab into $(1) (some minutes) ..."
 	$(1)/bin/$(PIP) --no-deps $(3)

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Parts of torch: which it needs, if any, is told by the build that is installed.
 TORCHS_OWN = ("torch==", "nvidia-", "cuda-")
-# What builds the project, without a network: pip's build isolation would fetch versions of the day.
+# What builds the project, and what has no wheel: pip's own build environments would take versions of the day.
 BUILDS = ("hatchling>=1.26", "editables>=0.5", "setuptools>=77")
 
 
@@ -37,7 +37,7 @@ def lock(uv: str, target: Path, what: str, torch: str, *options: str) -> None:
 def main(uv: str, torch: str, oldest_torch: str) -> None:
     folder = ROOT / "requirements"
     folder.mkdir(exist_ok=True)
-    what = "All that `make demo` and `make test` install, on Python 3.10 to 3.14"
+    what = "All that `make demo` and `make test` install, on Python 3.10 to 3.13"
     lock(uv, folder / "locked.txt", what, torch, "--universal")
     what = "The lowest versions that pyproject.toml allows, for `make test-oldest` on Python 3.10 and Linux"
     options = ("--resolution", "lowest-direct", "--python-platform", "linux")

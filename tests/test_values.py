@@ -42,6 +42,7 @@ def test_memory_by_any_name_is_readable(x):
         torch.zeros(3, dtype=torch.complex64).conj().imag,
         torch.zeros(3, dtype=torch.complex64).conj(),
         torch._efficientzerotensor((3,)),
+        torch.nested.nested_tensor([torch.zeros(3)]),
         torch.masked.masked_tensor(torch.zeros(3), torch.ones(3, dtype=torch.bool)),
     ],
 )

@@ -179,7 +179,9 @@ def _is_batched(x: Tensor) -> bool:
 
 def _in_memory(x: Tensor) -> bool:
     kind = type(x)
-    if (kind is not Tensor and kind is not nn.Parameter and kind.__torch_dispatch__ is not _NO_DISPATCH) or x.is_neg():
+    if kind is not Tensor and kind is not nn.Parameter and kind.__torch_dispatch__ is not _NO_DISPATCH:
+        return False
+    if x.is_neg() or x.is_nested:
         return False
     try:
         if x.data_ptr() != 0:

@@ -94,6 +94,20 @@ def test_they_are_compiled_once_into_the_users_own_folder(monkeypatch, tmp_path)
 
 
 @pytest.mark.skipif(native.load() is None, reason="no compiler here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_process_that_is_forked_after_threads_were_used_does_not_hang():
+    code = (
+        "import os, signal, torch, sinkroute; from sinkroute.transport.passes.compiled import threads_for\n"
+        "torch.set_num_threads(2); scores = torch.randn(8192, 64); assert threads_for(scores) == 2\n"
+        "work = lambda: [scores.softmax(1), *sinkroute.solve(scores).topk(2), sinkroute.balanced_topk(scores, 2)[0]]\n"
+        "before = work(); child = os.fork()\n"
+        "if child == 0: signal.alarm(30); os._exit(7 * all(map(torch.equal, before, work())))\n"
+        "assert all(map(torch.equal, before, work())); print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    assert _run(code, OMP_NUM_THREADS="2").stdout.strip() == "7"  # -14 for one that was woken by the alarm
+
+
+@pytest.mark.skipif(native.load() is None, reason="no compiler here")
 def test_loading_them_leaves_the_rounding_of_the_process_alone():
     # A library that is linked with -ffast-math makes denormals 0 for everyone.
     code = (

@@ -135,6 +135,13 @@ def test_an_expert_without_mass_gets_nothing():
     assert (weights_TK[:, 3] == 0).all() and weights_TK.isfinite().all()
 
 
+@pytest.mark.parametrize("mass", [1e30, 1e31, -1.0, math.inf, math.nan])
+def test_a_mass_that_cannot_be_is_named(mass):
+    # In float32 the 1e30 is a little more than that, and must be named all the same.
+    with pytest.raises(ValueError, match=r"token_mass\[1\] is .*at most 1e30"):
+        solve(torch.zeros(3, 2), token_mass=torch.tensor([1.0, mass, 0.0]))
+
+
 def test_a_token_whose_experts_all_lack_mass_is_named():
     scores_TE = torch.tensor([[0.0, 0.0, 1.0], [0.0, -math.inf, -math.inf], [0.0, 1.0, 0.0]])
     for method in list_solvers():

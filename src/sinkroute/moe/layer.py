@@ -122,8 +122,11 @@ class MoE(nn.Module):
         if mask_T is not None:
             # Whatever padding holds, NaN included, must not reach the experts' gradients.
             x_TD = x_TD.masked_fill(~mask_T[:, None], 0.0)
+        # Before the gate: of some dtypes torch makes no error of weights without values, but logits from nowhere.
+        if self.experts.w_in.is_meta and not x_TD.is_meta:
+            raise no_values(x_TD.device)
         logits_TE = self._logits(x_TD, token_ids)
-        if logits_TE.is_meta and not x_TD.is_meta:  # of some dtypes torch makes no error of that
+        if logits_TE.is_meta and not x_TD.is_meta:
             raise no_values(x_TD.device)
         self.routes = routes = self.router(logits_TE, mask_T)
         plan = plan_dispatch(routes.experts, self.router.num_experts, self._computed(routes))

@@ -40,9 +40,9 @@ def take_best_tokens(
     """
     if not holds_values(values_TE):
         raise NotImplementedError(
-            f"values_TE are a {type(values_TE).__name__} on {values_TE.device} whose numbers cannot be looked at (vmap, a "
-            "tracer, meta or fake tensors), but routes where experts choose have as many columns as the most wanted "
-            "token has experts; route outside of it, or in eval()"
+            f"values_TE are a {type(values_TE).__name__} on {values_TE.device} whose numbers cannot be looked at "
+            "(vmap, a tracer, meta or fake tensors), but routes where experts choose have as many columns as the "
+            "most wanted token has experts; route outside of it, or in eval()"
         )
     tokens, experts = values_TE.shape
     real = tokens if token_mask is None else int(token_mask.sum())

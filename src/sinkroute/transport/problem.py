@@ -348,7 +348,8 @@ def _checked_token_mass(
     if token_mass.device.type == "cpu" and holds_values(token_mass) and token_mass.numel():
         low, high = (float(x) for x in token_mass.detach().aminmax())
         if not 0 <= low <= high <= 1e30:
-            at = int((~((token_mass >= 0) & (token_mass <= 1e30))).nonzero()[0])
+            wide_T = token_mass.detach().double()  # as the bound is: 1e30 itself is more in float32
+            at = int((~((wide_T >= 0) & (wide_T <= 1e30))).nonzero()[0])
             raise ValueError(
                 f"token_mass[{at}] is {token_mass[at].item()}; masses must be finite, not negative and at most 1e30"
             )

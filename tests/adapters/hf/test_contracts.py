@@ -53,6 +53,20 @@ def test_what_is_no_triple(outputs):
     assert not CONTRACT["triple"].fits(outputs, site())
 
 
+def test_a_triple_in_reverse_stays_in_reverse():
+    outputs = torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, 2).bfloat16(), LOGITS
+    assert [name for name, contract in CONTRACT.items() if contract.fits(outputs, site())] == ["reversed"]
+    experts, weights, logits = write("reversed", outputs)
+    assert logits is LOGITS and weights.dtype == torch.bfloat16 and experts.dtype == torch.int32
+    decision = CONTRACT["reversed"].read((experts, weights, logits), site())
+    assert torch.equal(decision.experts_TK, OURS[0]) and torch.equal(decision.weights_TK, OURS[1].bfloat16())
+    assert torch.equal(decision.logits_TE, LOGITS)
+
+
+def test_a_choice_of_zeros_and_ones_is_no_triple_in_reverse():
+    assert not CONTRACT["reversed"].fits((torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3), LOGITS), site())
+
+
 def test_dense_scores_are_0_where_nothing_is_chosen_and_add_where_an_expert_comes_twice():
     outputs = torch.tensor([[0.0, 0.9, 0.8], [0.7, 0.6, 0.0]]), LOGITS
     where = site(top_k=2)

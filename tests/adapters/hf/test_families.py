@@ -80,9 +80,9 @@ def load(output, host):
         return torch.tensor(output[3])
     if len(output) == 2:  # Llama 4: scores, 0 where not chosen
         return (output[0] != 0).sum(0)
-    if not output[0].is_floating_point():  # Switch: one-hot
+    if not output[0].is_floating_point() and output[0].shape == output[2].shape:  # Switch: one-hot
         return output[0].flatten(0, -2).sum(0)
-    logits, weights, experts = output[:3]
+    logits, weights, experts = output[:3] if output[0].is_floating_point() else output[::-1]
     if type(host).__name__ == "ZayaRouter":  # the last one is no expert: weight 0, and the first is named
         experts = experts.masked_fill(weights == 0, logits.shape[-1] - 1)
     return experts.flatten().bincount(minlength=logits.shape[-1])

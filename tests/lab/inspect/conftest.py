@@ -74,6 +74,8 @@ SPECIAL: dict[str, Callable[..., Any]] = {
         | more
     ),
 }
+if not hasattr(transformers, "BeamConfig"):  # transformers 5.20
+    del SPECIAL["beam"]
 
 
 def build(family: str, **more: Any) -> transformers.PreTrainedModel:

@@ -1,6 +1,7 @@
 """What routers of transformers' models return, and how to put other choices in its place.
 
     triple    logits (T, E), weights (T, K), experts (T, K)          nearly all of transformers 5
+    reversed  experts (T, K), weights (T, K), logits (T, E)          Granite and Aria of transformers 5.20
     dense     scores (T, E), 0 where not chosen, and logits (T, E)   Llama 4
     sorted    pairs of token and expert, by expert, and logits       JetMoE
     one-hot   choice (..., E), 0 beyond capacity, weight, logits     Switch Transformers
@@ -106,6 +107,25 @@ class Triple:
         logits, weights, experts = outputs
         shape = (*experts.shape[:-1], experts_TK.shape[-1])
         return logits, weights_TK.to(weights.dtype).view(shape), experts_TK.to(experts.dtype).view(shape)
+
+
+class Reversed:
+    name = "reversed"
+    any_width = True
+
+    def fits(self, outputs: Any, site: Site) -> bool:
+        # As many experts as there are would be a choice (T, E) of zeros and ones: NLLB's.
+        return (
+            _are_tensors(outputs, 3)
+            and Triple().fits(outputs[::-1], site)
+            and outputs[0].shape[-1] < outputs[2].shape[-1]
+        )
+
+    def read(self, outputs: Any, site: Site) -> Decision:
+        return Triple().read(outputs[::-1], site)
+
+    def write(self, outputs: Any, weights_TK: Tensor, experts_TK: Tensor, site: Site) -> Any:
+        return Triple().write(outputs[::-1], weights_TK, experts_TK, site)[::-1]
 
 
 class Dense:
@@ -307,7 +327,17 @@ class Logits:
         return logits_TE.scatter(-1, experts_TK, weights_TK.float().clamp(min=smallest).log()).to(outputs.dtype)
 
 
-CONTRACTS: tuple[Contract, ...] = (Mixed(), Triple(), Dense(), Sorted(), OneHot(), Joint(), Skipping(), Logits())
+CONTRACTS: tuple[Contract, ...] = (
+    Mixed(),
+    Triple(),
+    Reversed(),
+    Dense(),
+    Sorted(),
+    OneHot(),
+    Joint(),
+    Skipping(),
+    Logits(),
+)
 
 
 def _top_k(site: Site) -> int:

@@ -8,7 +8,7 @@ down(silu(gate) · up), an output layer of its own. What routes decides between
     ERNIE 4.5      softmax, renormalised, a bias of the choice; experts that all tokens visit
     GLM-4 MoE      sigmoid, renormalised or not, a bias of the choice, groups, a scale; experts that all tokens visit
 
-as their modelling files in transformers 5.23 have it. What a class has and the lab's model has not is set so that it
+as their modelling files in transformers 5.24 have it. What a class has and the lab's model has not is set so that it
 adds 0.
 """
 

@@ -9,7 +9,9 @@ directory may be shared between machines. How they are found, compiled or given 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import warnings
 
 import torch
@@ -88,9 +90,23 @@ _found: library.Found | None = None
 def _find() -> library.Found:
     global _found
     _found = found = library.find(_declare)  # before the warning, which may be made an error
+    if found.library is not None:
+        _let_children_live(found.library)
     if found.warning:
         warnings.warn(found.warning, RuntimeWarning, stacklevel=3)
     return found
+
+
+def _let_children_live(kernels: ctypes.CDLL) -> None:
+    """End the threads of OpenMP before the process is forked.
+
+    A child has none of its parent's threads, but the GNU runtime in it counts on them: the first loop on several
+    threads, of these kernels or of torch, would wait for ever. Both start their threads anew where they need them.
+    """
+    soft = 1  # omp_pause_soft
+    with contextlib.suppress(AttributeError):  # compiled without OpenMP; no fork on this system
+        pause = kernels.omp_pause_resource_all
+        os.register_at_fork(before=lambda: pause(soft))
 
 
 def _declare(kernels: ctypes.CDLL) -> None:
