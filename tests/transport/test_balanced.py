@@ -170,6 +170,22 @@ def test_from_a_bad_start_the_repair_finds_the_best_choice(backend, cost, k, mon
     assert cost_TE.gather(1, experts_TK).sum().item() == pytest.approx(bound.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("rounded", [False, True])  # True: with many ties
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k"), [(13, 8, 1), (3, 9, 1), (1, 6, 2), (11, 7, 2), (15, 8, 3), (5, 6, 5), (90, 16, 3)]
+)
+def test_targets_that_are_no_whole_numbers_are_rounded_as_is_best(backend, tokens, experts, k, rounded):
+    least = tokens * k // experts
+    for seed in range(4):
+        scores_TE = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed))
+        scores_TE = scores_TE.round() if rounded else scores_TE
+        scores_TE = scores_TE + torch.linspace(0, seed, experts)  # those at the end are wanted
+        experts_TK, _ = balanced_topk(scores_TE, k, tol=0)
+        assert set(loads_of(experts_TK, experts).tolist()) <= {least, least + 1}
+        best = best_score(scores_TE.double(), k, np.full(experts, least), np.full(experts, least + 1))
+        assert scores_TE.double().gather(1, experts_TK).sum().item() == pytest.approx(best, abs=1e-5)
+
+
 @pytest.mark.parametrize("cost", ["linear", "softmax"])
 @pytest.mark.parametrize("outlier", [1e4, 1e8, -1e8, 1e30])
 def test_a_start_that_is_far_off_leads_to_the_same_choice(backend, cost, outlier):

@@ -109,13 +109,12 @@ def balanced_topk(
         (1 − tol) t_j ≤ load_j ≤ (1 + tol) t_j,    so that MaxVio = max_j load_j / t_j − 1 ≤ tol;
 
     where no whole number lies in there, t_j rounded up or down. Of all assignments with the same loads it is one with
-    the largest sum of C, and the slack is used where it raises that sum: with tol=0 it is the largest for the targets, rounded to
-    whole numbers as is best,
-    with more it is larger. Forbidden experts may leave a load below (1 − tol) t_j, never one above the upper bound.
-    Nothing is random: the same scores give the same experts. The scores get no gradient.
+    the largest sum of C, and the slack is used where it raises that sum: with tol=0 it is the largest for the targets,
+    rounded as is best; with more it is larger. Forbidden experts may leave a load below (1 − tol) t_j, never one above
+    the upper bound. Nothing is random: the same scores give the same experts. The scores get no gradient.
 
-    Time goes into a few passes over the scores and, for strongly skewed "softmax" costs, into moving single tokens:
-    without the compiled kernels that can take seconds.
+    Time goes into some passes over the scores and into moving single tokens; without the compiled kernels the latter
+    can take seconds. Ctrl-C is served within a second.
 
     Args:
         scores_TE: (T, E) scores of any floating-point dtype. −inf forbids an expert to a token.
