@@ -74,6 +74,7 @@ def choose(problem: Problem, k: int, bias_E: Tensor, target_E: Tensor, limit_E: 
         described = native.Scores.of(scores_TE, problem.cost == "softmax", problem.token_mask)
         near_E = torch.empty(experts, dtype=torch.float32, device="cpu")
         step_E = torch.empty(experts, dtype=torch.float64, device="cpu")
+        target_E = target_E.double().contiguous()  # what an address is taken of
         limit_E = None if limit_E is None else limit_E.float()
         kernels.choose(
             ctypes.byref(described),
