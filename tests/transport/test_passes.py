@@ -205,7 +205,8 @@ def test_of_equal_values_the_lower_expert_comes_first_on_every_path(monkeypatch,
         again = replace(plan, scores=same_TE, potentials=potentials_E)
         assert (again.topk(4)[1].numpy() == best_TK).all()
         problem = problem_of(same_TE, mask_T=mask_T)
-        assert (choose(problem, 4, potentials_E).experts_TK.numpy() == best_TK).all()
+        target_E = 4 * problem.target_E
+        assert (choose(problem, 4, potentials_E, target_E).experts_TK.numpy() == best_TK).all()
 
 
 @needs_compiler

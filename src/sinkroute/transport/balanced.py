@@ -10,9 +10,9 @@ a b-matching. Its linear-programming dual has one price per expert, the bias g:
 
 and when the top-k of C + g has the right counts, it is the best assignment there is. It is found in two steps:
 
-1. `_search`, with passes that only count: g_j += δ_j log(t_j / count_j), where δ_j is how near decisions about expert j
-   are, with Anderson acceleration; on a sample of the tokens first, then on all. That comes to about 1 %, unless
-   scores are so skewed that the δ_j differ by orders of magnitude; then the sample is repaired, and its bias taken on.
+1. `_search`, with passes that count: each tells for every expert how far its g is from where the expert would have t_j
+   tokens if all others stayed as they are. Experts take a share of that step, which grows while they stay on their side
+   of the aim and falls when they cross it; on a sample of the tokens first, then on all.
 2. `repair`: what is still too much leaves by the cheapest chains of moves. That is exact, needs no breaking of ties,
    and ends with loads inside the bounds wherever there is an assignment that has them.
 """
@@ -32,6 +32,7 @@ from sinkroute._uncompiled import uncompiled
 from sinkroute._values import plain, readable
 from sinkroute.transport.chains import repair
 from sinkroute.transport.choice import Choice, choose
+from sinkroute.transport.passes import make_pass
 from sinkroute.transport.passes.chunked import chunks
 from sinkroute.transport.problem import (
     Problem,
@@ -45,15 +46,16 @@ from sinkroute.transport.problem import (
 
 __all__ = ["BalancedTopk", "balanced_topk"]
 
-SAMPLED_LOAD = 32  # choices per expert in the smallest sample
-SAMPLE_PASSES, PASSES = 8, 7  # at most
-PATIENCE = 2  # passes without a smaller surplus before a search gives up
+SAMPLED_LOAD = 16  # choices per expert in the smallest sample
+PASSES = 16  # at most, over a sample as over all
 # Surpluses, as shares of the choices. Sampling alone makes sqrt(experts / choices) times some tenths.
-SAMPLE_ENOUGH, SAMPLE_HARD = 0.15, 0.4
-ENOUGH = 0.003  # below, a further pass would cost more than the moves that it saves
-MEMORY = 6  # steps that Anderson acceleration looks back on
-# About 1 / k of the choices of an expert are a token's last, which alone are open to a small change of the bias.
-STEP = 1.5
+SAMPLE_ENOUGH = 0.15
+# Below, a further pass would cost more than the moves that it saves; the second per expert and choice.
+ENOUGH, ENOUGH_PER_EXPERT = 0.0005, 0.1
+# Experts answer to each other's steps. The share of its step that an expert takes grows while it is short of the aim or
+# beyond it, and falls when it changes sides; that of all falls when the surplus grows.
+LONGER, SHORTER = 1.2, 0.5
+WORSE = 1.05
 
 
 class BalancedTopk(tuple[Tensor, Tensor]):
@@ -108,11 +110,11 @@ def balanced_topk(
 
     where no whole number lies in there, t_j rounded up or down. Of all assignments with the same loads it is one with
     the largest sum of C, and the slack is used where it raises that sum: with tol=0 it is the largest for the targets,
-    with more it is larger. Forbidden experts may leave a load below (1 − tol) t_j, never one above the upper bound.
-    Nothing is random: the same scores give the same experts. The scores get no gradient.
+    rounded as is best; with more it is larger. Forbidden experts may leave a load below (1 − tol) t_j, never one above
+    the upper bound. Nothing is random: the same scores give the same experts. The scores get no gradient.
 
-    Time goes into a few passes over the scores and, for strongly skewed "softmax" costs, into moving single tokens:
-    without the compiled kernels that can take seconds.
+    Time goes into some passes over the scores and into moving single tokens; without the compiled kernels the latter
+    can take seconds. Ctrl-C is served within a second.
 
     Args:
         scores_TE: (T, E) scores of any floating-point dtype. −inf forbids an expert to a token.
@@ -176,7 +178,7 @@ def _balanced_topk(
         lower_E, upper_E = _bounds(target_E, tol)
         if not target_E.any():
             start_E = torch.zeros_like(target_E).masked_fill(~problem.positive_E, -math.inf)
-            choice, passes = choose(problem, k, start_E), 1
+            choice, passes = choose(problem, k, start_E, target_E), 1
         else:
             choice, passes = _search(problem, k, target_E, init_E)
         # A load above its target raises the score where the price is low, as all want the expert, and one below where
@@ -186,8 +188,7 @@ def _balanced_topk(
         one_sided = torch.where(wanted_E, floor_E, lower_E), torch.where(wanted_E, upper_E, ceiling_E)
         choice, moves = _repaired(problem, choice, *one_sided)
         if not _within(choice.loads_E, lower_E, upper_E):
-            unknown_TK = torch.full_like(choice.margin_TK, -math.inf)
-            choice, more = _repaired(problem, choice._replace(margin_TK=unknown_TK), lower_E, upper_E)
+            choice, more = _repaired(problem, choice, lower_E, upper_E)
             moves += more
         loads_E = choice.loads_E
         if (loads_E > upper_E).any():
@@ -282,9 +283,10 @@ def _within(loads_E: Tensor, lower_E: Tensor, upper_E: Tensor) -> bool:
 
 def _search(problem: Problem, k: int, target_E: Tensor, init_E: Tensor | None) -> tuple[Choice, int]:
     """A choice of nearly the right loads, and how often all tokens were looked at."""
-    anderson = _Anderson()
-    bias_E = init_E
-    if bias_E is None:
+    limit_E = None
+    if init_E is not None:
+        bias_E = _plausible(problem, init_E)
+    else:
         tokens, experts = problem.scores_TE.shape
         bias_E = _column_quantiles(problem, k, target_E)
         levels = int(math.log(max(1, tokens * k / (experts * SAMPLED_LOAD)), 4))
@@ -294,19 +296,45 @@ def _search(problem: Problem, k: int, target_E: Tensor, init_E: Tensor | None) -
             if real == 0:
                 continue
             sampled_E = target_E * (real * k / target_E.sum())
-            noise = math.sqrt(experts / (real * k))
-            choice, surplus, _ = anderson.run(sample, k, sampled_E, bias_E, SAMPLE_PASSES, SAMPLE_ENOUGH * noise)
-            if surplus > SAMPLE_HARD * noise:
-                choice, _ = _repaired(sample, choice, *_bounds(sampled_E, 0))
-                anderson = _Anderson()
-            bias_E = choice.bias_E
-    choice, _, passes = anderson.run(problem, k, target_E, bias_E, PASSES, ENOUGH)
-    return choice, passes
+            enough = SAMPLE_ENOUGH * math.sqrt(experts / (real * k))
+            choice, _ = _descend(sample, k, sampled_E, bias_E, limit_E, enough)
+            bias_E, limit_E = choice.bias_E, 4 * choice.near_E
+    enough = ENOUGH + ENOUGH_PER_EXPERT * len(target_E) / float(target_E.sum())
+    return _descend(problem, k, target_E, bias_E, limit_E, enough)
+
+
+def _descend(
+    problem: Problem, k: int, target_E: Tensor, bias_E: Tensor, limit_E: Tensor | None, enough: float
+) -> tuple[Choice, int]:
+    """The choice with the least surplus that was met on the way from this bias, and the passes."""
+    positive_E = target_E > 0
+    least, side_E = math.inf, None
+    share_E = torch.ones_like(target_E)
+    for passes in range(1, PASSES + 1):  # noqa: B007, how many there were is returned
+        # With the largest at 0, float32 resolves the small differences between the experts that few tokens want.
+        bias_E = (bias_E - bias_E[positive_E].max()).masked_fill(~positive_E, -math.inf)
+        choice = choose(problem, k, bias_E, target_E, limit_E)
+        surplus = float((choice.loads_E - target_E).clamp(min=0).sum() / target_E.sum())
+        limit_E = 4 * choice.near_E
+        if surplus <= WORSE * least:
+            turn_E = choice.step_E.sign() * (0 if side_E is None else side_E)
+            share_E = torch.where(turn_E < 0, SHORTER * share_E, torch.where(turn_E > 0, LONGER * share_E, share_E))
+            share_E, side_E = share_E.clamp(max=1), choice.step_E.sign()
+            at = choice
+        else:
+            share_E = SHORTER * share_E
+        if surplus < least:
+            best, least = choice, surplus
+        if least <= enough or not at.step_E.any():
+            break
+        bias_E = at.bias_E + share_E * at.step_E
+    return best, passes
 
 
 def _repaired(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor) -> tuple[Choice, int]:
     """The choice with its loads inside the bounds, as far as possible, and the moves that took."""
-    if _within(choice.loads_E, lower_E, upper_E):
+    rounds = bool((upper_E > lower_E).any() & (upper_E - lower_E <= 1).all())  # to whole numbers, the best of them
+    if _within(choice.loads_E, lower_E, upper_E) and not rounds:
         return choice, 0
     # The repair goes from token to token, which is nothing for an accelerator.
     mask, device = problem.token_mask, choice.bias_E.device
@@ -317,65 +345,22 @@ def _repaired(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor
     return Choice(*(x.to(device) for x in changed._replace(bias_E=bias_E))), moves
 
 
+def _plausible(problem: Problem, init_E: Tensor) -> Tensor:
+    """A start whose differences are not far beyond those of the costs: there the costs would be lost to rounding."""
+    cost_SE = problem.every(max(1, len(problem.scores_TE) // 1024)).cost_TE()
+    finite_N = cost_SE[cost_SE.isfinite()]
+    if len(finite_N) == 0:
+        return torch.zeros_like(init_E)
+    reach = 4 * float(finite_N.double().aminmax().max - finite_N.double().aminmax().min)
+    return (init_E - init_E.median()).clamp(-reach, reach)
+
+
 def _column_quantiles(problem: Problem, k: int, target_E: Tensor) -> Tensor:
-    """Minus the score that expert j's share of the tokens is above, (E,) float64, from a sample."""
+    """Minus the cost that expert j's share of the tokens is above, (E,) float64, from a sample."""
     sample = problem.every(max(1, len(problem.scores_TE) // 1024))
-    cost_SE = sample.cost_TE()
-    if sample.token_mask is not None:
-        cost_SE = cost_SE[sample.token_mask]
-    if len(cost_SE) == 0:
+    real = len(sample.scores_TE) if sample.token_mask is None else int(sample.token_mask.sum())
+    if real == 0:
         return torch.zeros_like(target_E)
-    rank_E = (len(cost_SE) * k * target_E / target_E.sum()).long().clamp(0, len(cost_SE) - 1)
-    largest_ES = cost_SE.T.contiguous().topk(int(rank_E.max()) + 1, dim=1).values
-    quantile_E = largest_ES.gather(1, rank_E[:, None])[:, 0].to(target_E)
+    rank_E = (real * k * target_E / target_E.sum()).long().clamp(0, real - 1) + 1
+    quantile_E = torch.from_numpy(make_pass(sample).column_ranks(rank_E.cpu().numpy())[1]).to(target_E)
     return torch.where(quantile_E.isfinite(), -quantile_E, 0)
-
-
-class _Anderson:
-    """Fixed point iteration on the bias, accelerated by what earlier steps taught about how loads answer to it.
-
-    That knowledge, pairs of changes of the bias and of the residual log(target / load), holds for any sample of the
-    same tokens, so that one object serves all samples.
-    """
-
-    def __init__(self) -> None:
-        self.changes: list[tuple[Tensor, Tensor]] = []
-
-    def run(
-        self, problem: Problem, k: int, target_E: Tensor, bias_E: Tensor, most_passes: int, enough: float
-    ) -> tuple[Choice, float, int]:
-        """The choice with the least surplus that was met, that surplus as a share of the choices, and the passes."""
-        positive_E = target_E > 0
-        least, since, passes = math.inf, 0, 0
-        before: tuple[Tensor, Tensor] | None = None
-        while True:
-            # With the largest at 0, float32 resolves the small differences between the experts that few tokens want.
-            bias_E = (bias_E - bias_E[positive_E].max()).masked_fill(~positive_E, -math.inf)
-            choice = choose(problem, k, bias_E)
-            passes += 1
-            surplus = float((choice.loads_E - target_E).clamp(min=0).sum() / target_E.sum())
-            since += 1
-            if surplus < least:
-                best, least, since = choice, surplus, 0
-            scale_known = bool((choice.nearness_E > 0).any())
-            if least <= enough or since > PATIENCE or passes == most_passes or not scale_known:
-                return best, least, passes
-            residual_E = torch.where(positive_E, ((target_E + 0.5) / (choice.loads_E.to(target_E) + 0.5)).log(), 0)
-            if before is not None and not residual_E.equal(before[1]):
-                change_E = (bias_E - before[0]).nan_to_num()
-                self.changes = [*self.changes[-MEMORY + 1 :], (change_E, residual_E - before[1])]
-            before = bias_E, residual_E
-            nearness_E = choice.nearness_E.to(bias_E)
-            nearness_E = torch.where(nearness_E > 0, nearness_E, nearness_E[nearness_E > 0].amin())
-            bias_E, residual_E = self.extrapolate(bias_E, residual_E)
-            bias_E = bias_E + STEP * k * nearness_E * residual_E
-
-    def extrapolate(self, bias_E: Tensor, residual_E: Tensor) -> tuple[Tensor, Tensor]:
-        """The bias with the smallest residual, if residuals are linear and it moves as before, and that residual."""
-        if not self.changes:
-            return bias_E, residual_E
-        biases_EM, residuals_EM = (torch.stack(x, dim=1) for x in zip(*self.changes, strict=True))
-        gram_MM = residuals_EM.T @ residuals_EM
-        gram_MM += 1e-4 * gram_MM.diagonal().max() * torch.eye(len(gram_MM), dtype=gram_MM.dtype, device=gram_MM.device)
-        weights_M = torch.linalg.solve(gram_MM, residuals_EM.T @ residual_E)
-        return bias_E - biases_EM @ weights_M, residual_E - residuals_EM @ weights_M

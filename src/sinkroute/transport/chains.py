@@ -1,21 +1,30 @@
 """Loads into their bounds by the cheapest chains of moves: the repair of `balanced_topk`.
 
-A chain j → l → m moves one token from expert j to l and another one from l to m. With length
+A chain j → l → m moves one token from expert j to l and another one from l to m. With the bias g and a level u_i of
+every token, between what its last expert is worth and the best that it has not,
 
-    loss_jl = min over the tokens of j that may move to l of (C_ij − C_il),        loss_jl + g_j − g_l ≥ 0,
+    min over its experts j of (C_ij + g_j)  ≥  u_i  ≥  max over all others l of (C_il + g_l),
 
-the cheapest way to change the loads by one unit is a shortest path between experts (successive shortest paths; the
-bias g serves as the prices that keep every length non-negative). Every assignment on the way is the best there is for
-its loads, and when no path is left, no assignment has loads inside the bounds.
+taking expert j from token i costs C_ij + g_j − u_i, and giving it l costs u_i − C_il − g_l: neither is below 0. One
+round of Dijkstra over experts and tokens gives every node its distance from the experts that have too much. Added to g
+and u, up to where enough experts with room are reached, the distances keep both inequalities and make the shortest
+paths cost nothing; as many of these as do not get into each other's way are taken (a blocking flow; of equally short
+paths those of fewest moves first). This is the primal-dual method for minimum-cost flows (Ahuja, Magnanti & Orlin,
+*Network Flows*, section 9.8): every assignment on the way is the best there is for its loads, and when no path is left,
+no assignment has loads inside the bounds. A round costs some sweeps over the rows that it reaches and takes many
+chains; one chain at a time would need a shortest path for each.
+
+Loads that may be rounded up or down are chosen in the same way: a chain from j to l changes the sum by what its moves
+cost with prices, less g_j − g_l, and rounds go on as long as one raises it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import heapq
 import math
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sinkroute._values import address
@@ -26,9 +35,14 @@ from sinkroute.transport.problem import COSTS, Problem
 
 __all__ = ["repair"]
 
+ROUNDING = 1e-12  # of |C + g|: what is a tie
+ROWS_TO_KEEP = 1 << 22  # numbers, without the kernels
+
 
 def repair(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor) -> int:
     """Move loads above `upper` down, as far as possible, then those below `lower` up, as far as possible.
+
+    Where no two bounds are more than 1 apart, loads end as those within the bounds for which the sum is largest.
 
     Args:
         problem: scores on the CPU, cost and mask.
@@ -45,129 +59,224 @@ def repair(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor) -
     kernels = native.load()
     assert kernels is not None
     described = native.Scores.of(problem.scores_TE, problem.cost == "softmax", problem.token_mask)
-    tensors = lower_E, upper_E, choice.experts_TK, choice.margin_TK, choice.loads_E, choice.bias_E
-    kernels.repair.restype = ctypes.c_int64
-    moves: int = kernels.repair(
-        ctypes.byref(described),
-        ctypes.c_int64(choice.experts_TK.shape[1]),
-        *(ctypes.c_void_p(address(x)) for x in tensors),
-    )
-    if moves < 0:
+    tokens, k = choice.experts_TK.shape
+    if tokens * k >= 1 << 31:
+        raise ValueError(
+            f"{tokens} tokens with k={k} are 2³¹ choices or more, too many to repair; route fewer at a time"
+        )
+    levels_T, costs_TK, moved = np.empty(tokens), np.empty((tokens, k), np.float32), ctypes.c_int64()
+    near_E = choice.near_E[choice.near_E.isfinite()]
+    room = float(near_E.median()) if len(near_E) else math.inf
+    moves, state = 0, 0
+    first = True
+    while state == 0:  # step by step, so that an interrupt is served in between
+        state = kernels.repair(
+            ctypes.byref(described),
+            k,
+            address(lower_E),
+            address(upper_E),
+            *map(address, (choice.experts_TK, choice.loads_E, choice.bias_E)),
+            levels_T.ctypes.data,
+            costs_TK.ctypes.data,
+            room,
+            first,
+            ctypes.byref(moved),
+        )
+        moves, first = moves + moved.value, False
+    if state < 0:
         raise MemoryError(f"no memory for the lists of {choice.experts_TK.numel()} choices; route fewer at a time")
     return moves
 
 
 class _Repair:
-    """The same without the kernels.
-
-    `loss_EE[j, i]` is the length of j → i before prices, `token_EE` whose it is, `many_EE` whether others have it too.
-    """
+    """The same without the kernels, for scores of any dtype. A slot is a place of `experts_TK`, flattened."""
 
     def __init__(self, problem: Problem, choice: Choice) -> None:
         self.problem = problem
         self.experts_TK, self.loads_E = choice.experts_TK.numpy(), choice.loads_E.numpy()
         self.bias_E = choice.bias_E.numpy()
-        experts = len(self.loads_E)
-        self.loss_EE = np.full((experts, experts), math.inf)
-        self.token_EE = np.zeros((experts, experts), dtype=np.int64)
-        self.many_EE = np.zeros((experts, experts), dtype=np.bool_)
-        self.stale_E = np.ones(experts, dtype=np.bool_)  # rows of these three that must be looked up anew
+        self.tokens, self.k = self.experts_TK.shape
         mask = problem.token_mask
-        self.real_T1 = np.ones((len(self.experts_TK), 1), np.bool_) if mask is None else mask.numpy()[:, None]
+        self.real_N = np.arange(self.tokens) if mask is None else mask.numpy().nonzero()[0]
+        self.cost_TK = np.empty(self.experts_TK.shape)
+        self.level_T = np.full(self.tokens, math.inf)
+        self.rows: dict[int, np.ndarray] = {}
+        self.moves = 0
 
     def run(self, lower_E: np.ndarray, upper_E: np.ndarray) -> int:
         """See `repair`."""
-        moves = 0
-        for aim_E, is_open in ((upper_E, np.greater), (lower_E, np.less)):
-            while is_open(self.loads_E, aim_E).any():
-                chain = self.cheapest_chain(self.loads_E > aim_E, self.loads_E < aim_E)
-                if not chain:
+        for token in self.real_N:
+            self.settle(int(token))
+        for aim_E, sign in ((upper_E, 1), (lower_E, -1)):
+            start_E = np.zeros_like(self.bias_E)
+            while open_ := int((sign * (self.loads_E - aim_E)).clip(min=0).sum()):
+                if self.take_chains(self.loads_E - aim_E, start_E, (open_ + 1) // 2) is None:
                     break
-                start, end = chain[-1][0], chain[0][1]
-                units = min(aim_E[end] - self.loads_E[end], self.loads_E[start] - aim_E[start])
-                # Equal losses move together: with many equal tokens one at a time would take for ever.
-                tied = [self.tied(*arc, units) for arc in chain]
-                units = min(map(len, tied))
-                for arc, tokens_N in zip(chain, tied, strict=True):
-                    self.move(tokens_N[:units], *arc)
-                moves += units * len(chain)
-                self.loads_E[start] -= units
-                self.loads_E[end] += units
-        return moves
-
-    def cheapest_chain(self, from_E: np.ndarray, to_E: np.ndarray) -> list[tuple[int, int]]:
-        """The moves (expert, next expert) of the cheapest chain from one of `from_E` to one of `to_E`, last first.
-
-        Empty where there is none. The bias becomes the prices for which all its moves have length 0.
-        """
-        for j in self.stale_E.nonzero()[0]:
-            self.look_up(int(j))
-        with np.errstate(invalid="ignore"):  # −inf − −inf: between two experts without mass
-            length_EE = self.loss_EE + (self.bias_E[:, None] - self.bias_E)
-        length_EE = np.where(np.isnan(length_EE), math.inf, length_EE).clip(min=0)
-        distance_E = np.where(from_E, 0, math.inf)
-        before_E = np.full(len(distance_E), -1)
-        while True:  # Bellman–Ford: as many rounds as the longest of the cheapest chains has moves
-            through_EE = distance_E[:, None] + length_EE
-            shortest_E = through_EE.min(axis=0)
-            shorter_E = shortest_E < distance_E
-            if not shorter_E.any():
+        within = (lower_E <= self.loads_E).all() and (self.loads_E <= upper_E).all()
+        while within and (upper_E - lower_E <= 1).all():
+            spare_E = (self.loads_E - lower_E) - (upper_E - self.loads_E)  # 1, −1, or 0 where the bounds are the same
+            if not (spare_E > 0).any():
                 break
-            before_E = np.where(shorter_E, through_EE.argmin(axis=0), before_E)
-            distance_E = np.where(shorter_E, shortest_E, distance_E)
-        at = int(np.where(to_E, distance_E, math.inf).argmin())
-        if not to_E[at] or distance_E[at] == math.inf:
-            return []
-        self.bias_E += np.minimum(distance_E, distance_E[at])
-        chain = []
-        while before_E[at] >= 0:
-            chain.append((int(before_E[at]), at))
-            at = int(before_E[at])
-        return chain
+            most = self.bias_E[spare_E > 0].max()
+            worth = most - ROUNDING * (1 + abs(most))
+            if not self.take_chains(spare_E, most - self.bias_E, math.inf, worth):
+                break
+        return self.moves
 
-    def losses(self, tokens_N: np.ndarray, j: int) -> np.ndarray:
-        """C_nj − C_ni of tokens of j for every expert i, (N, E); inf where they have i or must not."""
-        scores_NE = self.problem.scores_TE[torch.from_numpy(tokens_N)].to(self.problem.dtype)
-        costs_NE = COSTS[self.problem.cost](scores_NE).numpy()
-        losses_NE = costs_NE[:, j, None] - costs_NE
-        np.put_along_axis(losses_NE, self.experts_TK[tokens_N], math.inf, axis=1)
-        return losses_NE
+    def take_chains(
+        self, spare_E: np.ndarray, start_E: np.ndarray, wanted: float, worth: float = math.inf
+    ) -> int | None:
+        """One round: how many chains were taken; None where there is no way.
 
-    def tokens_of(self, j: int) -> np.ndarray:
-        """The real tokens that have expert j."""
-        return ((self.experts_TK == j) & self.real_T1).any(axis=1).nonzero()[0]
-
-    def look_up(self, j: int) -> None:
-        """Fill the row of expert j."""
-        tokens_N = self.tokens_of(j)
-        self.loss_EE[j], self.stale_E[j] = math.inf, False
-        if len(tokens_N):
-            losses_NE = self.losses(tokens_N, j)
-            self.loss_EE[j], self.token_EE[j] = losses_NE.min(axis=0), tokens_N[losses_NE.argmin(axis=0)]
-            self.many_EE[j] = (losses_NE == self.loss_EE[j]).sum(axis=0) > 1
-
-    def tied(self, j: int, i: int, wanted: int) -> np.ndarray:
-        """Up to `wanted` tokens of j that lose least when they move to i, and all the same."""
-        if wanted == 1 or not self.many_EE[j, i]:
-            return self.token_EE[j, i : i + 1]
-        tokens_N = self.tokens_of(j)
-        return tokens_N[self.losses(tokens_N, j)[:, i] == self.loss_EE[j, i]][:wanted]
-
-    def move(self, tokens_N: np.ndarray, j: int, i: int) -> None:
-        """Move tokens from j to i."""
-        for token in tokens_N:
-            self.experts_TK[token, self.experts_TK[token] == j] = i
-        self.stale_E[j] = True
-        for m in np.unique(self.experts_TK[tokens_N]):
-            if m != i and np.isin(self.token_EE[m, i], tokens_N):
-                self.stale_E[m] = True
-            if self.stale_E[m]:
+        Args:
+            spare_E: (E,) choices that an expert can give, or, below 0, take.
+            start_E: (E,) the distance at which those that give begin.
+            wanted: choices up to whose place to go.
+            worth: g and distance together are less than this for those that may take.
+        """
+        end = self.find_distances(spare_E, start_E, wanted, worth)
+        if end is None:
+            return None
+        before = self.loads_E.copy()
+        for source in (spare_E > 0).nonzero()[0]:
+            while (
+                spare_E[source] > 0
+                and self.distance_E[source] == start_E[source]  # not from one that another reaches sooner
+                and self.take_chain(int(source), spare_E, worth, end)
+            ):
                 continue
-            # Those of m can move to j again, those of i to all others.
-            having_N = tokens_N[(self.experts_TK[tokens_N] == m).any(axis=1)]
-            losses_NE = self.losses(having_N, int(m))
-            least_E = losses_NE.min(axis=0)
-            better_E = least_E < self.loss_EE[m]
-            self.many_EE[m] |= least_E <= self.loss_EE[m]
-            self.loss_EE[m] = np.where(better_E, least_E, self.loss_EE[m])
-            self.token_EE[m] = np.where(better_E, having_N[losses_NE.argmin(axis=0)], self.token_EE[m])
+        self.bias_E += np.minimum(self.distance_E, end)
+        self.level_T += np.minimum(self.reach_T, end)
+        return int((self.loads_E - before).clip(min=0).sum())
+
+    def row(self, token: int) -> np.ndarray:
+        """The costs of a token, (E,) float64; some are kept."""
+        if (row_E := self.rows.get(token)) is None:
+            scores_1E = self.problem.scores_TE[token : token + 1].to(self.problem.dtype)
+            row_E = COSTS[self.problem.cost](scores_1E)[0].double().numpy()
+            if len(self.rows) * len(row_E) < ROWS_TO_KEEP:
+                self.rows[token] = row_E
+        return row_E
+
+    def settle(self, token: int) -> None:
+        """Make the k largest of C + g, in float64, the token's choice, and find its level."""
+        row_E, mine_K = self.row(token), self.experts_TK[token]
+        value_E = row_E + self.bias_E
+        others_E = value_E.copy()
+        others_E[mine_K] = -math.inf
+        while True:
+            at, best = value_E[mine_K].argmin(), int(others_E.argmax())
+            last, other = value_E[mine_K[at]], others_E[best]
+            if not other - last > ROUNDING * (abs(other) + abs(last)):
+                break
+            self.loads_E[mine_K[at]] -= 1
+            self.loads_E[best] += 1
+            others_E[mine_K[at]], others_E[best], mine_K[at] = last, -math.inf, best
+        self.level_T[token], self.cost_TK[token] = min(other, last), row_E[mine_K]
+
+    def taking(self, expert: int, slots_N: np.ndarray) -> np.ndarray:
+        """What it costs to take the expert from these slots."""
+        return (self.cost_TK.flat[slots_N] + self.bias_E[expert] - self.level_T[slots_N // self.k]).clip(min=0)
+
+    def giving_E(self, token: int) -> np.ndarray:
+        """What it costs to give the token each expert; inf for those that it has or must not have."""
+        cost_E = (self.level_T[token] - (self.row(token) + self.bias_E)).clip(min=0)
+        cost_E[self.experts_TK[token]] = math.inf
+        return cost_E
+
+    def find_distances(self, spare_E: np.ndarray, start_E: np.ndarray, wanted: float, worth: float) -> float | None:
+        """Distances from the experts that give, up to where experts can take `wanted` choices; see `take_chains`.
+
+        Returns that distance, or that of the last which can be reached; None where there is none.
+        """
+        experts = len(self.loads_E)
+        real_slots_N = (self.real_N[:, None] * self.k + np.arange(self.k)).ravel()
+        order_N = np.argsort(self.experts_TK.flat[real_slots_N], kind="stable")
+        bounds = np.concatenate([[0], np.bincount(self.experts_TK.flat[real_slots_N], minlength=experts).cumsum()])
+        self.slots = [real_slots_N[order_N[bounds[j] : bounds[j + 1]]] for j in range(experts)]
+        self.distance_E, self.hops_E = np.full(experts, math.inf), np.zeros(experts, np.int64)
+        self.reach_T, self.hops_T = np.full(self.tokens, math.inf), np.zeros(self.tokens, np.int64)
+        self.seen_T, self.dead_E = np.zeros(self.tokens, np.bool_), np.zeros(experts, np.bool_)
+        self.at_E, self.to_T = np.zeros(experts, np.int64), np.zeros(self.tokens, np.int64)
+        sources_N = (spare_E > 0).nonzero()[0]
+        self.distance_E[sources_N] = start_E[sources_N]
+        heap = [(float(start_E[source]), 0, int(source)) for source in sources_N]
+        heapq.heapify(heap)
+        done_E, end, last, places = np.zeros(experts, np.bool_), math.inf, None, 0
+        while heap:
+            distance, hops, node = heapq.heappop(heap)
+            if distance > end:
+                break
+            if node < experts:
+                if done_E[node] or (distance, hops) != (self.distance_E[node], self.hops_E[node]):
+                    continue
+                done_E[node] = True
+                if spare_E[node] < 0 and distance + self.bias_E[node] < worth:
+                    last, places = distance, places - int(spare_E[node])
+                    end = distance if places >= wanted else end
+                to_N = self.slots[node] // self.k
+                new_N, best, fewest = distance + self.taking(node, self.slots[node]), self.reach_T, self.hops_T
+                first = experts
+            else:
+                token = node - experts
+                if self.seen_T[token] or (distance, hops) != (self.reach_T[token], self.hops_T[token]):
+                    continue
+                self.seen_T[token] = True
+                to_N, new_N, first = np.arange(experts), distance + self.giving_E(token), 0
+                best, fewest = self.distance_E, self.hops_E
+            shorter_N = (new_N < best[to_N]) | ((new_N == best[to_N]) & (hops + 1 < fewest[to_N]))
+            shorter_N &= (new_N <= end) & (new_N < math.inf)
+            if first:
+                shorter_N &= ~self.seen_T[to_N]
+            for to, new in zip(to_N[shorter_N].tolist(), new_N[shorter_N].tolist(), strict=True):
+                best[to], fewest[to] = new, hops + 1
+                heapq.heappush(heap, (new, hops + 1, first + to))
+        return last
+
+    def take_chain(self, source: int, spare_E: np.ndarray, worth: float, end: float) -> bool:
+        """Move tokens along a shortest path from `source` to an expert that can take one; False if none is left."""
+        chain: list[tuple[int, int]] = []
+        expert = source
+        while True:
+            found = self.way_on(expert, end)
+            if found is None:
+                self.dead_E[expert] = True
+                if not chain:
+                    return False
+                slot, _ = chain.pop()
+                expert = int(self.experts_TK.flat[slot])
+                self.to_T[slot // self.k] += 1
+                continue
+            chain.append(found)
+            expert = found[1]
+            if spare_E[expert] < 0 and self.distance_E[expert] + self.bias_E[expert] < worth:
+                break
+        for counts_E in (self.loads_E, spare_E):
+            counts_E[source] -= 1
+            counts_E[expert] += 1
+        self.moves += len(chain)
+        for slot, to in chain:
+            self.at_E[self.experts_TK.flat[slot]] += 1
+            self.experts_TK.flat[slot], self.cost_TK.flat[slot] = to, self.row(slot // self.k)[to]
+        return True
+
+    def way_on(self, expert: int, end: float) -> tuple[int, int] | None:
+        """The next slot of the expert on a shortest path, and the expert that its token could be given."""
+        slots_N = self.slots[expert]
+        for at in range(self.at_E[expert], len(slots_N)):
+            self.at_E[expert] = at
+            slot = int(slots_N[at])
+            token = slot // self.k
+            if not self.seen_T[token] or self.hops_T[token] != self.hops_E[expert] + 1:
+                continue
+            if self.reach_T[token] != self.distance_E[expert] + self.taking(expert, slots_N[at : at + 1])[0]:
+                continue
+            on_path_E = (self.reach_T[token] + self.giving_E(token) == self.distance_E) & (self.distance_E <= end)
+            on_path_E &= ~self.dead_E & (self.hops_E == self.hops_T[token] + 1)
+            on_path_E[: self.to_T[token]] = False
+            if on_path_E.any():
+                to = self.to_T[token] = int(on_path_E.argmax())
+                return slot, to
+            self.to_T[token] = len(on_path_E)
+        self.at_E[expert] = len(slots_N)
+        return None

@@ -16,7 +16,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from sinkroute._uncompiled import uncompiled
-from sinkroute.routing.rounding import best_rounding
 from sinkroute.routing.router import Choice, CommonOptions, Router
 from sinkroute.transport import balanced_topk
 
@@ -47,7 +46,6 @@ class BaseRouter(Router):
     @uncompiled  # which tokens move is known from the data only
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
         experts_TK, _ = balanced_topk(logits_TE.detach(), self.top_k, tol=0, token_mask=token_mask)
-        experts_TK = best_rounding(logits_TE, experts_TK, token_mask)
         experts_TK = experts_TK.sort(dim=1).values  # so that of equal ones the lower expert comes first
         order_TK = logits_TE.detach().gather(1, experts_TK).argsort(dim=1, descending=True, stable=True)
         experts_TK = experts_TK.gather(1, order_TK)

@@ -125,5 +125,13 @@ def _declare(kernels: ctypes.CDLL) -> None:
         *(address, integer, integer, integer, address, integer, ctypes.c_float, integer, address, address, integer)
     ]
     kernels.noisy_topk.restype = None
+    kernels.choose.argtypes = [
+        *(scores, address, integer, address, address, address, address, address, address, integer)
+    ]
+    kernels.choose.restype = None
+    kernels.repair.argtypes = [
+        *(scores, integer, address, address, address, address, address, address, address, number, integer, address)
+    ]
+    kernels.repair.restype = integer
     kernels.normal.argtypes = [integer, integer, address, integer]
     kernels.normal.restype = None

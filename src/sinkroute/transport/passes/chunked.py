@@ -85,7 +85,9 @@ class ChunkedPass:
             cost_SE = cost_SE[self._problem.token_mask]
         if not len(cost_SE):
             return np.zeros(cost_SE.shape[1]), np.zeros(cost_SE.shape[1])
-        finite_SE = cost_SE.isfinite()
+        # What is as low as a float64 goes stands for −inf; some of it would add up to that.
+        finite_SE = cost_SE.abs() < torch.finfo(self._wide).max / (1 << 30)
+        cost_SE = cost_SE.masked_fill(~finite_SE, -torch.inf)
         means_E = torch.where(finite_SE, cost_SE, 0).sum(dim=0, dtype=self._wide) / finite_SE.sum(dim=0).clamp(min=1)
         top_RE = cost_SE.topk(min(int(ranks_E.max()), len(cost_SE)), dim=0).values
         at_E = torch.from_numpy(ranks_E).to(top_RE.device).clamp(max=len(top_RE)) - 1
