@@ -124,8 +124,8 @@ def plain(name: str, x: Any, beside: Tensor | None = None) -> Any:
         beside: a tensor that it is used with: if that one holds numbers, `x` has to.
 
     Raises:
-        TypeError: a tensor that stands for something else, such as a `MaskedTensor`, a `DTensor`, a nested or sparse
-            one, or one whose memory has been given back.
+        TypeError: a tensor that stands for something else, such as a `MaskedTensor`, a `DTensor`, a nested, sparse or
+            quantised one, or one whose memory has been given back.
 
     >>> import torch
     >>> plain("scores_TE", torch.nn.Parameter(torch.zeros(2)))
@@ -154,6 +154,8 @@ def plain(name: str, x: Any, beside: Tensor | None = None) -> Any:
         raise TypeError(f"{name} is a {kind.__name__}, which is not numbers in memory; {cure}")
     if x.is_nested:
         raise TypeError(f"{name} is a nested tensor, not numbers in memory; pass torch.cat({name}.unbind())")
+    if x.is_quantized:
+        raise TypeError(f"{name} is a quantised tensor ({x.dtype}); pass {name}.dequantize()")
     if x.layout != torch.strided:
         raise TypeError(f"{name} is a tensor of layout {x.layout}, not numbers in memory; pass {name}.to_dense()")
     if x.is_neg() or x.is_conj():
@@ -181,7 +183,7 @@ def _in_memory(x: Tensor) -> bool:
     kind = type(x)
     if kind is not Tensor and kind is not nn.Parameter and kind.__torch_dispatch__ is not _NO_DISPATCH:
         return False
-    if x.is_neg() or x.is_nested:
+    if x.is_neg() or x.is_nested or x.is_quantized:
         return False
     try:
         if x.data_ptr() != 0:

@@ -5,6 +5,8 @@ import math
 import pickle
 import subprocess
 import sys
+import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -405,6 +407,9 @@ def test_nothing_is_changed_and_nothing_is_random(backend):
 
 
 SCORES_TE = torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 1.0], [3.0, 2.0]])
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch is about to drop them
+    QUANTISED_E = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8)
 FORBIDDEN_TE = SCORES_TE.clone().index_put_((torch.tensor(2), torch.tensor(1)), torch.tensor(-math.inf))
 
 
@@ -428,6 +433,12 @@ FORBIDDEN_TE = SCORES_TE.clone().index_put_((torch.tensor(2), torch.tensor(1)), 
             ValueError,
             r"expert 1 a share of 0.667, but with k=2 .* 1/2 of the choices; lower expert_mass\[1\] or k",
         ),
+        (SCORES_TE, {"expert_mass": "x"}, TypeError, "expert_mass must be a tensor or a sequence of numbers, got 'x'"),
+        (SCORES_TE, {"expert_mass": [1.0, 1j]}, TypeError, "expert_mass must be a tensor or a sequence of numbers"),
+        (SCORES_TE, {"expert_mass": QUANTISED_E}, TypeError, r"quantised .*pass expert_mass.dequantize\(\)"),
+        (SCORES_TE, {"init": QUANTISED_E}, TypeError, r"init is a quantised tensor"),
+        (SCORES_TE, {"init": torch.zeros(2) + 0j}, TypeError, r"init must hold real numbers, .*; pass init.real"),
+        (SCORES_TE, {"cost": ["linear"]}, ValueError, r"unknown cost \['linear'\]"),
         (SCORES_TE, {"init": torch.zeros(3)}, ValueError, r"init has shape \(3,\)"),
         (SCORES_TE, {"init": [0.0, 0.0]}, TypeError, "init must be a tensor"),
         (FORBIDDEN_TE, {"k": 2}, ValueError, r"k=2, but scores_TE\[2\] allows 1 experts .*; lower k, allow more"),
@@ -450,3 +461,30 @@ def test_what_comes_back_can_be_copied():
     found = balanced_topk(torch.randn(50, 4, generator=torch.Generator().manual_seed(0)), 2)
     again = pickle.loads(pickle.dumps(found))
     assert torch.equal(again.experts, found.experts) and again.passes == found.passes and len(again) == 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_scores_as_far_apart_as_float32_allows_are_balanced_over_what_is_allowed(backend, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores_TE = (1e38 * torch.randn(33, 5, generator=generator) + 2e38 * torch.randn(5, generator=generator)).clamp(
+        -3.4e38, 3.4e38
+    )
+    scores_TE[::7, 0] = -math.inf
+    experts_TK, bias_E = balanced_topk(scores_TE, 2, tol=0)
+    check_choice(experts_TK, scores_TE, 2, 0)
+    assert scores_TE.gather(1, experts_TK).isfinite().all() and bias_E.isfinite().all()
+    best = best_score(scores_TE.double().clamp(min=-1e41) / 1e38, 2, np.full(5, 13), np.full(5, 14))
+    assert scores_TE.double().gather(1, experts_TK).sum().item() / 1e38 == pytest.approx(best, rel=1e-6)
+
+
+def test_a_tolerance_of_any_size_is_one(backend):
+    scores_TE = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    chosen = [balanced_topk(scores_TE, 1, tol).experts for tol in (10, 1e20, 1e300, Fraction(10))]
+    assert all(map(chosen[0].equal, chosen))
+
+
+@pytest.mark.parametrize("tol", [0, 0.01])
+def test_masses_in_float32_that_stand_for_whole_loads_give_these(backend, tol):
+    scores_TE = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 1.0, 1.0])
+    experts_TK, _ = balanced_topk(scores_TE, 2, tol, expert_mass=torch.tensor([0.2, 0.6, 0.8]))
+    assert loads_of(experts_TK, 3).tolist() == [16, 48, 64]

@@ -66,6 +66,10 @@ def test_wrong_scores_are_refused(scores, error, words, method):
         ({"expert_mass": [1.0, -1.0]}, ValueError, "expert_mass must be finite"),
         ({"expert_mass": [1.0, math.inf]}, ValueError, "expert_mass must be finite"),
         ({"expert_mass": [1.0, math.nan]}, ValueError, "expert_mass must be finite"),
+        ({"expert_mass": "x"}, TypeError, "expert_mass must be a tensor or a sequence of numbers, got 'x'"),
+        ({"expert_mass": torch.ones(2) + 0j}, TypeError, "expert_mass must hold real numbers, got torch.complex64"),
+        ({"token_mass": SCORES_TE[:, 0] + 0j}, TypeError, "token_mass must hold real numbers, got torch.complex64"),
+        ({"cost": ["linear"]}, ValueError, r"unknown cost \['linear'\]"),
         ({"expert_mass": [0.0, 0.0]}, ValueError, "positive for at least one expert"),
         ({"tol": 0.0}, ValueError, "tol must be a finite number above 0"),
         ({"max_passes": 0}, ValueError, "max_passes must be at least 1, got 0"),
@@ -187,3 +191,10 @@ def test_topk_refuses_more_experts_than_there_are():
     for k in (0, 3):
         with pytest.raises(ValueError, match=f"k must be 1 to 2, the number of experts, got {k}"):
             plan.topk(k)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint16, torch.float16, torch.float8_e4m3fn])
+def test_token_mass_of_any_real_dtype_gives_the_same_plan(dtype):
+    scores_TE, mass_T = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 0, 1, 1, 1, 0])
+    plan, expected = (solve(scores_TE, token_mass=x) for x in (mass_T.to(dtype), mass_T.float()))
+    assert plan.potentials.equal(expected.potentials) and plan.token_mass.equal(expected.token_mass)

@@ -106,9 +106,9 @@ def balanced_topk(
 
     With target t_j = k · T_real · mass_j / Σ mass, every load comes within `tol` of its target,
 
-        (1 − tol) t_j ≤ load_j ≤ (1 + tol) t_j,    so that MaxVio = max_j load_j / t_j − 1 ≤ tol;
+        (1 − tol) t_j ≤ load_j ≤ (1 + tol) t_j,    so that MaxVio = max_j load_j / t_j − 1 ≤ tol,
 
-    where no whole number lies in there, t_j rounded up or down. Of all assignments with the same loads it is one with
+    or is t_j rounded up or down, where that is further. Of all assignments with the same loads it is one with
     the largest sum of C, and the slack is used where it raises that sum: with tol=0 it is the largest for the targets,
     rounded as is best; with more it is larger. Forbidden experts may leave a load below (1 − tol) t_j, never one above
     the upper bound. Nothing is random: the same scores give the same experts. The scores get no gradient.
@@ -147,10 +147,9 @@ def balanced_topk(
     """
     scores_TE = check_scores_form(scores_TE)
     _check_numbers(scores_TE, k, tol)
-    mask, mass_E = (
-        plain("token_mask", token_mask, scores_TE),
-        None if expert_mass is None else as_masses(expert_mass, scores_TE),
-    )
+    tol = float(tol)
+    mask = plain("token_mask", token_mask, scores_TE)
+    mass_E = None if expert_mass is None else as_masses(expert_mass, scores_TE)
     init = plain("init", init, scores_TE)
     if not readable(scores_TE, mask, mass_E, init):
         with torch.no_grad(), full_precision(scores_TE):  # what can be refused without looking at numbers
@@ -198,7 +197,9 @@ def _balanced_topk(
                 f"{int(upper_E[worst])}, but its tokens are allowed (scores above −inf) no expert with room; raise tol "
                 "or expert_mass, or allow more"
             )
-        bias_E = problem.centre(choice.bias_E).to(problem.dtype)
+        largest = torch.finfo(problem.dtype).max
+        bias_E = problem.centre(choice.bias_E).clamp(-largest, largest).to(problem.dtype)
+        bias_E = bias_E.masked_fill(~problem.positive_E, -math.inf)
     return choice.experts_TK, bias_E, passes, moves
 
 
@@ -271,10 +272,12 @@ def _check(problem: Problem, k: int, tol: float) -> None:
 
 def _bounds(target_E: Tensor, tol: float) -> tuple[Tensor, Tensor]:
     """Smallest and largest load (E,) int64 within tol of the target, which never exclude the target rounded."""
-    rounding = 1e-9 * target_E
+    # What float32 masses make of a whole number is meant to be that number. In all it is less than one choice, or no
+    # loads within the bounds might have the right sum.
+    rounding = (1e-7 * target_E).clamp(max=0.1 / len(target_E))
     lower_E = torch.minimum(((1 - tol) * target_E - rounding).ceil(), (target_E + rounding).floor())
     upper_E = torch.maximum(((1 + tol) * target_E + rounding).floor(), (target_E - rounding).ceil())
-    return lower_E.clamp(min=0).long(), upper_E.long()
+    return lower_E.clamp(min=0).long(), upper_E.clamp(max=2**53).long()  # whatever tol is
 
 
 def _within(loads_E: Tensor, lower_E: Tensor, upper_E: Tensor) -> bool:

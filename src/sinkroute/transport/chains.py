@@ -60,15 +60,14 @@ def repair(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor) -
     assert kernels is not None
     described = native.Scores.of(problem.scores_TE, problem.cost == "softmax", problem.token_mask)
     tokens, k = choice.experts_TK.shape
-    if tokens * k >= 1 << 31:
+    if tokens * k + len(choice.loads_E) >= 1 << 31:  # the kernel numbers slots, and tokens after experts
         raise ValueError(
-            f"{tokens} tokens with k={k} are 2³¹ choices or more, too many to repair; route fewer at a time"
+            f"{tokens} tokens with k={k} are about 2³¹ choices or more, too many to repair; route fewer at a time"
         )
-    levels_T, costs_TK, moved = np.empty(tokens), np.empty((tokens, k), np.float32), ctypes.c_int64()
+    levels_T, costs_TK = np.empty(tokens), np.empty((tokens, k), np.float32)
     near_E = choice.near_E[choice.near_E.isfinite()]
-    room = float(near_E.median()) if len(near_E) else math.inf
-    moves, state = 0, 0
-    first = True
+    progress = native.Progress(room=float(near_E.median()) if len(near_E) else math.inf)
+    state = 0
     while state == 0:  # step by step, so that an interrupt is served in between
         state = kernels.repair(
             ctypes.byref(described),
@@ -78,14 +77,11 @@ def repair(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor) -
             *map(address, (choice.experts_TK, choice.loads_E, choice.bias_E)),
             levels_T.ctypes.data,
             costs_TK.ctypes.data,
-            room,
-            first,
-            ctypes.byref(moved),
+            ctypes.byref(progress),
         )
-        moves, first = moves + moved.value, False
     if state < 0:
         raise MemoryError(f"no memory for the lists of {choice.experts_TK.numel()} choices; route fewer at a time")
-    return moves
+    return progress.moves
 
 
 class _Repair:
@@ -167,7 +163,7 @@ class _Repair:
         while True:
             at, best = value_E[mine_K].argmin(), int(others_E.argmax())
             last, other = value_E[mine_K[at]], others_E[best]
-            if not other - last > ROUNDING * (abs(other) + abs(last)):
+            if not other - last > 2 * ROUNDING * abs(other):  # also where last is −inf, as float32 may make it
                 break
             self.loads_E[mine_K[at]] -= 1
             self.loads_E[best] += 1

@@ -12,12 +12,14 @@ over all ranks. It gives back a `Solution`: potentials g and how far the column 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -153,7 +155,7 @@ def check_problem(
     expert_mass: Tensor | Sequence[float] | None,
 ) -> Problem:
     """What one process can tell of its part of a problem. The targets are shares of 1 still; see `over_all_ranks`."""
-    if cost not in COSTS:
+    if not isinstance(cost, str) or cost not in COSTS:
         raise unknown_name("cost", cost, COSTS)
     scores_TE = plain("scores_TE", scores_TE.detach())
     dtype = torch.promote_types(scores_TE.dtype, torch.float32)
@@ -233,6 +235,7 @@ def starting_potentials(problem: Problem, init: Tensor | None) -> Tensor | None:
         return None
     if not isinstance(init, Tensor):
         raise TypeError(f"init must be a tensor of shape (E,), got {type(init).__name__}; pass plan.potentials")
+    _refuse_complex("init", init)
     if init.shape != problem.target_E.shape:
         raise ValueError(
             f"init has shape {tuple(init.shape)} but there are {len(problem.target_E)} experts; it must be (E,)"
@@ -240,6 +243,11 @@ def starting_potentials(problem: Problem, init: Tensor | None) -> Tensor | None:
     given_E = init.detach().to(problem.target_E)
     largest = torch.finfo(problem.dtype).max / 64
     return torch.where(given_E.abs() <= largest, given_E, 0)
+
+
+def _refuse_complex(name: str, x: Tensor) -> None:
+    if x.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {x.dtype}; pass {name}.real")
 
 
 def check_number(name: str, value: object) -> None:
@@ -339,12 +347,13 @@ def _checked_token_mass(
         return None
     if not isinstance(token_mass, Tensor):
         raise TypeError(f"token_mass must be a tensor of shape (T,), got {type(token_mass).__name__}")
+    _refuse_complex("token_mass", token_mass)
     if token_mass.shape != scores_TE.shape[:1]:
         raise ValueError(
             f"token_mass has shape {tuple(token_mass.shape)} but there are {scores_TE.shape[0]} tokens; it must be (T,)"
         )
-    if token_mass.dtype == torch.bool:
-        token_mass = token_mass.to(dtype)
+    if not token_mass.dtype.is_floating_point or token_mass.dtype.itemsize == 1:
+        token_mass = token_mass.to(dtype)  # of some of these torch finds no largest
     if token_mass.device.type == "cpu" and holds_values(token_mass) and token_mass.numel():
         low, high = (float(x) for x in token_mass.detach().aminmax())
         if not 0 <= low <= high <= 1e30:
@@ -360,10 +369,23 @@ def _checked_token_mass(
 
 
 def as_masses(expert_mass: Tensor | Sequence[float], scores_TE: Tensor) -> Tensor:
-    """Relative capacities as a `plain` tensor."""
+    """Relative capacities as a `plain` tensor.
+
+    Raises:
+        TypeError: no real numbers.
+    """
     if isinstance(expert_mass, Tensor):
+        _refuse_complex("expert_mass", expert_mass)
         return plain("expert_mass", expert_mass, scores_TE)
-    return torch.tensor(expert_mass, dtype=torch.float64, device="cpu")
+    try:
+        if np.iscomplexobj(expert_mass):  # torch would drop the imaginary parts
+            raise TypeError("complex numbers")
+        return torch.tensor(expert_mass, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(
+            f"expert_mass must be a tensor or a sequence of numbers, got {reprlib.repr(expert_mass)} ({error}); pass "
+            "one relative capacity for each expert"
+        ) from None
 
 
 def _checked_mass(expert_mass: Tensor | Sequence[float] | None, scores_TE: Tensor) -> Tensor:

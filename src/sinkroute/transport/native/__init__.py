@@ -20,7 +20,7 @@ from torch import Tensor
 from sinkroute._values import address
 from sinkroute.transport.native import library
 
-__all__ = ["DTYPES", "Scores", "load", "status"]
+__all__ = ["DTYPES", "Progress", "Scores", "load", "status"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -61,6 +61,17 @@ class Scores(ctypes.Structure):
             address(mass_T),
             0 if mass_T is None else mass_T.stride(0),
         )
+
+
+class Progress(ctypes.Structure):
+    """`Progress` of chains.c."""
+
+    _fields_ = (
+        ("room", ctypes.c_double),
+        ("widened", ctypes.c_int64),
+        ("part", ctypes.c_int64),
+        ("moves", ctypes.c_int64),
+    )
 
 
 def load() -> ctypes.CDLL | None:
@@ -130,7 +141,7 @@ def _declare(kernels: ctypes.CDLL) -> None:
     ]
     kernels.choose.restype = None
     kernels.repair.argtypes = [
-        *(scores, integer, address, address, address, address, address, address, address, number, integer, address)
+        *(scores, integer, address, address, address, address, address, address, address, ctypes.POINTER(Progress))
     ]
     kernels.repair.restype = integer
     kernels.normal.argtypes = [integer, integer, address, integer]

@@ -19,8 +19,12 @@
  */
 #include "row.h"
 
+#include <float.h>
+
 #define ROUNDING 1e-12 /* of |C + g|: what is a tie */
+#ifndef WORK
 #define WORK (1 << 28) /* scores to look at before the caller is asked whether to go on */
+#endif
 #define KEPT (10 << 20) /* costs of a softmax that are kept: 40 MiB */
 
 typedef struct {
@@ -50,6 +54,10 @@ typedef struct {
     double *distance;
     float *sum; /* (padded,) g + distance, or a little more */
     int32_t *head, *hops, *at; /* at: the slot to look at next */
+    /* By which token an expert is reached; while no two paths are equally short, no other has to be looked for. */
+    int32_t *parent, *sibling;
+    float *parent_cost;
+    int tied;
     int32_t *taken, *given;    /* of the chain in the making, as are `costs` */
     float *costs;
     uint8_t *state;
@@ -135,7 +143,7 @@ static void settle(const Scores *s, int64_t k, const double *g, int64_t *chosen,
 #pragma omp simd reduction(max : best)
             for (int64_t l = 0; l < padded; ++l) best = y[l] > best ? y[l] : best;
             u[row] = best < last ? best : last;
-            if (!(best - last > ROUNDING * (fabs(best) + fabs(last)))) break;
+            if (!(best - last > 2 * ROUNDING * fabs(best))) break; /* also where last is -inf, as float32 may make it */
             int64_t l = 0;
             while (y[l] != best) ++l;
             for (int64_t n = 0; n < k; ++n) y[mine[n]] = own[n];
@@ -181,6 +189,7 @@ static inline double cost_to_give(const State *a, int64_t token, int64_t expert,
 
 /* C + `sum` is compared in float32, for speed: what it finds is looked at in float64, and it leaves nothing out. */
 static inline float upwards(double x) {
+    if (x < -FLT_MAX) return -FLT_MAX;
     float y = (float)x;
     return y + 1.2e-7f * fabsf(y) + 1e-37f;
 }
@@ -197,12 +206,12 @@ static double distances(State *a, int64_t wanted) {
     a->heaped = 0;
     for (int64_t j = 0; j < padded; ++j) a->sum[j] = INFINITY;
     for (int64_t j = 0; j < experts; ++j) {
-        a->distance[j] = INFINITY, a->state[j] = 0, a->at[j] = a->head[j];
+        a->distance[j] = INFINITY, a->hops[j] = 0, a->state[j] = 0, a->at[j] = a->head[j];
         if (a->spare[j] <= 0) continue;
         a->distance[j] = a->start[j], a->sum[j] = upwards(a->g[j] + a->start[j]), a->hops[j] = 0;
         if (push(a, a->start[j], 0, j)) return NAN;
     }
-    a->reached_count = 0;
+    a->reached_count = a->tied = 0;
     while (a->heaped) {
         Item item = pop(a);
         if (item.distance > end) break;
@@ -218,7 +227,7 @@ static double distances(State *a, int64_t wanted) {
             for (int32_t slot = a->head[j]; slot >= 0; slot = a->next[slot]) {
                 int64_t i = slot / a->k;
                 double distance = item.distance + cost_to_take(a, slot);
-                if (a->seen[i] || distance > end || distance > a->reach[i]) continue;
+                if (a->seen[i] || distance > end || distance > a->reach[i] || distance == INFINITY) continue;
                 if (distance == a->reach[i] && hops >= a->token_hops[i]) continue;
                 if (a->reach[i] == INFINITY) a->reached[a->reached_count++] = (int32_t)i, a->to[i] = 0;
                 a->reach[i] = distance, a->token_hops[i] = hops;
@@ -239,9 +248,14 @@ static double distances(State *a, int64_t wanted) {
                     int64_t l = first + __builtin_ctz(hits);
                     double distance = item.distance + cost_to_give(a, i, l, c[l]);
                     if (distance > end || distance > a->distance[l] || l >= experts) continue;
-                    if (distance == a->distance[l] && hops >= a->hops[l]) continue;
+                    if (distance == a->distance[l] && hops > a->hops[l]) continue;
                     if (distance == INFINITY || has(a, i, l)) continue;
+                    if (distance == a->distance[l] && hops == a->hops[l]) {
+                        a->tied = 1;
+                        continue;
+                    }
                     a->distance[l] = distance, a->sum[l] = upwards(a->g[l] + distance), a->hops[l] = hops;
+                    a->parent[l] = (int32_t)i, a->parent_cost[l] = c[l];
                     if (push(a, distance, hops, l)) return NAN;
                 }
             }
@@ -252,6 +266,15 @@ static double distances(State *a, int64_t wanted) {
 
 /* The next expert on a shortest path that token i could be given and from which there may be a way on; -1 for none. */
 static int64_t way_on(State *a, int64_t i, double end, float *cost) {
+    if (!a->tied) {
+        for (; a->to[i] < a->experts; a->to[i] = a->sibling[a->to[i]]) {
+            int64_t l = a->to[i];
+            if (a->state[l] || has(a, i, l)) continue;
+            *cost = a->parent_cost[l];
+            return l;
+        }
+        return -1;
+    }
     if (a->to[i] >= a->experts) return -1;
     const float *c = row_of(a, i);
     a->work += a->padded - a->to[i];
@@ -306,7 +329,8 @@ static int take_chain(State *a, int64_t source, double end) {
         if (!depth) return 0;
         --depth;
         j = a->chosen[a->taken[depth]];
-        ++a->to[a->taken[depth] / a->k];
+        int64_t i = a->taken[depth] / a->k;
+        a->to[i] = a->tied ? a->to[i] + 1 : a->sibling[a->to[i]];
     }
 }
 
@@ -317,6 +341,13 @@ static int round_of_chains(State *a, int64_t wanted) {
     double end = distances(a, wanted);
     if (isnan(end)) return -1;
     memset(a->state, 0, a->experts);
+    if (end >= 0 && !a->tied) {
+        for (int64_t n = 0; n < a->reached_count; ++n) a->to[a->reached[n]] = (int32_t)a->experts;
+        for (int64_t l = a->experts - 1; l >= 0; --l) {
+            if (!a->hops[l] || !(a->distance[l] <= end)) continue;
+            a->sibling[l] = a->to[a->parent[l]], a->to[a->parent[l]] = (int32_t)l;
+        }
+    }
     if (end >= 0)
         for (int64_t j = 0; j < a->experts; ++j) /* not from one that another reaches sooner */
             while (a->spare[j] > 0 && a->distance[j] == a->start[j] && !a->state[j] && take_chain(a, j, end)) continue;
@@ -335,13 +366,21 @@ static int round_of_chains(State *a, int64_t wanted) {
     return DONE;
 }
 
+/* What one call of `repair` leaves to the next. A part that has ended is not begun again, nor room that was too little
+ * tried again: every call gets further, even where one round is all that it has time for. */
+enum { START, ABOVE, BELOW };
+typedef struct {
+    double room; /* how far most experts' next tokens are, about */
+    int64_t widened, part, moves;
+} Progress;
+
 /* Chains until loads above `upper` are down, then until those below `lower` are up, as far as there are ways; or until
  * so much has been looked at. 1: done, 0: to be gone on with, -1: no memory. */
-static int balance(State *a, const int64_t *lower, const int64_t *upper, double room) {
-    int widened = 0;
-    link_all(a, room);
+static int balance(State *a, const int64_t *lower, const int64_t *upper, Progress *to) {
+    link_all(a, to->room);
     a->worth = INFINITY;
-    for (int below = 0; below < 2; ++below) {
+    for (; to->part <= BELOW; ++to->part) {
+        int below = to->part == BELOW;
         for (;;) {
             int64_t more = 0, less = 0;
             for (int64_t j = 0; j < a->experts; ++j) {
@@ -355,8 +394,8 @@ static int balance(State *a, const int64_t *lower, const int64_t *upper, double 
             if (state < 0) return -1;
             if (state == NONE) break;
             if (a->room <= 0) {
-                room *= 4;
-                link_all(a, ++widened < 12 ? room : INFINITY);
+                to->room = ++to->widened < 12 ? 4 * to->room : INFINITY;
+                link_all(a, to->room);
             }
         }
     }
@@ -397,11 +436,11 @@ static void *part(State *a, int64_t bytes) {
  *
  * lower, upper: (experts,) bounds of the loads. chosen: (tokens, k), the k largest of C + bias but for rounding.
  * counts: (experts,), those of chosen. bias: (experts,). levels, costs: (tokens,) and (tokens, k), for the next call.
- * Those after the bounds are changed; C + bias has the new choice as its k largest, with ties. room: how far most
- * experts' next tokens are, about. first: whether it is the first call. moves: out, how often a token changed its
- * expert. Returns 1 if that was all, 0 if it is to be called again, -1 without memory. */
+ * Those after the bounds are changed; C + bias has the new choice as its k largest, with ties. to: room from the
+ * caller, the rest 0; its moves are how often a token changed its expert, in all calls. Returns 1 if that was all, 0 if
+ * it is to be called again, -1 without memory. */
 int64_t repair(const Scores *s, int64_t k, const int64_t *lower, const int64_t *upper, int64_t *chosen, int64_t *counts,
-               double *bias, double *levels, float *costs, double room, int64_t first, int64_t *moves) {
+               double *bias, double *levels, float *costs, Progress *to) {
     int64_t experts = s->experts, padded = PAD(experts), tokens = s->tokens, slots = tokens * k;
     State state = {.s = s, .experts = experts, .padded = padded, .k = k, .chosen = chosen, .counts = counts};
     State *a = &state;
@@ -416,6 +455,8 @@ int64_t repair(const Scores *s, int64_t k, const int64_t *lower, const int64_t *
     a->seen = part(a, tokens), a->state = part(a, experts);
     a->distance = part(a, experts * sizeof *a->distance), a->sum = part(a, padded * sizeof *a->sum);
     a->head = part(a, experts * sizeof *a->head), a->hops = part(a, experts * sizeof *a->hops);
+    a->parent = part(a, experts * sizeof *a->parent), a->sibling = part(a, experts * sizeof *a->sibling);
+    a->parent_cost = part(a, experts * sizeof *a->parent_cost);
     a->at = part(a, experts * sizeof *a->at), a->costs = part(a, experts * sizeof *a->costs);
     a->taken = part(a, experts * sizeof *a->taken), a->given = part(a, experts * sizeof *a->given);
     a->row = part(a, padded * sizeof *a->row), a->place = part(a, tokens * sizeof *a->place);
@@ -424,16 +465,16 @@ int64_t repair(const Scores *s, int64_t k, const int64_t *lower, const int64_t *
     int done = a->failed || !a->heap ? -1 : 1;
     if (done > 0) {
         for (int64_t j = 0; j < padded; ++j) a->g[j] = j < experts ? bias[j] : -INFINITY;
-        if (first) settle(s, k, a->g, chosen, counts, levels, costs);
+        if (to->part == START) settle(s, k, a->g, chosen, counts, levels, costs), to->part = ABOVE;
         for (int64_t i = 0; i < tokens; ++i) a->place[i] = -1, a->reach[i] = INFINITY, a->seen[i] = 0;
-        done = balance(a, lower, upper, room);
+        done = balance(a, lower, upper, to);
         int rounding = done > 0;
         for (int64_t j = 0; j < experts; ++j)
             rounding = rounding && upper[j] - lower[j] <= 1 && counts[j] >= lower[j] && counts[j] <= upper[j];
         if (rounding) done = choose_rounding(a, lower, upper);
         for (int64_t j = 0; j < experts; ++j) bias[j] = a->g[j];
     }
-    *moves = a->moves;
+    to->moves += a->moves;
     free(a->heap);
     for (int n = 0; n < a->part_count; ++n) free(a->parts[n]);
     return done;
