@@ -70,11 +70,17 @@ def combine(y_RD: Tensor, weights_TK: Tensor, plan: Dispatch) -> Tensor:
 
 
 class _Dispatch(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, place_R: Tensor | None, top_k: int) -> Tensor:
-        ctx.save_for_backward(order_R, place_R)
-        ctx.tokens, ctx.top_k = len(x_TD), top_k
+    def forward(x_TD: Tensor, order_R: Tensor, place_R: Tensor | None, top_k: int) -> Tensor:
         return x_TD[order_R // top_k]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int], output: Tensor) -> None:
+        x_TD, order_R, place_R, ctx.top_k = inputs
+        ctx.save_for_backward(order_R, place_R)
+        ctx.tokens = len(x_TD)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
@@ -84,10 +90,15 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, order_R: Tensor, place_R: Tensor | None, copies: int) -> Tensor:
-        ctx.save_for_backward(order_R)
+    def forward(y_RD: Tensor, order_R: Tensor, place_R: Tensor | None, copies: int) -> Tensor:
         return _to_copies(y_RD, order_R, place_R, copies)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

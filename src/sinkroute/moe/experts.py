@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkroute._errors import unknown_name
-from sinkroute._values import holds_values
+from sinkroute._values import has_tangent, holds_values
 from sinkroute.moe.opaque import opaque_linear
 
 __all__ = ["Experts", "grouped_linear", "loop_linear"]
@@ -94,7 +94,9 @@ class Experts(nn.Module):
         Raises:
             TypeError: rows of another dtype than the weights, without autocast.
             ValueError: weights on the meta device, which hold nothing, for rows that do.
+            NotImplementedError: forward-mode differentiation.
         """
+        refuse_tangents(x=x_RD, **dict(self.named_parameters(recurse=False)))
         if not x_RD.is_meta and torch.is_autocast_enabled(x_RD.device.type):  # autocast does not know grouped_mm
             dtype = torch.get_autocast_dtype(x_RD.device.type)
             x_RD, w_in, w_out = x_RD.to(dtype), self.w_in.to(dtype), self.w_out.to(dtype)
@@ -129,6 +131,22 @@ def no_values(device: torch.device) -> ValueError:
     )
 
 
+def refuse_tangents(**tensors: Tensor) -> None:
+    """Refuse forward-mode differentiation, which torch's grouped product does not know.
+
+    Raises:
+        NotImplementedError: one of the tensors carries a tangent.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        if has_tangent(tensor):
+            raise NotImplementedError(
+                f"{name} carries a tangent (forward-mode differentiation, torch.func.jvp or jacfwd), but the layer has "
+                "derivatives by backward only; take torch.func.vjp or jacrev"
+            )
+
+
 def can_group(x: Tensor, weight: Tensor) -> bool:
     """Whether `grouped_mm` takes these: 16-byte rows, and a dtype for which it has a backward pass too."""
     dtypes = (
@@ -150,9 +168,15 @@ def grouped_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
 class _ContiguousGradient(torch.autograd.Function):
     """The identity; its gradient is brought into row-major order."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
+    def forward(y: Tensor) -> Tensor:
         return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """The gradient needs nothing."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -192,11 +216,17 @@ class _AddBias(torch.autograd.Function):
     """y_r + bias[expert_r]. Its gradient is a product: to add up rows by index would be atomic on a GPU, in an order
     that changes, and would lose small numbers to rounding in half precision."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, y_RF: Tensor, bias_EF: Tensor, expert_R: Tensor) -> Tensor:
+    def forward(y_RF: Tensor, bias_EF: Tensor, expert_R: Tensor) -> Tensor:
+        return y_RF + bias_EF[expert_R]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        _, bias_EF, expert_R = inputs
         ctx.save_for_backward(expert_R)
         ctx.num_experts = len(bias_EF)
-        return y_RF + bias_EF[expert_R]
 
     @staticmethod
     def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor, None]:

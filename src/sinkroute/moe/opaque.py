@@ -6,10 +6,14 @@
 How many rows an expert has is known from the data only. Traced, a loop over the experts breaks the graph at every
 count, and is compiled anew for others. As one operation its shapes are known without the counts. The gradients of each
 of the two are made of both.
+
+Transforms of `torch.func` within one another (gradients per example: `vmap` of `grad`) cannot look for the gradient of
+an operation. For them it is an `autograd.Function`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +32,17 @@ def opaque_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     >>> opaque_linear(x, weight, torch.tensor([1, 3])).flatten().tolist()
     [2.0, 4.0, 4.0]
     """
-    return torch.ops.sinkroute.expert_linear(x_RD, weight_EFD, ends_E)
+    return _operation("expert_linear", _Linear)(x_RD, weight_EFD, ends_E)
+
+
+def _opaque_outer(y_RF: Tensor, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+    return _operation("expert_outer", _Outer)(y_RF, x_RD, ends_E)
+
+
+def _operation(name: str, function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return function.apply
+    return getattr(torch.ops.sinkroute, name)
 
 
 def _groups(*matrices: Tensor) -> bool:
@@ -64,18 +78,20 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> No
 
 def _linear_backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor, None]:
     x_RD, weight_EFD, ends_E = ctx.saved_tensors
-    operations = torch.ops.sinkroute
     return (
-        operations.expert_linear(grad_RF, weight_EFD.mT.contiguous(), ends_E),
-        operations.expert_outer(grad_RF, x_RD, ends_E),
+        opaque_linear(grad_RF, weight_EFD.mT.contiguous(), ends_E),
+        _opaque_outer(grad_RF, x_RD, ends_E),
         None,
     )
 
 
 def _outer_backward(ctx: Any, grad_EFD: Tensor) -> tuple[Tensor, Tensor, None]:
     y_RF, x_RD, ends_E = ctx.saved_tensors
-    linear = torch.ops.sinkroute.expert_linear
-    return linear(x_RD, grad_EFD.contiguous(), ends_E), linear(y_RF, grad_EFD.mT.contiguous(), ends_E), None
+    return (
+        opaque_linear(x_RD, grad_EFD.contiguous(), ends_E),
+        opaque_linear(y_RF, grad_EFD.mT.contiguous(), ends_E),
+        None,
+    )
 
 
 define(
@@ -92,3 +108,17 @@ define(
     backward=_outer_backward,
     save=_save,
 )
+
+
+class _Linear(torch.autograd.Function):
+    generate_vmap_rule = True
+    forward = staticmethod(torch.ops.sinkroute.expert_linear)
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_linear_backward)
+
+
+class _Outer(torch.autograd.Function):
+    generate_vmap_rule = True
+    forward = staticmethod(torch.ops.sinkroute.expert_outer)
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_outer_backward)
