@@ -27,12 +27,11 @@ GROUPS = [USED + HOLLOW + REFUSED, FOLLOWED, TRACED]
 # What is not to be done, and the words with which it is refused: (kinds, what a call's name has in it, words).
 EXCEPTIONS = [
     (HOLLOW + TRACED + ["vmap"], ("expert-choice in training", "ssr-ec in training"), "cannot be looked at"),
-    (["jvp", "dual"], ("solve differentiable",), "take torch.func.vjp or jacrev"),
+    (["jvp", "dual"], ("solve differentiable", "MoE"), "take torch.func.vjp or jacrev"),
     (["meta"], ("token_mask", "token_mass", "expert_mass", "init"), "is on the meta device and holds no numbers"),
     # torch's own words from here on.
+    (["functionalize"], ("MoE",), "Functionalize rule for custom_function_call"),
     (["functionalize"], ("in training",), "custom (non-ATen) operator whose output has alias annotations"),
-    (["functionalize", "vmap", "grad", "jvp"], ("MoE",), "must override the setup_context staticmethod"),
-    (["dual"], ("MoE",), "must implement the jvp function for custom autograd.Function"),
     (["inference"], ("MoE token_mask", "LoadMonitor"), "Inference tensors cannot be saved for backward"),
 ]
 

@@ -190,6 +190,18 @@ def test_the_largest_bfloat16_scores_are_routed(name, options):
         (torch.zeros(3, 6, dtype=torch.complex64), None, TypeError, r"must be a float tensor, got torch\.complex64"),
         (torch.zeros(3, 6), torch.ones(3), TypeError, r"token_mask must be bool .*got torch\.float32; use mask\.bool"),
         (torch.zeros(3, 6), torch.ones(3).long(), TypeError, r"token_mask must be bool .*got torch\.int64"),
+        (
+            torch.zeros(3, 6),
+            [True] * 3,
+            TypeError,
+            r"token_mask must be a bool tensor .*\(list\); use torch\.as_tensor",
+        ),
+        (
+            torch.zeros(3, 6),
+            "x",
+            TypeError,
+            r"token_mask must be a bool tensor .*got 'x' \(str\); use torch\.as_tensor",
+        ),
         (torch.zeros(3, 6), torch.ones(4).bool(), ValueError, r"token_mask must have shape \(3,\).*got \(4,\)"),
         (torch.zeros(3, 6), torch.ones(3, 1).bool(), ValueError, r"token_mask must have shape \(3,\).*got \(3, 1\)"),
     ],

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from sinkroute._values import holds_values, plain
 from sinkroute.moe.dispatch import combine, dispatch, plan_dispatch
-from sinkroute.moe.experts import Experts, no_values
+from sinkroute.moe.experts import Experts, no_values, refuse_tangents
 from sinkroute.routing import Router, Routes, create_router
+from sinkroute.routing.beside import checked_ids, checked_mask, kind_of
 from sinkroute.routing.gate import LinearGate
 
 __all__ = ["MoE", "check_inputs"]
@@ -115,8 +116,9 @@ class MoE(nn.Module):
                 tensor, ids that are no integer tensor.
             ValueError: a last dimension other than D, a mask or ids whose shape is not the leading shape of `x`, or no
                 ids for a gate that needs them; weights on the meta device.
+            NotImplementedError: forward-mode differentiation (`torch.func.jvp`, `jacfwd`).
         """
-        x, token_mask = check_inputs(self.router, x, token_mask, token_ids, self.d_model)
+        x, token_mask, token_ids = check_inputs(self.router, x, token_mask, token_ids, self.d_model)
         x_TD = x.reshape(-1, self.d_model)
         mask_T = None if token_mask is None else token_mask.reshape(-1)
         if mask_T is not None:
@@ -177,66 +179,36 @@ class MoE(nn.Module):
 
 def check_inputs(
     router: Router, x: Tensor, token_mask: Tensor | None, token_ids: Tensor | None, d_model: int
-) -> tuple[Tensor, Tensor | None]:
-    """Tokens (..., D) and the mask for them, `plain`. What is of a wrong form, ids too, is refused; ranks that wait for
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Tokens (..., D), the mask and the ids for them, `plain`. What is of a wrong form is refused; ranks that wait for
     this one are told.
 
     Raises:
         TypeError: `x` is no float tensor of 16, 32 or 64 bits, a mask that is no bool tensor, ids that are no integers.
         ValueError: a last dimension other than D, a mask or ids whose shape is not the leading shape of `x`.
+        NotImplementedError: `x` carries a tangent.
     """
     try:
-        x, token_mask = _check_tokens(x, token_mask, d_model)
-        if token_ids is not None:
-            _check_ids(token_ids, x)
-    except (TypeError, ValueError):
+        x = _checked_tokens(x, d_model)
+        token_mask = checked_mask(token_mask, x, x.shape[:-1])
+        token_ids = None if token_ids is None else checked_ids(token_ids, x)
+    except (TypeError, ValueError, NotImplementedError):
         if not torch.compiler.is_compiling():
             router.withdraw(x.device if isinstance(x, Tensor) else torch.device("cpu"))
         raise
-    return x, token_mask
+    return x, token_mask, token_ids
 
 
-def _check_tokens(x: Tensor, token_mask: Tensor | None, d_model: int) -> tuple[Tensor, Tensor | None]:
+def _checked_tokens(x: Tensor, d_model: int) -> Tensor:
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a float tensor, got {_kind(x)}; pass tokens (..., {d_model}), not their ids")
-    x, token_mask = plain("x", x), plain("token_mask", token_mask, x)
+        raise TypeError(f"x must be a float tensor, got {kind_of(x)}; pass tokens (..., {d_model}), not their ids")
+    x = plain("x", x)
     if x.dtype not in _DTYPES:
         raise TypeError(
-            f"x must be a float tensor of 16, 32 or 64 bits, got {_kind(x)}, with which nothing can be computed; "
+            f"x must be a float tensor of 16, 32 or 64 bits, got {kind_of(x)}, with which nothing can be computed; "
             "call x.to(torch.bfloat16), or the dtype of the layer's weights"
         )
     if x.ndim == 0 or x.shape[-1] != d_model:
         raise ValueError(f"x must have a last dimension of d_model={d_model}, got shape {tuple(x.shape)}")
-    if token_mask is None:
-        return x, None
-    if not isinstance(token_mask, Tensor):
-        raise TypeError(
-            f"token_mask must be a bool tensor with True for real tokens, got {_kind(token_mask)}; "
-            "use torch.as_tensor(mask, dtype=torch.bool)"
-        )
-    if token_mask.dtype != torch.bool:
-        raise TypeError(f"token_mask must be bool with True for real tokens, got {token_mask.dtype}; use mask.bool()")
-    if token_mask.shape != x.shape[:-1]:
-        raise ValueError(f"token_mask must have shape {tuple(x.shape[:-1])} like x, got {tuple(token_mask.shape)}")
-    return x, token_mask
-
-
-def _check_ids(token_ids: Tensor, x: Tensor) -> None:
-    if (
-        not isinstance(token_ids, Tensor)
-        or token_ids.is_floating_point()
-        or token_ids.is_complex()
-        or token_ids.dtype == torch.bool
-    ):
-        raise TypeError(
-            f"token_ids must be an integer tensor, got {_kind(token_ids)}; pass the ids of the tokens, as torch.int64"
-        )
-    if token_ids.shape != x.shape[:-1]:
-        raise ValueError(
-            f"token_ids must have shape {tuple(x.shape[:-1])} like x, got {tuple(token_ids.shape)}; "
-            "pass one id per token"
-        )
-
-
-def _kind(value: object) -> str:
-    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"{value!r} ({type(value).__name__})"
+    refuse_tangents(x=x)
+    return x

@@ -97,7 +97,7 @@ class MultiHeadMoE(nn.Module):
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, *, token_ids: Tensor | None = None) -> Tensor:
         """(..., D) → (..., D); arguments and errors are those of `MoE.forward`. Sub-tokens are what their token is."""
-        x, token_mask = check_inputs(self.moe.router, x, token_mask, token_ids, self.d_model)
+        x, token_mask, token_ids = check_inputs(self.moe.router, x, token_mask, token_ids, self.d_model)
         if token_mask is not None:
             # Whatever padding holds, NaN included, must not reach the gradient of the split.
             x = x.masked_fill(~token_mask[..., None], 0.0)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sinkroute._uncompiled import uncompiled
 from sinkroute._values import holds_values
+from sinkroute.routing.beside import checked_mask
 from sinkroute.routing.draws import normal_like
 from sinkroute.routing.topk import top_experts
 from sinkroute.transport.largest import largest
@@ -45,6 +46,7 @@ def take_best_tokens(
             "most wanted token has experts; route outside of it, or in eval()"
         )
     tokens, experts = values_TE.shape
+    token_mask = checked_mask(token_mask, values_TE, (tokens,))
     real = tokens if token_mask is None else int(token_mask.sum())
     capacity, more = divmod(max(math.floor(real * per_token + 1e-9), experts), experts)
     capacity, more = (capacity, more) if capacity < real else (real, 0)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sinkroute._errors import NonFiniteScores, require_numbers, unknown_name
 from sinkroute._values import holds_values, plain
+from sinkroute.routing.beside import checked_mask
 from sinkroute.routing.draws import hash63, normal_like, uniform
 from sinkroute.routing.gate import LinearGate
 from sinkroute.routing.losses.inputs import LossInputs
@@ -270,11 +271,11 @@ class Router(nn.Module):
                 into keeps its own bits.
 
         Raises:
-            TypeError: a dtype that is not float, a mask that is not bool.
+            TypeError: a dtype that is not float, a mask that is no bool tensor.
             ValueError: a wrong shape; non-finite logits of a real token (checked on CPU only: elsewhere it would stall
                 the device); on a CPU, another rank has refused its logits in a pass for which the ranks talk.
         """
-        all_TX = self._checked_together(logits_TE, token_mask)
+        all_TX, token_mask = self._checked_together(logits_TE, token_mask)
         logits_TE = all_TX[:, : self.num_experts]
         if self.training:
             self._count_pass()
@@ -333,14 +334,22 @@ class Router(nn.Module):
 
     def score_topk(self, logits_TE: Tensor) -> Choice:
         """Plain top-k of the scores, weighted by them: how methods serve."""
+        return self.choose_by(self._plain_selection(logits_TE), logits_TE)
+
+    def served_experts(self, logits_TE: Tensor) -> Tensor:
+        """(T, K) int64: the choice of plain top-k as in `eval()`, in either mode; of equal values the lower expert."""
+        return self._choose(self._plain_selection(logits_TE), None)
+
+    def _plain_selection(self, logits_TE: Tensor) -> Tensor:
+        """(T, E) what plain top-k goes by."""
         if self.correction_E is not None:
             values_TE = logits_TE.detach()
             values_TE = scores(values_TE, self.score) if self.correction_on == "scores" else values_TE
-            return self.choose_by(values_TE + self.correction_E.to(values_TE.dtype), logits_TE)
+            return values_TE + self.correction_E.to(values_TE.dtype)
         if self.top_groups < self.groups and self.group_score == "top2-sum":
-            return self.choose_by(scores(logits_TE, self.score), logits_TE)
+            return scores(logits_TE, self.score)
         # Logits are in the order of their scores, and tell apart what a softmax or sigmoid rounds to the same number.
-        return self.choose_by(logits_TE, logits_TE)
+        return logits_TE
 
     def choose_by(self, selection_TE: Tensor, logits_TE: Tensor) -> Choice:
         """The K largest of `selection_TE` within the groups, weighted by the scores of `logits_TE`."""
@@ -349,7 +358,9 @@ class Router(nn.Module):
 
     def choose(self, selection_TE: Tensor) -> Tensor:
         """(T, K) int64: the K largest of each row, in its best groups; see `top_experts`."""
-        ties = self.tie_seed()
+        return self._choose(selection_TE, self.tie_seed())
+
+    def _choose(self, selection_TE: Tensor, ties: Tensor | None) -> Tensor:
         if self.top_groups < self.groups:
             selection_TE = limit_to_groups(selection_TE, self.groups, self.top_groups, self.group_score, ties)
         return top_experts(selection_TE, self.top_k, ties)
@@ -493,7 +504,9 @@ class Router(nn.Module):
     def _update_noise_seed(self) -> None:
         key = (self.seed, self.layer or 0, self.step, self.micro_batch, self.batch_ranks.rank)
         if key != self._noise_key:
-            self._noise_seed.fill_(hash63("noise", *key))
+            # A function that torch.func transforms may write to nothing from outside; this is no value of such a one.
+            with torch._C._DisableFuncTorch():
+                self._noise_seed.fill_(hash63("noise", *key))
             self._noise_key = key
 
     def _count_pass(self) -> None:
@@ -541,7 +554,7 @@ class Router(nn.Module):
             solve(nothing, tol=tol, max_passes=max_passes, process_group=group)
         return device.type == "cpu"
 
-    def _checked_together(self, logits_TE: Tensor, token_mask: Tensor | None) -> Tensor:
+    def _checked_together(self, logits_TE: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if torch.compiler.is_compiling():
             return self._checked(logits_TE, token_mask)
         try:
@@ -550,13 +563,13 @@ class Router(nn.Module):
             self.withdraw(logits_TE.device if isinstance(logits_TE, Tensor) else torch.device("cpu"))
             raise
 
-    def _checked(self, logits_TE: Tensor, token_mask: Tensor | None) -> Tensor:
+    def _checked(self, logits_TE: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if not isinstance(logits_TE, Tensor) or not logits_TE.is_floating_point():
             kind = logits_TE.dtype if isinstance(logits_TE, Tensor) else type(logits_TE).__name__
             raise TypeError(f"logits_TE must be a float tensor, got {kind}; pass the gate's scores")
         if logits_TE.dtype == _PACKED:
             raise TypeError(f"logits_TE is {_PACKED}, two numbers in one; pass the gate's scores as torch.bfloat16")
-        logits_TE, token_mask = plain("logits_TE", logits_TE), plain("token_mask", token_mask, logits_TE)
+        logits_TE = plain("logits_TE", logits_TE)
         widths = (self.num_experts, self.num_experts * self.logit_parts)
         if logits_TE.ndim != 2 or logits_TE.shape[1] not in widths:
             raise ValueError(
@@ -564,20 +577,12 @@ class Router(nn.Module):
                 "flatten batch and sequence into one dimension of tokens"
             )
         logits_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+        token_mask = checked_mask(token_mask, logits_TE, logits_TE.shape[:1])
         if token_mask is not None:
-            if token_mask.dtype != torch.bool:
-                raise TypeError(
-                    f"token_mask must be bool with True for real tokens, got {token_mask.dtype}; use mask.bool()"
-                )
-            if token_mask.shape != logits_TE.shape[:1]:
-                raise ValueError(
-                    f"token_mask must have shape ({logits_TE.shape[0]},), one entry per token, "
-                    f"got {tuple(token_mask.shape)}"
-                )
             logits_TE = logits_TE.masked_fill(~token_mask[:, None], 0.0)
         if logits_TE.device.type == "cpu" and holds_values(logits_TE) and not torch.compiler.is_compiling():
             self._check_finite(logits_TE)
-        return logits_TE
+        return logits_TE, token_mask
 
     @staticmethod
     def _check_finite(logits_TE: Tensor) -> None:

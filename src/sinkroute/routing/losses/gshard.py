@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sinkroute.routing.beside import checked_mask
 from sinkroute.routing.losses.load_balance import load_balance_loss
 from sinkroute.routing.scores import Score
 
@@ -39,6 +40,7 @@ def gshard_loss(
     >>> gshard_loss(torch.zeros(2, 4), torch.tensor([[0, 1], [0, 2]])).item()  # even scores, whatever the load
     1.0
     """
+    token_mask = checked_mask(token_mask, logits_TE, logits_TE.shape[:1])
     first_T = experts_TK[:, 0]
     if chosen_TK is not None:
         counted_T = chosen_TK[:, 0].long()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from sinkroute._errors import require_count
+from sinkroute.routing.beside import checked_ids, kind_of
 from sinkroute.routing.draws import hash63
 from sinkroute.routing.router import CommonOptions, Router
 from sinkroute.routing.state import KeepsDtypes, check_table, whole
@@ -78,6 +79,7 @@ class HashGate(KeepsDtypes):
         return whole(self.table_VK)
 
     def forward(self, x_TD: Tensor, token_ids: Tensor) -> Tensor:
+        token_ids = checked_ids(token_ids, x_TD)
         experts_TK = whole(self.table_VK[token_ids % len(self.table_VK)])
         return x_TD.new_full((len(x_TD), self.num_experts), _NEVER).scatter(1, experts_TK, 0.0)
 
@@ -91,6 +93,7 @@ class HashGate(KeepsDtypes):
             token_counts: (n,) how often each id occurs, n at most the rows of the table; what lies beyond stays.
 
         Raises:
+            TypeError: they are no tensor of real numbers.
             ValueError: another shape, more ids than rows, a count that is negative or not finite.
 
         >>> gate = HashGate(num_experts=2, top_k=1, vocab_size=4, seed=0)
@@ -99,6 +102,10 @@ class HashGate(KeepsDtypes):
         [0, 0, 1, 1]
         """
         rows, top_k = self.table_VK.shape
+        if not isinstance(token_counts, Tensor) or token_counts.is_complex():
+            raise TypeError(
+                f"token_counts must be a tensor of counts, got {kind_of(token_counts)}; use torch.as_tensor(counts)"
+            )
         if token_counts.ndim != 1 or len(token_counts) > rows:
             raise ValueError(
                 f"token_counts must have shape (n,) with n <= {rows}, got {tuple(token_counts.shape)}; "

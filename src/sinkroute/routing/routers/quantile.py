@@ -31,6 +31,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from sinkroute._errors import require_numbers, unknown_name
+from sinkroute.routing.beside import checked_mask
 from sinkroute.routing.router import Choice, CommonOptions, Router
 from sinkroute.routing.state import RouterState
 
@@ -170,6 +171,7 @@ def balancing_quantile(needed_TE: Tensor, share: float, token_mask: Tensor | Non
     (5.0, 3.0)
     """
     tokens = len(needed_TE)
+    token_mask = checked_mask(token_mask, needed_TE, (tokens,))
     rows = min(tokens, math.floor(tokens * share + 1e-9) + 2)
     if token_mask is None:
         real = torch.full((), tokens, dtype=torch.float64, device=needed_TE.device)

@@ -25,6 +25,7 @@ from typing_extensions import Unpack
 
 from sinkroute._errors import require_count
 from sinkroute._values import holds_values
+from sinkroute.routing.beside import checked_ids
 from sinkroute.routing.losses.registry import check_coefficient
 from sinkroute.routing.masked import mean_over_tokens
 from sinkroute.routing.orthogonal import fill_orthogonal
@@ -98,6 +99,7 @@ class StableGate(KeepsDtypes):
                     "with token_ids=, integers of the leading shape of x"
                 )
             return main_TE
+        token_ids = checked_ids(token_ids, x_TD)
         row_T = token_ids % len(self.embeddings)
         light_TE = F.linear(F.embedding(row_T, self.embeddings).to(dtype), self.light_centroids.to(dtype))
         # Frozen are the choices, not the weights that led to them: these would go on moving by an optimiser's momentum
