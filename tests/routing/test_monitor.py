@@ -181,6 +181,19 @@ def test_disagreement_and_gap_are_measured_against_plain_topk_of_the_same_logits
     assert metrics["gap"] == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize("options", [{}, {"groups": 2, "top_groups": 1, "score": "sigmoid"}])
+def test_plain_topk_is_the_served_one_where_ties_are_spread_in_training(options):
+    router = make("ssr-l", experts=8, ties="spread", probability=1.0, noise=0, **options)
+    logits_TE = torch.zeros(64, 8)
+    with sinkroute.LoadMonitor(router, "detailed") as monitor:
+        spread = router(logits_TE)
+    served = router.eval()(logits_TE)
+    metrics = monitor.metrics()["router"]
+    assert len(spread.experts.unique()) == 8 and served.load.tolist() == [64, 64] + [0] * 6
+    assert metrics["max_vio_topk"] == 3.0  # 64 of 16
+    assert metrics["gap"] == 3.0 - metrics["max_vio_assigned"] > 1.0
+
+
 def test_an_expert_whose_weight_underflows_is_in_the_set_all_the_same():
     router = make("ssr-l", probability=1.0, noise=0, reg=1e-3, experts=2)
     with sinkroute.LoadMonitor(router, "detailed") as monitor:

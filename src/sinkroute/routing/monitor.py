@@ -9,7 +9,8 @@ somebody wants the numbers: then one transfer, and one collective call for all l
 - A pass is one call of a router on one rank: a micro-batch. `max_vio` is the mean over passes, `max_vio_global` that of
   the summed loads.
 - The detailed tier also looks at the logits that the router is given. p is the softmax of a token's logits (or their
-  sigmoids over the sum of these); "plain top-k" is that of the same logits, which is how most methods serve.
+  sigmoids over the sum of these); "plain top-k" is that of the same logits, which is how most methods serve: of equal
+  ones the lower expert, whatever `ties` says for training.
 """
 
 from __future__ import annotations
@@ -417,7 +418,7 @@ class _Watch:
         sums["router_entropy"].add_((entropy_T if token_mask is None else entropy_T * token_mask).double().sum())
         if routes.branch == "softmax":
             return
-        top_TE = _members(router.score_topk(logits_TE).experts_TK, None, logits_TE)
+        top_TE = _members(router.served_experts(logits_TE), None, logits_TE)
         differs_T = (top_TE != _members(routes.experts, routes.chosen, logits_TE)).any(-1)
         if token_mask is not None:
             top_TE, differs_T = top_TE & token_mask[:, None], differs_T & token_mask
