@@ -229,11 +229,18 @@ def test_an_error_in_the_sources_is_met_once(place):
     assert sum("one.c" in line for line in place.lines()) == 1
 
 
-def test_a_compiler_that_hangs_is_left(monkeypatch, place):
+@pytest.mark.parametrize("sleep", ["exec sleep 60", "sleep 60"])  # itself, and in a program that it calls
+def test_a_compiler_that_hangs_is_left(monkeypatch, place, sleep):
     monkeypatch.setattr(library, "SECONDS_TO_COMPILE", 0.3)
-    place.write("exec sleep 60")
+    place.write(sleep)
     before = time.monotonic()
     assert "did not end" in find().about and time.monotonic() - before < 20
+
+
+def test_a_server_that_a_compiler_leaves_running_is_not_waited_for(place):
+    place.write("sleep 60 &")
+    before = time.monotonic()
+    assert find().library is not None and time.monotonic() - before < 50
 
 
 def test_flags_that_the_compiler_does_not_know_are_left_out(place):

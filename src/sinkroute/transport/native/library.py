@@ -366,21 +366,25 @@ def _threads_taken(command: list[str], work: Path, until: float) -> tuple[str, .
 
 def _run(command: list[str], folder: str, until: float) -> None:
     seconds = max(until - time.monotonic(), 0)
-    try:
-        subprocess.run(
-            command,
-            check=True,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-            env=os.environ | {"TMPDIR": folder},
-        )
-    except subprocess.CalledProcessError as error:
-        # By a signal: memory ran out, or somebody ended it.
-        raise _Refusal(error.stderr.strip() or str(error), lasting=error.returncode > 0) from None
-    except subprocess.TimeoutExpired:
-        raise _Refusal(f"{command[0]} did not end in {SECONDS_TO_COMPILE} s") from None
-    except OSError as error:
-        raise _Refusal(f"{command[0]} cannot be run: {error}") from None
+    # Not through a pipe, which would be waited for until all that the compiler has started has ended: the programs that
+    # it calls, after it was killed, or the server of a compiler cache.
+    with tempfile.TemporaryFile(dir=folder) as words:
+        try:
+            subprocess.run(
+                command,
+                check=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=words,
+                timeout=seconds,
+                env=os.environ | {"TMPDIR": folder},
+            )
+        except subprocess.CalledProcessError as error:
+            words.seek(0)
+            said = words.read().decode(errors="replace").strip()
+            # By a signal: memory ran out, or somebody ended it.
+            raise _Refusal(said or str(error), lasting=error.returncode > 0) from None
+        except subprocess.TimeoutExpired:
+            raise _Refusal(f"{command[0]} did not end in {SECONDS_TO_COMPILE} s") from None
+        except OSError as error:
+            raise _Refusal(f"{command[0]} cannot be run: {error}") from None
