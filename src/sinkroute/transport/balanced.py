@@ -52,6 +52,7 @@ PASSES = 16  # at most, over a sample as over all
 SAMPLE_ENOUGH = 0.15
 # Below, a further pass would cost more than the moves that it saves; the second per expert and choice.
 ENOUGH, ENOUGH_PER_EXPERT = 0.0005, 0.1
+FAR, AT_LEAST_FAR = 0.25, 4  # of a load from its target, as a share of it, and in tokens
 # Experts answer to each other's steps. The share of its step that an expert takes grows while it is short of the aim or
 # beyond it, and falls when it changes sides; that of all falls when the surplus grows.
 LONGER, SHORTER = 1.2, 0.5
@@ -328,7 +329,9 @@ def _descend(
             share_E = SHORTER * share_E
         if surplus < least:
             best, least = choice, surplus
-        if least <= enough or not at.step_E.any():
+            # One expert that is far off takes the repair as long as many that are not.
+            close = bool(((choice.loads_E - target_E).abs() <= (FAR * target_E).clamp(min=AT_LEAST_FAR)).all())
+        if (least <= enough and close) or not at.step_E.any():
             break
         bias_E = at.bias_E + share_E * at.step_E
     return best, passes
