@@ -6,6 +6,7 @@ import ctypes
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from sinkroute.transport.problem import Problem, cost_matrix
 __all__ = ["Choice", "choose"]
 
 
-NEAREST = 16  # distances that are kept for every expert
+NEAREST = 16  # distances that are kept for every expert, also in choice.c
 
 
 class Choice(NamedTuple):
@@ -76,6 +77,8 @@ def choose(problem: Problem, k: int, bias_E: Tensor, target_E: Tensor, limit_E: 
         step_E = torch.empty(experts, dtype=torch.float64, device="cpu")
         target_E = target_E.double().contiguous()  # what an address is taken of
         limit_E = None if limit_E is None else limit_E.float()
+        threads = threads_for(scores_TE)
+        workspace = np.empty((1 + threads) * 2 * experts * NEAREST, np.float32)
         kernels.choose(
             ctypes.byref(described),
             address(narrow_E),
@@ -83,7 +86,8 @@ def choose(problem: Problem, k: int, bias_E: Tensor, target_E: Tensor, limit_E: 
             address(target_E),
             address(limit_E),
             *map(address, (experts_TK, loads_E, step_E, near_E)),
-            threads_for(scores_TE),
+            workspace.ctypes.data,
+            threads,
         )
         return Choice(bias_E, experts_TK, loads_E, step_E, near_E)
     sides_2NE = torch.full((2, NEAREST, experts), math.inf, dtype=dtype, device=scores_TE.device)

@@ -137,7 +137,7 @@ def _declare(kernels: ctypes.CDLL) -> None:
     ]
     kernels.noisy_topk.restype = None
     kernels.choose.argtypes = [
-        *(scores, address, integer, address, address, address, address, address, address, integer)
+        *(scores, address, integer, address, address, address, address, address, address, address, integer)
     ]
     kernels.choose.restype = None
     kernels.repair.argtypes = [

@@ -27,14 +27,15 @@ static double between(const Nearest *a, int64_t wanted) {
  * rows with mask 0 get experts 0..k-1. counts: (experts,) out, the rows that have each expert. near: (experts,) out,
  * the NEAREST-th distance of a token from the decision about the expert, of those on the side that matters. step:
  * (experts,) out, what to add to the bias of an expert so that `target` tokens have it if the others stay as they
- * are; 0 where that is not known. limit: (experts,) distances that need not be looked at, or NULL. */
+ * are; 0 where that is not known. limit: (experts,) distances that need not be looked at, or NULL. workspace:
+ * (1 + threads, 2, experts, NEAREST). */
 void choose(const Scores *s, const float *bias, int64_t k, const double *target, const float *limit, int64_t *chosen,
-            int64_t *counts, double *step, float *near, int64_t threads) {
-    int64_t experts = s->experts, padded = PAD(experts), more = k < experts;
+            int64_t *counts, double *step, float *near, float *workspace, int64_t threads) {
+    int64_t experts = s->experts, padded = PAD(experts), more = k < experts, started = 0;
     float g[padded] ALIGNED;
     for (int64_t j = 0; j < padded; ++j) g[j] = j < experts ? bias[j] : 0;
     memset(counts, 0, experts * sizeof(int64_t));
-    Nearest *inside = malloc(2 * experts * sizeof(Nearest)), *outside = inside + experts;
+    Nearest *inside = (Nearest *)workspace, *outside = inside + experts;
     for (int64_t j = 0; j < 2 * experts; ++j)
         for (int64_t n = 0; n < NEAREST; ++n) inside[j].least[n] = limit ? limit[j % experts] : INFINITY;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -45,7 +46,10 @@ void choose(const Scores *s, const float *bias, int64_t k, const double *target,
         int32_t places[k + 1 + LANES];
         int64_t own_counts[padded];
         memset(own_counts, 0, sizeof own_counts);
-        Nearest *in = malloc(2 * experts * sizeof(Nearest)), *out = in + experts;
+        int64_t number;
+#pragma omp atomic capture
+        number = ++started;
+        Nearest *in = inside + 2 * experts * number, *out = in + experts;
         memcpy(in, inside, 2 * experts * sizeof(Nearest));
         for (int64_t j = 0; j < padded; ++j) reach[j] = j < experts ? out[j].least[NEAREST - 1] : 0;
 #pragma omp for schedule(static)
@@ -86,7 +90,6 @@ void choose(const Scores *s, const float *bias, int64_t k, const double *target,
                 insert(outside + j, out[j].least[n]);
             }
         }
-        free(in);
     }
     for (int64_t j = 0; j < experts; ++j) {
         int64_t surplus = counts[j] - (int64_t)llrint(target[j]);
@@ -95,5 +98,4 @@ void choose(const Scores *s, const float *bias, int64_t k, const double *target,
         step[j] = by < INFINITY ? (surplus > 0 ? -by : by) : 0;
         near[j] = side->least[NEAREST - 1];
     }
-    free(inside);
 }

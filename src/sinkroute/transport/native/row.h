@@ -41,8 +41,8 @@ static inline float exp2_of(float x) {
     p = p * f + 2.402264791363012e-1f;
     p = p * f + 6.931472028550421e-1f;
     p = p * f + 1.0f;
-    union { float f; int32_t i; } out = {p};
-    out.i += (int32_t)rounded * (1 << 23); /* into the exponent */
+    union { float f; uint32_t i; } out = {p};
+    out.i += (uint32_t)(int32_t)rounded << 23; /* into the exponent; without a sign, as NaN would overflow */
     return out.f;
 }
 
