@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sinkroute.moe.function import apply
+
 __all__ = ["Dispatch", "combine", "dispatch", "plan_dispatch"]
 
 
@@ -60,12 +62,13 @@ def plan_dispatch(experts_TK: Tensor, num_experts: int, chosen_TK: Tensor | None
 
 def dispatch(x_TD: Tensor, plan: Dispatch) -> Tensor:
     """The rows of (T, D) copied K times and sorted by expert, without those left out: (R, D)."""
-    return _Dispatch.apply(x_TD, plan.order_R, plan.place_R, plan.top_k)
+    return apply(_Dispatch, x_TD, plan.order_R, plan.place_R, plan.top_k)
 
 
 def combine(y_RD: Tensor, weights_TK: Tensor, plan: Dispatch) -> Tensor:
     """The weighted sum of each token's K results: (T, D), in the dtype of `y_RD`. What was left out counts as 0."""
-    y_TKD = _Combine.apply(y_RD, plan.order_R, plan.place_R, weights_TK.numel()).unflatten(0, weights_TK.shape)
+    y_RD = apply(_Combine, y_RD, plan.order_R, plan.place_R, weights_TK.numel())
+    y_TKD = y_RD.unflatten(0, weights_TK.shape)
     return (y_TKD * weights_TK.to(y_RD.dtype)[..., None]).sum(1)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sinkroute._errors import unknown_name
 from sinkroute._values import has_tangent, holds_values
+from sinkroute.moe.function import apply
 from sinkroute.moe.opaque import opaque_linear
 
 __all__ = ["Experts", "grouped_linear", "loop_linear"]
@@ -96,7 +97,7 @@ class Experts(nn.Module):
             ValueError: weights on the meta device, which hold nothing, for rows that do.
             NotImplementedError: forward-mode differentiation.
         """
-        refuse_tangents(x=x_RD, **dict(self.named_parameters(recurse=False)))
+        refuse_tangents(x=x_RD, w_in=self.w_in, w_out=self.w_out, b_in=self.b_in, b_out=self.b_out)
         if not x_RD.is_meta and torch.is_autocast_enabled(x_RD.device.type):  # autocast does not know grouped_mm
             dtype = torch.get_autocast_dtype(x_RD.device.type)
             x_RD, w_in, w_out = x_RD.to(dtype), self.w_in.to(dtype), self.w_out.to(dtype)
@@ -131,7 +132,7 @@ def no_values(device: torch.device) -> ValueError:
     )
 
 
-def refuse_tangents(**tensors: Tensor) -> None:
+def refuse_tangents(**tensors: Tensor | None) -> None:
     """Refuse forward-mode differentiation, which torch's grouped product does not know.
 
     Raises:
@@ -140,7 +141,7 @@ def refuse_tangents(**tensors: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     for name, tensor in tensors.items():
-        if has_tangent(tensor):
+        if tensor is not None and has_tangent(tensor):
             raise NotImplementedError(
                 f"{name} carries a tangent (forward-mode differentiation, torch.func.jvp or jacfwd), but the layer has "
                 "derivatives by backward only; take torch.func.vjp or jacrev"
@@ -162,7 +163,7 @@ def grouped_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     """Row r times the matrix of its expert: (R, D), (E, F, D) → (R, F), in one kernel."""
     # The kernel is particular about strides; `y.sum()`, for one, sends back a gradient whose strides are 0.
     y_RF = F.grouped_mm(x_RD.contiguous(), weight_EFD.transpose(-2, -1), offs=ends_E)
-    return _ContiguousGradient.apply(y_RF)
+    return apply(_ContiguousGradient, y_RF)
 
 
 class _ContiguousGradient(torch.autograd.Function):
@@ -203,7 +204,7 @@ def add_bias(y_RF: Tensor, bias_EF: Tensor | None, ends_E: Tensor) -> Tensor:
     """
     if bias_EF is None:
         return y_RF
-    return _AddBias.apply(y_RF, bias_EF.to(y_RF.dtype), expert_of_rows(len(y_RF), ends_E))
+    return apply(_AddBias, y_RF, bias_EF.to(y_RF.dtype), expert_of_rows(len(y_RF), ends_E))
 
 
 def expert_of_rows(rows: int, ends_E: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ an operation. For them it is an `autograd.Function`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,17 +31,15 @@ def opaque_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     >>> opaque_linear(x, weight, torch.tensor([1, 3])).flatten().tolist()
     [2.0, 4.0, 4.0]
     """
-    return _operation("expert_linear", _Linear)(x_RD, weight_EFD, ends_E)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _Linear.apply(x_RD, weight_EFD, ends_E)
+    return torch.ops.sinkroute.expert_linear(x_RD, weight_EFD, ends_E)
 
 
 def _opaque_outer(y_RF: Tensor, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-    return _operation("expert_outer", _Outer)(y_RF, x_RD, ends_E)
-
-
-def _operation(name: str, function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return function.apply
-    return getattr(torch.ops.sinkroute, name)
+        return _Outer.apply(y_RF, x_RD, ends_E)
+    return torch.ops.sinkroute.expert_outer(y_RF, x_RD, ends_E)
 
 
 def _groups(*matrices: Tensor) -> bool:

@@ -587,7 +587,7 @@ class Router(nn.Module):
     @staticmethod
     def _check_finite(logits_TE: Tensor) -> None:
         # One sum instead of a mask of T×E flags: it is finite unless an entry is not, or (rarely) it overflows.
-        if torch.isfinite(logits_TE.detach().sum()):
+        if math.isfinite(logits_TE.detach().sum().item()):
             return
         bad = torch.nonzero(~torch.isfinite(logits_TE))
         if len(bad):
