@@ -61,8 +61,10 @@ def _above_top(cost_RE, high_E, low_E, scale):
     sum_RE = cost_RE + high_E[None, :]
     # What rounding took is exact although C may be larger than g, because g is a multiple of C's last digit.
     lost_RE = cost_RE - (sum_RE - high_E[None, :])
-    # NaN where C or g is −inf: `maximum` takes the number. Where C is NaN or +inf, the difference below is NaN too.
-    rest_RE = tl.maximum(lost_RE * scale + (low_E * scale)[None, :], FORBIDDEN)
+    # NaN where C or g is −inf: no `maximum`, which takes NaN, not the number, in the interpreter of Triton before 3.9.
+    # Where C is NaN or +inf, the difference below is NaN too.
+    rest_RE = lost_RE * scale + (low_E * scale)[None, :]
+    rest_RE = tl.where(rest_RE > FORBIDDEN, rest_RE, FORBIDDEN)
     above_RE = (sum_RE - tl.max(sum_RE, axis=1)[:, None]) * scale + rest_RE
     # The maximum of sums is as coarse as they are; over a small reg what is left of it would overflow.
     return above_RE - tl.max(above_RE, axis=1)[:, None]
