@@ -25,7 +25,7 @@
 #ifndef WORK
 #define WORK (1 << 28) /* scores to look at before the caller is asked whether to go on */
 #endif
-#define KEPT (10 << 20) /* costs of a softmax that are kept: 40 MiB */
+#define KEPT (12 << 20) /* costs of a softmax that are kept: 48 MiB */
 
 typedef struct {
     double distance;
@@ -120,16 +120,28 @@ static inline int has(const State *a, int64_t token, int64_t expert) {
     return 0;
 }
 
+/* The cost of a token's experts. */
+static const float *row_of(State *a, int64_t i) {
+    if (!a->most_rows) return read_cost(a->s, i, a->row);
+    if (a->place[i] < 0) {
+        if (a->kept_rows == a->most_rows) return read_cost(a->s, i, a->row);
+        a->place[i] = (int32_t)a->kept_rows++;
+        float *kept = a->kept + a->place[i] * a->padded;
+        read_cost(a->s, i, kept);
+    }
+    return a->kept + a->place[i] * a->padded;
+}
+
 /* Make the k largest of C + g, in float64, every token's choice; find every u, and what the choice costs. */
-static void settle(const Scores *s, int64_t k, const double *g, int64_t *chosen, int64_t *counts, double *u,
-                   float *costs) {
-    int64_t padded = PAD(s->experts);
-    float buffer[padded] ALIGNED;
+static void settle(State *a) {
+    const Scores *s = a->s;
+    int64_t padded = a->padded, k = a->k, *counts = a->counts;
+    const double *g = a->g;
     double y[padded] ALIGNED, own[k];
     for (int64_t row = 0; row < s->tokens; ++row) {
         if (s->mask && !s->mask[row * s->mask_stride]) continue;
-        const float *c = read_cost(s, row, buffer);
-        int64_t *mine = chosen + row * k;
+        const float *c = row_of(a, row);
+        int64_t *mine = a->chosen + row * k;
 #pragma omp simd
         for (int64_t l = 0; l < padded; ++l) y[l] = c[l] + g[l];
         for (;;) {
@@ -142,7 +154,7 @@ static void settle(const Scores *s, int64_t k, const double *g, int64_t *chosen,
             for (int64_t n = 0; n < k; ++n) y[mine[n]] = -INFINITY;
 #pragma omp simd reduction(max : best)
             for (int64_t l = 0; l < padded; ++l) best = y[l] > best ? y[l] : best;
-            u[row] = best < last ? best : last;
+            a->u[row] = best < last ? best : last;
             if (!(best - last > 2 * ROUNDING * fabs(best))) break; /* also where last is -inf, as float32 may make it */
             int64_t l = 0;
             while (y[l] != best) ++l;
@@ -150,20 +162,8 @@ static void settle(const Scores *s, int64_t k, const double *g, int64_t *chosen,
             --counts[mine[at]], ++counts[l];
             mine[at] = l;
         }
-        for (int64_t n = 0; n < k; ++n) costs[row * k + n] = c[mine[n]];
+        for (int64_t n = 0; n < k; ++n) a->cost[row * k + n] = c[mine[n]];
     }
-}
-
-/* The cost of a token's experts. */
-static const float *row_of(State *a, int64_t i) {
-    if (!a->most_rows) return read_cost(a->s, i, a->row);
-    if (a->place[i] < 0) {
-        if (a->kept_rows == a->most_rows) return read_cost(a->s, i, a->row);
-        a->place[i] = (int32_t)a->kept_rows++;
-        float *kept = a->kept + a->place[i] * a->padded;
-        read_cost(a->s, i, kept);
-    }
-    return a->kept + a->place[i] * a->padded;
 }
 
 static inline double at_least_0(double x) { return x > 0 ? x : 0; }
@@ -465,8 +465,8 @@ int64_t repair(const Scores *s, int64_t k, const int64_t *lower, const int64_t *
     int done = a->failed || !a->heap ? -1 : 1;
     if (done > 0) {
         for (int64_t j = 0; j < padded; ++j) a->g[j] = j < experts ? bias[j] : -INFINITY;
-        if (to->part == START) settle(s, k, a->g, chosen, counts, levels, costs), to->part = ABOVE;
         for (int64_t i = 0; i < tokens; ++i) a->place[i] = -1, a->reach[i] = INFINITY, a->seen[i] = 0;
+        if (to->part == START) settle(a), to->part = ABOVE;
         done = balance(a, lower, upper, to);
         int rounding = done > 0;
         for (int64_t j = 0; j < experts; ++j)
