@@ -186,9 +186,11 @@ def _balanced_topk(
         wanted_E = problem.centre(choice.bias_E) < 0
         floor_E, ceiling_E = _bounds(target_E, 0)
         one_sided = torch.where(wanted_E, floor_E, lower_E), torch.where(wanted_E, upper_E, ceiling_E)
-        choice, moves = _repaired(problem, choice, *one_sided)
+        # To whole numbers, the best of them, where no other loads are allowed.
+        rounds = bool((upper_E > lower_E).any() & (upper_E - lower_E <= 1).all())
+        choice, moves = _repaired(problem, choice, *one_sided, rounds)
         if not _within(choice.loads_E, lower_E, upper_E):
-            choice, more = _repaired(problem, choice, lower_E, upper_E)
+            choice, more = _repaired(problem, choice, lower_E, upper_E, rounds)
             moves += more
         loads_E = choice.loads_E
         if (loads_E > upper_E).any():
@@ -337,16 +339,17 @@ def _descend(
     return best, passes
 
 
-def _repaired(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor) -> tuple[Choice, int]:
+def _repaired(
+    problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor, rounds: bool
+) -> tuple[Choice, int]:
     """The choice with its loads inside the bounds, as far as possible, and the moves that took."""
-    rounds = bool((upper_E > lower_E).any() & (upper_E - lower_E <= 1).all())  # to whole numbers, the best of them
     if _within(choice.loads_E, lower_E, upper_E) and not rounds:
         return choice, 0
     # The repair goes from token to token, which is nothing for an accelerator.
     mask, device = problem.token_mask, choice.bias_E.device
     here = replace(problem, scores_TE=problem.scores_TE.cpu(), token_mask=None if mask is None else mask.cpu())
     changed = Choice(*(x.cpu() for x in choice))._replace(bias_E=choice.bias_E.cpu().double())
-    moves = repair(here, changed, lower_E.cpu(), upper_E.cpu())
+    moves = repair(here, changed, lower_E.cpu(), upper_E.cpu(), rounds=rounds)
     bias_E = changed.bias_E.to(choice.bias_E.dtype)
     return Choice(*(x.to(device) for x in changed._replace(bias_E=bias_E))), moves
 

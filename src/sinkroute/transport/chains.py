@@ -39,10 +39,8 @@ ROUNDING = 1e-12  # of |C + g|: what is a tie
 ROWS_TO_KEEP = 1 << 22  # numbers, without the kernels
 
 
-def repair(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor) -> int:
+def repair(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor, *, rounds: bool = False) -> int:
     """Move loads above `upper` down, as far as possible, then those below `lower` up, as far as possible.
-
-    Where no two bounds are more than 1 apart, loads end as those within the bounds for which the sum is largest.
 
     Args:
         problem: scores on the CPU, cost and mask.
@@ -50,12 +48,14 @@ def repair(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor) -
             largest of C + bias, in ties with those that they took the place of. A load that stays above `upper`
             cannot get below. The rest is of no more use.
         lower_E, upper_E: (E,) int64, bounds of the loads.
+        rounds: whether loads are to end as those within the bounds for which the sum is largest; the bounds of an
+            expert are at most 1 apart then.
 
     Returns:
         How often a token changed its expert.
     """
     if not served_by_kernels(problem.scores_TE):
-        return _Repair(problem, choice).run(lower_E.numpy(), upper_E.numpy())
+        return _Repair(problem, choice).run(lower_E.numpy(), upper_E.numpy(), rounds)
     kernels = native.load()
     assert kernels is not None
     described = native.Scores.of(problem.scores_TE, problem.cost == "softmax", problem.token_mask)
@@ -77,6 +77,7 @@ def repair(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor) -
             *map(address, (choice.experts_TK, choice.loads_E, choice.bias_E)),
             levels_T.ctypes.data,
             costs_TK.ctypes.data,
+            rounds,
             ctypes.byref(progress),
         )
     if state < 0:
@@ -99,7 +100,7 @@ class _Repair:
         self.rows: dict[int, np.ndarray] = {}
         self.moves = 0
 
-    def run(self, lower_E: np.ndarray, upper_E: np.ndarray) -> int:
+    def run(self, lower_E: np.ndarray, upper_E: np.ndarray, rounds: bool) -> int:
         """See `repair`."""
         for token in self.real_N:
             self.settle(int(token))
@@ -108,8 +109,7 @@ class _Repair:
             while open_ := int((sign * (self.loads_E - aim_E)).clip(min=0).sum()):
                 if self.take_chains(self.loads_E - aim_E, start_E, (open_ + 1) // 2) is None:
                     break
-        within = (lower_E <= self.loads_E).all() and (self.loads_E <= upper_E).all()
-        while within and (upper_E - lower_E <= 1).all():
+        while rounds and (lower_E <= self.loads_E).all() and (self.loads_E <= upper_E).all():
             spare_E = (self.loads_E - lower_E) - (upper_E - self.loads_E)  # 1, −1, or 0 where the bounds are the same
             if not (spare_E > 0).any():
                 break

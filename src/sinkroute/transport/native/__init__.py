@@ -141,7 +141,8 @@ def _declare(kernels: ctypes.CDLL) -> None:
     ]
     kernels.choose.restype = None
     kernels.repair.argtypes = [
-        *(scores, integer, address, address, address, address, address, address, address, ctypes.POINTER(Progress))
+        *(scores, integer, address, address, address, address, address, address, address, integer),
+        ctypes.POINTER(Progress),
     ]
     kernels.repair.restype = integer
     kernels.normal.argtypes = [integer, integer, address, integer]

@@ -334,8 +334,8 @@ static int take_chain(State *a, int64_t source, double end) {
     }
 }
 
-/* One round: the chains that are shortest now, at most up to where `wanted` choices are taken. DONE, NONE where there is
- * no way at all, or -1 without memory. */
+/* One round: the chains that are shortest now, at most up to where `wanted` choices are taken. DONE, NONE where there
+ * is no way at all, or -1 without memory. */
 enum { NONE = 0, DONE = 1 };
 static int round_of_chains(State *a, int64_t wanted) {
     double end = distances(a, wanted);
@@ -431,16 +431,16 @@ static void *part(State *a, int64_t bytes) {
     return a->parts[a->part_count++] = memory;
 }
 
-/* Moves tokens until loads are inside their bounds, or no way leads there, or for some tenths of a second. Where bounds
- * are no more than 1 apart, loads are those for which the sum is largest.
+/* Moves tokens until loads are inside their bounds, or no way leads there, or for some tenths of a second.
  *
  * lower, upper: (experts,) bounds of the loads. chosen: (tokens, k), the k largest of C + bias but for rounding.
  * counts: (experts,), those of chosen. bias: (experts,). levels, costs: (tokens,) and (tokens, k), for the next call.
- * Those after the bounds are changed; C + bias has the new choice as its k largest, with ties. to: room from the
- * caller, the rest 0; its moves are how often a token changed its expert, in all calls. Returns 1 if that was all, 0 if
- * it is to be called again, -1 without memory. */
+ * Those after the bounds are changed; C + bias has the new choice as its k largest, with ties. round: whether loads
+ * are to be those for which the sum is largest, where bounds are no more than 1 apart. to: room from the caller, the
+ * rest 0; its moves are how often a token changed its expert, in all calls. Returns 1 if that was all, 0 if it is to
+ * be called again, -1 without memory. */
 int64_t repair(const Scores *s, int64_t k, const int64_t *lower, const int64_t *upper, int64_t *chosen, int64_t *counts,
-               double *bias, double *levels, float *costs, Progress *to) {
+               double *bias, double *levels, float *costs, int64_t round, Progress *to) {
     int64_t experts = s->experts, padded = PAD(experts), tokens = s->tokens, slots = tokens * k;
     State state = {.s = s, .experts = experts, .padded = padded, .k = k, .chosen = chosen, .counts = counts};
     State *a = &state;
@@ -468,7 +468,7 @@ int64_t repair(const Scores *s, int64_t k, const int64_t *lower, const int64_t *
         for (int64_t i = 0; i < tokens; ++i) a->place[i] = -1, a->reach[i] = INFINITY, a->seen[i] = 0;
         if (to->part == START) settle(a), to->part = ABOVE;
         done = balance(a, lower, upper, to);
-        int rounding = done > 0;
+        int rounding = done > 0 && round;
         for (int64_t j = 0; j < experts; ++j)
             rounding = rounding && upper[j] - lower[j] <= 1 && counts[j] >= lower[j] && counts[j] <= upper[j];
         if (rounding) done = choose_rounding(a, lower, upper);
