@@ -339,9 +339,7 @@ def _descend(
     return best, passes
 
 
-def _repaired(
-    problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor, rounds: bool
-) -> tuple[Choice, int]:
+def _repaired(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor, rounds: bool) -> tuple[Choice, int]:
     """The choice with its loads inside the bounds, as far as possible, and the moves that took."""
     if _within(choice.loads_E, lower_E, upper_E) and not rounds:
         return choice, 0
