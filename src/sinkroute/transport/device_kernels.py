@@ -102,8 +102,9 @@ def guess(
     # The rank-th largest, bit by bit: the largest key that at least `rank` keys reach. Keys are ordered like the costs.
     rank_C = tl.floor(tl.load(target + columns_C, mask=inside_C, other=0.0) / total * count + 0.5)
     rank_C = tl.maximum(rank_C, 1.0)
+    # No `~` of unsigned numbers: the interpreter of Triton 3.7 has none.
     bits_SC = cost_SC.to(tl.uint32, bitcast=True)
-    keys_SC = tl.where(bits_SC >= 0x80000000, ~bits_SC, bits_SC | 0x80000000)
+    keys_SC = tl.where(bits_SC >= 0x80000000, bits_SC ^ 0xFFFFFFFF, bits_SC | 0x80000000)
     key_C = tl.zeros((BLOCK_C,), tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     for _ in range(32):
@@ -111,7 +112,11 @@ def guess(
         reached_C = tl.sum((keys_SC >= candidate_C[None, :]).to(tl.int32), axis=0)
         key_C = tl.where(reached_C.to(tl.float64) >= rank_C, candidate_C, key_C)
         bit = bit >> 1
-    quantile_C = tl.where(key_C >= 0x80000000, key_C ^ 0x80000000, ~key_C).to(tl.float32, bitcast=True).to(tl.float64)
+    quantile_C = (
+        tl.where(key_C >= 0x80000000, key_C ^ 0x80000000, key_C ^ 0xFFFFFFFF)
+        .to(tl.float32, bitcast=True)
+        .to(tl.float64)
+    )
     quantile_C = tl.where(tl.abs(quantile_C) < float("inf"), quantile_C, mean_C)
     tl.store(guesses + columns_C, -mean_C, mask=inside_C)
     tl.store(guesses + experts + columns_C, -quantile_C, mask=inside_C)
