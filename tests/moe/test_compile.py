@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sinkroute
@@ -84,7 +85,9 @@ def test_branches_and_counts_that_change_compile_each_branch_once():
     graphs = []
     layer = make("ssr-s", router_options={"probability": 0.5})
     # 2: each function is compiled for either branch.
-    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+    # Before torch 2.13, once more: for the number of a plan's passes, which it takes for a constant at first.
+    more = Version(torch.__version__) < Version("2.13")
+    with torch._dynamo.config.patch(recompile_limit=2 + more, fail_on_recompile_limit_hit=True):
         compiled, branches = torch.compile(layer, backend=lambda graph, _: (graphs.append(1), graph)[1]), []
         for step in range(12):
             sinkroute.set_step(layer, step)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from packaging.version import Version
 
 import sinkroute
 
@@ -147,7 +148,9 @@ def test_switching_between_branches_compiles_each_once(name, plan_gradient):
     graphs, branches = Graphs(), []
     compiled_router, router = (make(name, probability=0.5, plan_gradient=plan_gradient) for _ in range(2))
     # The branch is known when the router is entered: two versions, and one of what comes after the plan.
-    with torch._dynamo.config.patch(recompile_limit=2):
+    # Before torch 2.13, once more: for the number of a plan's passes, which it takes for a constant at first.
+    more = Version(torch.__version__) < Version("2.13")
+    with torch._dynamo.config.patch(recompile_limit=2 + more):
         compiled = torch.compile(compiled_router, backend=graphs)
         for step in range(12):
             for either in (compiled_router, router):
@@ -158,4 +161,4 @@ def test_switching_between_branches_compiles_each_once(name, plan_gradient):
             assert torch.equal(gradient, expected_gradient)
             branches.append(routes.branch)
     assert {*branches[:6]} == {*branches[6:]} == {"softmax", "sinkhorn"}
-    assert graphs.count <= 4
+    assert graphs.count <= 4 + more
