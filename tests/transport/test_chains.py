@@ -19,7 +19,7 @@ balanced.PASSES = 1
 
 
 def _run(code, tmp_path):
-    compiler = f"{shlex.join(native.library._compiler())} -DWORK=64"
+    compiler = f"{shlex.join(native.build._compiler())} -DWORK=64"
     environment = os.environ | {
         "CC": compiler,
         "XDG_CACHE_HOME": str(tmp_path),

@@ -4,7 +4,7 @@ They do what the torch passes do, several times faster, and are never needed: wi
 `SINKROUTE_NATIVE=0` in the environment, `load()` is None and torch does the work. The folder is
 `$XDG_CACHE_HOME/sinkroute` (else `~/.cache/sinkroute`, else `sinkroute-` and the user's number among the temporary
 files); the file's name holds a digest of the sources, the compiler's command and the processor, so that a home
-directory may be shared between machines. How they are found, compiled or given up: `library`.
+directory may be shared between machines. How they are found, compiled or given up: `build`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sinkroute._values import address
-from sinkroute.transport.native import library
+from sinkroute.transport.native import build
 
 __all__ = ["DTYPES", "Progress", "Scores", "load", "status"]
 
@@ -83,7 +83,7 @@ def load() -> ctypes.CDLL | None:
     >>> load() is load()
     True
     """
-    return (_found or _find()).library
+    return (_found or _find()).kernels
 
 
 def status() -> str:
@@ -95,14 +95,14 @@ def status() -> str:
     return (_found or _find()).about
 
 
-_found: library.Found | None = None
+_found: build.Found | None = None
 
 
-def _find() -> library.Found:
+def _find() -> build.Found:
     global _found
-    _found = found = library.find(_declare)  # before the warning, which may be made an error
-    if found.library is not None:
-        _let_children_live(found.library)
+    _found = found = build.find(_declare)  # before the warning, which may be made an error
+    if found.kernels is not None:
+        _let_children_live(found.kernels)
     if found.warning:
         warnings.warn(found.warning, RuntimeWarning, stacklevel=3)
     return found

@@ -70,12 +70,12 @@ class Found(NamedTuple):
     """What there is.
 
     Attributes:
-        library: None where there is none.
+        kernels: the compiled library, None where there is none.
         about: where it lies, or why there is none.
         warning: what the user should be told, or "".
     """
 
-    library: ctypes.CDLL | None
+    kernels: ctypes.CDLL | None
     about: str
     warning: str = ""
 
