@@ -230,17 +230,17 @@ from sinkroute.transport import balanced_topk
 torch.set_num_threads(1)
 scores_TE = 6 * torch.randn(4096, 2048, generator=torch.Generator().manual_seed(0))
 balanced_topk(scores_TE[:64, :64], 8)
-threading.Timer(0.5, lambda: (sent.append(time.monotonic()), signal.raise_signal(signal.SIGINT))).start()
+threading.Timer(0.5, lambda: (sent.append(time.process_time()), signal.raise_signal(signal.SIGINT))).start()
 sent = []
 try:
     while True:
         balanced_topk(scores_TE, 8, cost="softmax")
 except KeyboardInterrupt:
-    print(time.monotonic() - sent[0])
+    print(time.process_time() - sent[0])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    # A second where the machine is this test's alone.
-    assert float(done.stdout) < 5, done.stderr
+    # A second of work: other programs on the machine are not this one's fault.
+    assert float(done.stdout) < 1, done.stderr
 
 
 def test_passes_alone_nearly_balance_linear_scores():

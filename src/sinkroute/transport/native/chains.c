@@ -198,6 +198,14 @@ static inline float downwards(double x) { return -upwards(-x); }
 
 static inline int takes(const State *a, int64_t j) { return a->spare[j] < 0 && a->distance[j] + a->g[j] < a->worth; }
 
+/* Which of LANES experts token i might be given at a distance that is no longer than theirs, as bits. */
+static inline int32_t within_reach(const State *a, const float *c, int64_t first, float least) {
+    int32_t hits = 0;
+#pragma omp simd reduction(| : hits)
+    for (int64_t lane = 0; lane < LANES; ++lane) hits |= (c[first + lane] + a->sum[first + lane] >= least) << lane;
+    return hits;
+}
+
 /* Distances from the experts that give, up to that of experts that can take `wanted` choices in all, or up to what room
  * there is. Returns it; -1 where none of them can be reached; NAN without memory. */
 static double distances(State *a, int64_t wanted) {
@@ -240,11 +248,7 @@ static double distances(State *a, int64_t wanted) {
             const float *c = row_of(a, i);
             float least = downwards(item.distance + a->u[i]);
             for (int64_t first = 0; first < padded; first += LANES) {
-                int32_t hits = 0;
-#pragma omp simd reduction(| : hits)
-                for (int64_t lane = 0; lane < LANES; ++lane)
-                    hits |= (c[first + lane] + a->sum[first + lane] >= least) << lane;
-                for (; hits; hits &= hits - 1) {
+                for (int32_t hits = within_reach(a, c, first, least); hits; hits &= hits - 1) {
                     int64_t l = first + __builtin_ctz(hits);
                     double distance = item.distance + cost_to_give(a, i, l, c[l]);
                     if (distance > end || distance > a->distance[l] || l >= experts) continue;
@@ -280,11 +284,7 @@ static int64_t way_on(State *a, int64_t i, double end, float *cost) {
     a->work += a->padded - a->to[i];
     float least = downwards(a->reach[i] + a->u[i]);
     for (int64_t first = a->to[i] & -LANES; first < a->padded; first += LANES) {
-        int32_t hits = 0;
-#pragma omp simd reduction(| : hits)
-        for (int64_t lane = 0; lane < LANES; ++lane)
-            hits |= (c[first + lane] + a->sum[first + lane] >= least) << lane;
-        for (; hits; hits &= hits - 1) {
+        for (int32_t hits = within_reach(a, c, first, least); hits; hits &= hits - 1) {
             int64_t l = first + __builtin_ctz(hits);
             if (l < a->to[i] || l >= a->experts || a->state[l]) continue;
             if (!(a->distance[l] <= end) || a->hops[l] != a->token_hops[i] + 1) continue;

@@ -31,7 +31,7 @@ def topk_rows(
     k: int,
     normalise: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Weights (T, K) and experts (T, K) of `Plan.topk`, which see; without gradient, without a T × E matrix."""
+    """Weights (T, K) and experts (T, K) as `Plan.topk` describes them; without gradient, without a T × E matrix."""
     if not readable(scores_TE, token_mask, token_mass, potentials_E):
         return torch.ops.sinkroute.plan_topk(scores_TE, cost, token_mask, token_mass, potentials_E, reg, k, normalise)
     return _topk_rows(scores_TE, cost, token_mask, token_mass, potentials_E, reg, k, normalise)
