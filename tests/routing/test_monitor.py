@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sinkroute
 from sinkroute.routing.metrics import routing_fluctuation, saturation
-from sinkroute.routing.router import Choice, Router
+from sinkroute.routing.router import Router
+from sinkroute.routing.routes import Routes
 
 TIERS = ["brief", "detailed"]
 both_tiers = pytest.mark.parametrize("tier", TIERS)
@@ -46,7 +47,7 @@ def near(value, rel=1e-5):
 class Fixed(Router):
     """Routes as it is told."""
 
-    choice: Choice
+    choice: Routes
 
     def route(self, logits_TE, token_mask):
         return self.choice
@@ -105,10 +106,10 @@ def test_shares_of_branches_and_means_over_assigned_passes():
     error = torch.tensor
     with sinkroute.LoadMonitor(router) as monitor:
         for choice in (
-            Choice(zeros_T1, ones_T1),  # MaxVio 3
-            Choice(even_T1, ones_T1, "sinkhorn", plan_error=error(0.75), plan_passes=4),  # MaxVio 0
-            Choice(zeros_T1, ones_T1, "sinkhorn", plan_error=error(0.25), plan_passes=torch.tensor(9)),
-            Choice(even_T1, ones_T1, "assignment"),
+            Routes(zeros_T1, ones_T1),  # MaxVio 3
+            Routes(even_T1, ones_T1, branch="sinkhorn", plan_error=error(0.75), plan_passes=4),  # MaxVio 0
+            Routes(zeros_T1, ones_T1, branch="sinkhorn", plan_error=error(0.25), plan_passes=torch.tensor(9)),
+            Routes(even_T1, ones_T1, branch="assignment"),
         ):
             router.choice = choice
             router(torch.zeros(4, 4))
@@ -122,7 +123,7 @@ def test_aux_loss_is_the_mean_over_passes_that_had_one():
     router = Fixed(4, 1)
     with sinkroute.LoadMonitor(router) as monitor:
         for loss in (torch.tensor(0.5, requires_grad=True), None, torch.tensor(2.0)):
-            router.choice = Choice(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), aux_loss=loss)
+            router.choice = Routes(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), aux_loss=loss)
             router(torch.zeros(3, 4))
     assert monitor.metrics()["router"]["aux_loss"] == 1.25
 
@@ -130,7 +131,7 @@ def test_aux_loss_is_the_mean_over_passes_that_had_one():
 def test_places_that_no_expert_took_are_dropped():
     router = Fixed(4, 2)
     chosen_TK = torch.tensor([[True, True], [True, False], [False, False]])
-    router.choice = Choice(torch.tensor([[0, 1]] * 3), torch.ones(3, 2), chosen_TK=chosen_TK)
+    router.choice = Routes(torch.tensor([[0, 1]] * 3), torch.ones(3, 2), chosen=chosen_TK)
     with sinkroute.LoadMonitor(router) as monitor:
         router(torch.zeros(3, 4))
         assert monitor.metrics(reset=True)["router"]["drop_rate"] == 0.5  # 3 of 6
@@ -142,7 +143,7 @@ def test_what_one_token_gets_beyond_k_makes_up_for_no_other():
     router = Fixed(4, 2)
     # Experts got: 4, 1, 0 of 2 each. 3 of 6 places are filled; two experts are beyond.
     chosen_TK = torch.tensor([[True] * 4, [True, False, False, False], [False] * 4])
-    router.choice = Choice(torch.arange(4).repeat(3, 1), torch.ones(3, 4), "expert-choice", chosen_TK)
+    router.choice = Routes(torch.arange(4).repeat(3, 1), torch.ones(3, 4), branch="expert-choice", chosen=chosen_TK)
     with sinkroute.LoadMonitor(router) as monitor:
         router(torch.zeros(3, 4))
     assert monitor.metrics()["router"]["drop_rate"] == 0.5
@@ -150,7 +151,7 @@ def test_what_one_token_gets_beyond_k_makes_up_for_no_other():
 
 def test_a_method_that_takes_fewer_than_k_drops_nothing():
     router = Fixed(4, 3)
-    router.choice = Choice(torch.tensor([[0, 1]] * 3), torch.ones(3, 2))
+    router.choice = Routes(torch.tensor([[0, 1]] * 3), torch.ones(3, 2))
     with sinkroute.LoadMonitor(router) as monitor:
         router(torch.zeros(3, 4))
     assert monitor.metrics()["router"]["drop_rate"] == 0.0
@@ -170,9 +171,9 @@ def test_disagreement_and_gap_are_measured_against_plain_topk_of_the_same_logits
     # The first: the same set in another order. The second: another set. The third: one of the two only.
     experts_TK, chosen_TK = torch.tensor([[1, 0], [2, 3], [0, 1]]), torch.tensor([[True] * 2] * 2 + [[True, False]])
     with sinkroute.LoadMonitor(router, "detailed") as monitor:
-        router.choice = Choice(experts_TK, torch.ones(3, 2), "sinkhorn", chosen_TK)
+        router.choice = Routes(experts_TK, torch.ones(3, 2), branch="sinkhorn", chosen=chosen_TK)
         router(logits_TE)
-        router.choice = Choice(torch.tensor([[3, 2]] * 3), torch.ones(3, 2))  # by softmax: not asked
+        router.choice = Routes(torch.tensor([[3, 2]] * 3), torch.ones(3, 2))  # by softmax: not asked
         router(logits_TE)
     metrics = monitor.metrics()["router"]
     assert metrics["disagreement"] == pytest.approx(2 / 3)
@@ -357,7 +358,7 @@ def test_a_pass_without_a_real_token_counts_nowhere(name, tier):
 def test_what_a_plan_for_nobody_took_counts_nowhere():
     router = Fixed(4, 1)
     plan = {"plan_error": torch.tensor(0.5), "plan_passes": 7}
-    router.choice = Choice(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), "sinkhorn", **plan)
+    router.choice = Routes(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), branch="sinkhorn", **plan)
     with sinkroute.LoadMonitor(router) as monitor:
         router(torch.zeros(3, 4), torch.zeros(3, dtype=torch.bool))
         router(torch.zeros(3, 4))
@@ -476,7 +477,7 @@ def test_no_graph_is_kept():
             return x.clone()
 
     loss = Source.apply(torch.tensor(1.0, requires_grad=True))
-    router.choice = Choice(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), aux_loss=loss, plan_error=loss)
+    router.choice = Routes(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), aux_loss=loss, plan_error=loss)
     monitor = sinkroute.LoadMonitor(router, "detailed")
     router(torch.zeros(3, 4))
     del loss, router.choice
@@ -513,7 +514,9 @@ def test_hooks_wait_for_no_device(branch, tier):
     experts_TK, chosen_TK = torch.empty(5, 3, dtype=torch.int64, **meta), torch.empty(5, 3, dtype=torch.bool, **meta)
     plan = {"plan_error": torch.empty((), **meta), "plan_passes": torch.empty((), dtype=torch.int64, **meta)}
     loss = torch.empty((), **meta)
-    router.choice = Choice(experts_TK, torch.empty(5, 3, **meta), branch, chosen_TK, aux_loss=loss, **plan)
+    router.choice = Routes(
+        experts_TK, torch.empty(5, 3, **meta), branch=branch, chosen=chosen_TK, aux_loss=loss, **plan
+    )
     monitor = sinkroute.LoadMonitor(router, tier)
     router(torch.empty(5, 4, **meta), torch.empty(5, dtype=torch.bool, **meta))
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
@@ -717,7 +720,7 @@ def test_a_torn_line_is_cut_off_and_whole_ones_stay(tmp_path, before, kept):
 
 def test_what_json_cannot_say_is_null(tmp_path):
     router = Fixed(4, 1)
-    router.choice = Choice(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), aux_loss=torch.tensor(math.nan))
+    router.choice = Routes(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), aux_loss=torch.tensor(math.nan))
     with sinkroute.LoadMonitor(router) as monitor:
         router(torch.zeros(3, 4))
     monitor.write(tmp_path / "load.jsonl", 0)

@@ -6,7 +6,7 @@ import torch.distributed
 
 import sinkroute
 from sinkroute._errors import NonFiniteScores
-from sinkroute.routing.router import Choice
+from sinkroute.routing.routes import Routes
 
 QUIET = {"noise": 0.0}
 # Every rule of every router, without noise, where the routes are functions of the scores alone.
@@ -280,7 +280,7 @@ def test_the_gate_of_a_router_is_a_linear_map_without_bias():
 def plain_of(logits_TE, top_k=2):
     """Another's choice, with weights that no rule of ours would give."""
     experts_TK = logits_TE.topk(top_k).indices
-    return Choice(experts_TK, torch.full(experts_TK.shape, 0.25))
+    return Routes(experts_TK, torch.full(experts_TK.shape, 0.25))
 
 
 @pytest.mark.parametrize("name", ["softmax", "ssr-l", "ssr-b"])
@@ -292,8 +292,8 @@ def test_a_plain_choice_that_was_made_already_is_taken_as_it_is(name):
         assert router.is_plain()
         given = plain_of(logits_TE)
         routes = router(logits_TE, plain=given)
-        assert routes.experts is given.experts_TK and torch.equal(routes.weights, given.weights_TK)  # and not scaled
-        assert routes.load.tolist() == given.experts_TK.flatten().bincount(minlength=6).tolist()
+        assert routes.experts is given.experts and torch.equal(routes.weights, given.weights)  # and not scaled
+        assert routes.load.tolist() == given.experts.flatten().bincount(minlength=6).tolist()
         mask = torch.arange(20) < 15
         assert router(logits_TE, mask, plain=given).load.sum() == 30
 
@@ -391,9 +391,12 @@ def test_a_correction_is_no_part_of_a_router():
 
 
 def test_those_that_need_a_bias_or_a_gate_of_their_own_say_so():
-    own = {"loss-free", "quantile", "noisy", "xmoe", "stable-moe", "smoe-dropout", "hash", "ssr-bias", "ssr-fold"}
-    assert {name for name in sinkroute.list_routers() if not make(name, {}).serves_plainly} == own
-    assert make("ssr-bias", {"serve_with": "plain"}).serves_plainly
+    serving = {name: make(name, {}).serving() for name in sinkroute.list_routers()}
+    gates = {"noisy", "xmoe", "stable-moe", "smoe-dropout", "hash"}
+    assert {name for name, how in serving.items() if how is None} == gates
+    assert {name for name, how in serving.items() if how and not how.plain} == {"loss-free", "quantile", "ssr-bias"}
+    assert make("ssr-bias", {"serve_with": "plain"}).serving().plain
+    assert make("ssr-l", {"inference": "noise"}).serving() is None
 
 
 @pytest.mark.parametrize(

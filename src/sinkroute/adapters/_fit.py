@@ -110,21 +110,17 @@ def refuse_bias(router: Router, what: str) -> None:
     Raises:
         ValueError: the method is another.
     """
-    own = type(router).gate_bias is not SSRRouter.gate_bias if isinstance(router, SSRRouter) else _has_rule(router)
-    if own or not serves_as_theirs(router):
+    if not router.takes_correction() or not serves_as_theirs(router):
         raise ValueError(
             f"{what} puts a bias into the choice, and {type(router).__name__} balances by a rule that has no place for "
             f'it; do without {what}, or take a method that is plain top-k between its plans, such as "ssr-s"'
         )
 
 
-def _has_rule(router: Router) -> bool:
-    return type(router).route is not Router.route
-
-
 def serves_as_theirs(router: Router) -> bool:
     """Whether in `eval()` the method is plain top-k of the model's own scores, so that their code can serve."""
-    return router.serves_plainly and (not isinstance(router, SSRRouter) or router.inference == "none")
+    serving = router.serving()
+    return serving is not None and serving.plain
 
 
 def hold(host: nn.Module, router: Router) -> None:

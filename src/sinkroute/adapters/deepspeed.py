@@ -40,7 +40,7 @@ from sinkroute.adapters._fit import Patched, fit_router, holder, put_in, refuse_
 from sinkroute.routing import Router
 from sinkroute.routing.draws import hash63, normal_like
 from sinkroute.routing.ranks import Ranks
-from sinkroute.routing.router import Choice
+from sinkroute.routing.routes import Routes
 
 __all__ = ["SinkrouteEPRouter", "SinkrouteGate", "patch"]
 
@@ -194,7 +194,7 @@ class SinkrouteEPRouter(TokenChoiceTopKRouter):
                 weights_TK, experts_TK, load_E = super().forward(x, expert_bias)
             finally:
                 hook.remove()
-            router(logits[0].detach(), plain=Choice(experts_TK, weights_TK))
+            router(logits[0].detach(), plain=Routes(experts_TK, weights_TK))
             return weights_TK, experts_TK, load_E
         biases = [bias for bias in (expert_bias, self.e_score_correction_bias) if bias is not None]
         if biases:

@@ -45,7 +45,7 @@ from sinkroute.adapters._fit import (
 )
 from sinkroute.routing import Router
 from sinkroute.routing.ranks import Ranks
-from sinkroute.routing.router import Choice
+from sinkroute.routing.routes import Routes
 
 __all__ = ["SinkrouteRouter", "patch", "route"]
 
@@ -134,7 +134,7 @@ class SinkrouteRouter(TokenChoiceTopKRouter):
                 weights_BLK, experts_BLK, scores_BLE = super().forward(x_BLD, expert_bias_E)
             finally:
                 hook.remove()
-            plain = Choice(_local(experts_BLK).flatten(0, -2), _local(weights_BLK).flatten(0, -2))
+            plain = Routes(_local(experts_BLK).flatten(0, -2), _local(weights_BLK).flatten(0, -2))
             router(_local(logits[0]).detach().flatten(0, -2), plain=plain)
             return weights_BLK, experts_BLK, scores_BLE
         with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):

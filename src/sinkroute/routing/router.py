@@ -11,6 +11,7 @@ import contextlib
 import math
 import warnings
 from collections import deque
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol, TypedDict, get_args
 
 import torch
@@ -30,7 +31,7 @@ from sinkroute.routing.state import RouterState, recomputing
 from sinkroute.routing.topk import top_experts
 from sinkroute.transport import Plan, solve
 
-__all__ = ["Choice", "CommonOptions", "Link", "Router", "Ties"]
+__all__ = ["CommonOptions", "Link", "Router", "Serving", "Ties"]
 
 # A float dtype that torch cannot convert; not every build has it.
 _PACKED = getattr(torch, "float4_e2m1fn_x2", None)
@@ -67,27 +68,21 @@ class CommonOptions(TypedDict, total=False):
     layer: int | None
 
 
-class Choice(NamedTuple):
-    """What a method decides; the base class adds the counts and hides masked tokens.
+class Serving(NamedTuple):
+    """What is added before a top-k of logits or scores.
 
     Attributes:
-        experts_TK: (T, K') int64; K' may differ from K in training.
-        weights_TK: (T, K').
-        branch: which rule chose.
-        chosen_TK: (T, K') bool, False for places that are filled up with weight 0 and count nowhere; None: all chosen.
-        aux_loss: 0-d, the method's own loss where it cannot be computed from logits and load; coefficient included.
-        plan_error, plan_passes: of the transport plan, if there is one.
-        bias_E: (E,) what would have balanced the choice, for methods that remember it.
+        bias_E: (E,), added for the choice and not to the weights; None: nothing.
+        on: what it is added to, the `"logits"` or their `"scores"`.
     """
 
-    experts_TK: Tensor
-    weights_TK: Tensor
-    branch: str = "softmax"
-    chosen_TK: Tensor | None = None
-    aux_loss: Tensor | None = None
-    plan_error: Tensor | None = None
-    plan_passes: int | Tensor | None = None
     bias_E: Tensor | None = None
+    on: Literal["logits", "scores"] = "logits"
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is added."""
+        return self.bias_E is None
 
 
 class Link(Protocol):
@@ -142,8 +137,10 @@ class Router(nn.Module):
     state: RouterState | None
     # Whether the method depends on the step: then it warns where set_step is never called.
     needs_step = False
-    # Whether it serves as plain top-k of any gate's logits; not if it has a gate or a bias of its own.
-    serves_plainly = True
+    # Whether it serves by the top-k of any gate's logits; not if it has a gate or a rule that no other model has.
+    serves_any_gate = True
+    # Whether it moves the gate that `bind_part` tells it of, and is to `see` what that gate is given.
+    moves_gate = False
 
     def __init__(
         self,
@@ -253,13 +250,26 @@ class Router(nn.Module):
         """The module that turns tokens (T, D) into the logits (T, E) that this router takes: a bias-free linear map."""
         return LinearGate(d_model, self.num_experts)
 
+    def choice_bias(self) -> Serving | None:
+        """What the method adds before its top-k, in this mode; None: nothing. Asked anew for each choice."""
+        return None
+
+    def serving(self) -> Serving | None:
+        """How the method serves, in either mode: by the top-k of a gate's logits and this; None: by something else."""
+        return (self.choice_bias() or Serving()) if self.serves_any_gate else None
+
+    def takes_correction(self) -> bool:
+        """Whether `correction_E` takes part in the choice, in training too: not where the method has another rule."""
+        return type(self).route is Router.route and self.choice_bias() is None
+
     def is_plain(self) -> bool:
         """Whether in this mode and step the method does no more than plain top-k (of a model that its state is in)."""
-        if not self.training:
-            return self.serves_plainly or bool(self.links)
-        return type(self).route is Router.route and not self.losses and self.ties == "first"
+        if self.training:
+            return self.takes_correction() and not self.losses and self.ties == "first"
+        serving = self.serving()
+        return serving is not None and (serving.plain or bool(self.links))
 
-    def forward(self, logits_TE: Tensor, token_mask: Tensor | None = None, *, plain: Choice | None = None) -> Routes:
+    def forward(self, logits_TE: Tensor, token_mask: Tensor | None = None, *, plain: Routes | None = None) -> Routes:
         """Route T tokens.
 
         Args:
@@ -280,50 +290,44 @@ class Router(nn.Module):
         if self.training:
             self._count_pass()
         if plain is not None and self.is_plain():
-            choice = plain
+            routes = plain
         else:
-            choice, plain = self.route(all_TX, token_mask) if self.training else self.serve(all_TX, token_mask), None
-        experts_TK, weights_TK = choice.experts_TK, choice.weights_TK
+            routes, plain = self.route(all_TX, token_mask) if self.training else self.serve(all_TX, token_mask), None
+        experts_TK, weights_TK, chosen_TK = routes.experts, routes.weights, routes.chosen
         if self.route_scale != 1 and plain is None:
             weights_TK = weights_TK * self.route_scale
-        counted_TK = choice.chosen_TK
         if token_mask is not None:
             weights_TK = weights_TK * token_mask[:, None]
-            counted_TK = token_mask[:, None] if counted_TK is None else counted_TK & token_mask[:, None]
-        load_E = self._count(experts_TK, counted_TK)
-        aux_loss = None
-        if self.training:
-            if self.state is not None and not recomputing():
-                self.state.note(load_E, self.step_sums(all_TX, choice, token_mask))
-            aux_loss = self._auxiliary_loss(logits_TE, choice, counted_TK, load_E, token_mask)
-            if aux_loss is not None:
-                aux_loss, weights_TK = self._keep_gradient(aux_loss, weights_TK)
-        return Routes(
-            experts_TK,
-            weights_TK,
-            load_E,
-            choice.branch,
-            aux_loss,
-            choice.plan_error,
-            choice.plan_passes,
-            None if counted_TK is None else counted_TK.expand_as(experts_TK),
-        )
+            chosen_TK = token_mask[:, None] if chosen_TK is None else chosen_TK & token_mask[:, None]
+        if chosen_TK is not None:
+            chosen_TK = chosen_TK.expand_as(experts_TK)
+        load_E = self._count(experts_TK, chosen_TK)
+        routes = replace(routes, weights=weights_TK, load=load_E, chosen=chosen_TK)
+        if not self.training:
+            return routes
+        if self.state is not None and not recomputing():
+            self.state.note(load_E, self.step_sums(all_TX, routes, token_mask))
+        aux_loss = self._auxiliary_loss(logits_TE, routes, token_mask)
+        if aux_loss is None:
+            return routes
+        aux_loss, weights_TK = self._keep_gradient(aux_loss, weights_TK)
+        return replace(routes, weights=weights_TK, aux_loss=aux_loss)
 
     # -- what a method overrides -------------------------------------------------------------------------------------
 
-    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         """The method's rule in training. `logits_TE` is float32 or float64, finite, and 0 where masked; it has more
         than E columns if the gate of the method gives more."""
         return self.score_topk(logits_TE[:, : self.num_experts])
 
-    def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+    def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         """The method's rule in `eval()`."""
         return self.score_topk(logits_TE[:, : self.num_experts])
 
     def prepare_step(self) -> None:
         """Decide what depends on the step alone; called by `set_step`, and once when a router is made."""
 
-    def step_sums(self, logits_TE: Tensor, choice: Choice, token_mask: Tensor | None) -> dict[str, Tensor]:
+    def step_sums(self, logits_TE: Tensor, routes: Routes, token_mask: Tensor | None) -> dict[str, Tensor]:
         """What this micro-batch adds to `state.sums`, beside its load."""
         return {}
 
@@ -332,29 +336,32 @@ class Router(nn.Module):
 
     # -- what methods choose and weigh with --------------------------------------------------------------------------
 
-    def score_topk(self, logits_TE: Tensor) -> Choice:
-        """Plain top-k of the scores, weighted by them: how methods serve."""
-        return self.choose_by(self._plain_selection(logits_TE), logits_TE)
+    def score_topk(self, logits_TE: Tensor) -> Routes:
+        """The top-k of the scores and `choice_bias`, weighted by the scores: how methods serve."""
+        return self.choose_by(self._selection(logits_TE, self.choice_bias()), logits_TE)
 
     def served_experts(self, logits_TE: Tensor) -> Tensor:
-        """(T, K) int64: the choice of plain top-k as in `eval()`, in either mode; of equal values the lower expert."""
-        return self._choose(self._plain_selection(logits_TE), None)
+        """(T, K) int64: the choice as in `eval()`, in either mode; of equal values the lower expert."""
+        return self._choose(self._selection(logits_TE, self.serving()), None)
 
-    def _plain_selection(self, logits_TE: Tensor) -> Tensor:
-        """(T, E) what plain top-k goes by."""
-        if self.correction_E is not None:
+    def _selection(self, logits_TE: Tensor, added: Serving | None) -> Tensor:
+        """(T, E) what top-k goes by, with what the method adds, or else the model that it is plugged into."""
+        bias_E, on = added or Serving()
+        if bias_E is None and self.correction_E is not None:
+            bias_E, on = self.correction_E, self.correction_on
+        if bias_E is not None:
             values_TE = logits_TE.detach()
-            values_TE = scores(values_TE, self.score) if self.correction_on == "scores" else values_TE
-            return values_TE + self.correction_E.to(values_TE.dtype)
+            values_TE = scores(values_TE, self.score) if on == "scores" else values_TE
+            return values_TE + bias_E.to(values_TE.dtype)
         if self.top_groups < self.groups and self.group_score == "top2-sum":
             return scores(logits_TE, self.score)
         # Logits are in the order of their scores, and tell apart what a softmax or sigmoid rounds to the same number.
         return logits_TE
 
-    def choose_by(self, selection_TE: Tensor, logits_TE: Tensor) -> Choice:
+    def choose_by(self, selection_TE: Tensor, logits_TE: Tensor) -> Routes:
         """The K largest of `selection_TE` within the groups, weighted by the scores of `logits_TE`."""
         experts_TK = self.choose(selection_TE)
-        return Choice(experts_TK, self.weigh(logits_TE, experts_TK))
+        return Routes(experts_TK, self.weigh(logits_TE, experts_TK))
 
     def choose(self, selection_TE: Tensor) -> Tensor:
         """(T, K) int64: the K largest of each row, in its best groups; see `top_experts`."""
@@ -389,18 +396,10 @@ class Router(nn.Module):
 
     # -- losses ------------------------------------------------------------------------------------------------------
 
-    def _auxiliary_loss(
-        self, logits_TE: Tensor, choice: Choice, chosen_TK: Tensor | None, load_E: Tensor, token_mask: Tensor | None
-    ) -> Tensor | None:
-        total = choice.aux_loss
+    def _auxiliary_loss(self, logits_TE: Tensor, routes: Routes, token_mask: Tensor | None) -> Tensor | None:
+        total, load_E = routes.aux_loss, routes.load
         inputs = LossInputs(
-            logits_TE,
-            choice.experts_TK,
-            None if chosen_TK is None else chosen_TK.expand_as(choice.experts_TK),
-            load_E,
-            token_mask,
-            self.score,
-            lambda: self.batch_load(load_E),
+            logits_TE, routes.experts, routes.chosen, load_E, token_mask, self.score, lambda: self.batch_load(load_E)
         )
         for name, coefficient in self.losses.items():
             loss = coefficient * LOSSES[name].function(inputs)

@@ -13,6 +13,8 @@ __all__ = ["Routes"]
 class Routes:
     """Where each token goes, with what weight, and what it costs.
 
+    The rule of a method gives routes without a load; the router hides masked tokens, counts, and adds the losses.
+
     Attributes:
         experts: (T, K) int64, the chosen experts, best first. A masked token has valid indices and weight 0. Some
             methods give more columns than K in training.
@@ -27,13 +29,16 @@ class Routes:
         plan_passes: passes over the scores that the solver made, or None without a plan.
         chosen: (T, K) bool, False at places that are no choice, padding and those that are filled up: their weight is 0
             and gets no gradient, so that their expert need not be computed. None: all are choices.
+        potentials: (E,) what added to the logits, or to the cost of the plan, balances the choice; None where no
+            method asked for it.
     """
 
     experts: Tensor
     weights: Tensor
-    load: Tensor
+    load: Tensor = None  # type: ignore[assignment]  # until the router has counted
     branch: str = "softmax"
     aux_loss: Tensor | None = None
     plan_error: Tensor | None = None
     plan_passes: int | Tensor | None = None
     chosen: Tensor | None = None
+    potentials: Tensor | None = None

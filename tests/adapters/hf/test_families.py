@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 import sinkroute
 from sinkroute.routing.attached import named_routers
-from sinkroute.routing.router import Choice
+from sinkroute.routing.routes import Routes
 
 pytest.importorskip("transformers")
 
@@ -275,7 +275,7 @@ def test_weights_of_any_choice_are_those_of_the_models_own_rule(family):
             theirs = host(*args, **kwargs)
         assert forced.times == 1
         router.is_plain = lambda: False
-        router.route = lambda logits_TE, mask: Choice(forced_TK, router.weigh(logits_TE, forced_TK))
+        router.route = lambda logits_TE, mask: Routes(forced_TK, router.weigh(logits_TE, forced_TK))
         ours = seat(host, args, kwargs, unforced)
     if scoring.contract.name == "sorted":  # with places in an order of its own, among equals
         theirs, ours = (scoring.contract.read(outputs, seat.site) for outputs in (theirs, ours))

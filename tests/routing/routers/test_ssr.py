@@ -195,12 +195,12 @@ def test_noise_drawn_for_few_routes_as_noise_on_all_scores(name, noise, noise_sc
     if name == "ssr-bias":
         router.state.bias_E.copy_(torch.linspace(-1, 1, 40))
     few_TE, all_TE = (scores(300, 40).requires_grad_() for _ in range(2))
-    routes, expected = router(few_TE), router.gate_topk(router._noisy(all_TE))
-    assert torch.equal(routes.experts, expected.experts_TK) and torch.equal(routes.weights, expected.weights_TK)
+    routes, expected = router(few_TE), router.score_topk(router._noisy(all_TE))
+    assert torch.equal(routes.experts, expected.experts) and torch.equal(routes.weights, expected.weights)
     (routes.weights * gradient_TK).sum().backward()
     learned = [parameter.grad.clone() for parameter in router.parameters()]
     router.zero_grad()
-    (expected.weights_TK * gradient_TK).sum().backward()
+    (expected.weights * gradient_TK).sum().backward()
     assert torch.equal(few_TE.grad, all_TE.grad) and few_TE.grad.abs().max() > 1e-2
     for one, parameter in zip(learned, router.parameters(), strict=True):
         torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-7)

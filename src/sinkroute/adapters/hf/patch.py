@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sinkroute.adapters._fit import fit_router
+from sinkroute.adapters._fit import fit_router, serves_as_theirs
 from sinkroute.adapters.hf.contracts import Site
 from sinkroute.adapters.hf.find import find_routers
 from sinkroute.adapters.hf.scoring import Scoring, Source
 from sinkroute.routing.attached import attach, attached, detach
 from sinkroute.routing.ranks import distribute
 from sinkroute.routing.registry import ROUTERS
-from sinkroute.routing.router import Choice, Router
+from sinkroute.routing.router import Router
 from sinkroute.routing.routers.loss_free import LossFreeRouter
 from sinkroute.routing.routers.ssr_bias import SSRBiasRouter
 from sinkroute.routing.routers.ssr_fold import SSRFoldRouter
+from sinkroute.routing.routes import Routes
 from sinkroute.routing.state import recomputing
 
 __all__ = ["Handle", "patch"]
@@ -300,7 +301,7 @@ class _Seat:
         mask_T = self.handle.token_mask(self.site.path, len(logits_TE))
         if isinstance(router, SSRFoldRouter):
             router.see(args[0] if args else next(iter(kwargs.values())))
-        plain = Choice(decision.experts_TK, decision.weights_TK)
+        plain = Routes(decision.experts_TK, decision.weights_TK)
         routes = router(logits_TE, mask_T, plain=plain)
         if host.training:
             self.handle.note(routes.aux_loss)
@@ -352,9 +353,8 @@ def _make_router(name: str, site: Site, scoring: Scoring, options: dict[str, Any
                 "(PEFT: modules_to_save), or take ssr-l"
             )
         router.bind_part(site.host, moved.name)
-    elif not router.serves_plainly:
-        # Of the class: for ssr-bias it depends on an option.
-        able = [known for known, kind in ROUTERS.items() if kind.serves_plainly is True]
+    elif not serves_as_theirs(router):
+        able = [known for known, kind in ROUTERS.items() if serves_as_theirs(kind(2, 1))]
         raise ValueError(
             f"router {name!r} serves with a bias that {type(site.host).__name__} has no place for, so that eval() and "
             f"saved checkpoints would be another model's; take one of {', '.join(able)}"

@@ -142,8 +142,6 @@ def _bias_of_choice(router: Router, name: str) -> Tensor | None:
     for known, bias in _SERVING_BIAS.items():
         # A subclass that overrides how it serves is not known, whatever it descends from.
         same = type(router).serve is known.serve
-        if isinstance(router, SSRRouter) and issubclass(known, SSRRouter):
-            same = same and type(router).serve_topk is known.serve_topk
         if isinstance(router, known) and same:
             return bias(router, name)
     if type(router).serve is Router.serve:

@@ -16,7 +16,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from sinkroute._uncompiled import uncompiled
-from sinkroute.routing.router import Choice, CommonOptions, Router
+from sinkroute.routing.router import CommonOptions, Router
+from sinkroute.routing.routes import Routes
 from sinkroute.transport import balanced_topk
 
 __all__ = ["BaseRouter"]
@@ -44,9 +45,9 @@ class BaseRouter(Router):
         self.refuse_groups()
 
     @uncompiled  # which tokens move is known from the data only
-    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         experts_TK, _ = balanced_topk(logits_TE.detach(), self.top_k, tol=0, token_mask=token_mask)
         experts_TK = experts_TK.sort(dim=1).values  # so that of equal ones the lower expert comes first
         order_TK = logits_TE.detach().gather(1, experts_TK).argsort(dim=1, descending=True, stable=True)
         experts_TK = experts_TK.gather(1, order_TK)
-        return Choice(experts_TK, self.weigh(logits_TE, experts_TK), "assignment")
+        return Routes(experts_TK, self.weigh(logits_TE, experts_TK), branch="assignment")

@@ -18,7 +18,8 @@ from typing_extensions import Unpack
 from sinkroute._errors import require_numbers
 from sinkroute._uncompiled import uncompiled
 from sinkroute.routing.expert_side import take_best_tokens
-from sinkroute.routing.router import Choice, CommonOptions, Router
+from sinkroute.routing.router import CommonOptions, Router
+from sinkroute.routing.routes import Routes
 from sinkroute.routing.scores import scores
 
 __all__ = ["ExpertChoiceRouter"]
@@ -61,11 +62,11 @@ class ExpertChoiceRouter(Router):
         self.capacity_factor = capacity_factor
 
     @uncompiled  # as a whole: one break of the graph, not several
-    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         per_token = self.top_k if self.capacity_factor is None else self.capacity_factor
         values_TE = scores(logits_TE.detach(), self.score)
         experts_TK, chosen_TK = take_best_tokens(values_TE, per_token, token_mask, self.top_k, self.tie_seed())
         weights_TK = scores(logits_TE, self.score).gather(1, experts_TK) * chosen_TK
         if self.norm_topk:
             weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=torch.finfo(weights_TK.dtype).tiny)
-        return Choice(experts_TK, weights_TK, "expert-choice", chosen_TK)
+        return Routes(experts_TK, weights_TK, branch="expert-choice", chosen=chosen_TK)

@@ -148,7 +148,7 @@ class HashRouter(Router):
     ([2, 2, 2, 2], [0.5])
     """
 
-    serves_plainly = False
+    serves_any_gate = False
 
     def __init__(
         self, num_experts: int, top_k: int, *, vocab_size: int = 32_768, **common: Unpack[CommonOptions]

@@ -14,8 +14,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from sinkroute._errors import require_numbers
-from sinkroute.routing.router import Choice, CommonOptions, Router
-from sinkroute.routing.scores import scores
+from sinkroute.routing.router import CommonOptions, Router, Serving
 from sinkroute.routing.state import RouterState
 
 __all__ = ["LossFreeRouter"]
@@ -33,7 +32,6 @@ class LossFreeRouter(Router):
     """
 
     needs_step = True
-    serves_plainly = False
     state: RouterState
 
     def __init__(
@@ -48,12 +46,8 @@ class LossFreeRouter(Router):
         self.update_rate = update_rate
         self.state = RouterState(num_experts, bias_E=torch.zeros(num_experts, device="cpu"))
 
-    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
-        bias_E = self.state.bias_E.to(logits_TE.dtype)
-        return self.choose_by(scores(logits_TE.detach(), self.score) + bias_E, logits_TE)
-
-    def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
-        return self.route(logits_TE, token_mask)
+    def choice_bias(self) -> Serving:
+        return Serving(self.state.bias_E, "scores")
 
     def finish_step(self, load_E: Tensor, sums: dict[str, Tensor]) -> None:
         mean = load_E.double().mean()

@@ -16,6 +16,8 @@ code; without it a width can underflow to 0, and the load has no gradient.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +27,8 @@ from sinkroute.routing.gate import LinearGate
 from sinkroute.routing.losses.importance import cv_squared
 from sinkroute.routing.losses.registry import check_coefficient
 from sinkroute.routing.masked import mean_over_tokens
-from sinkroute.routing.router import Choice, CommonOptions, Router
+from sinkroute.routing.router import CommonOptions, Router
+from sinkroute.routing.routes import Routes
 
 __all__ = ["NoisyRouter", "smooth_load_loss"]
 
@@ -56,7 +59,7 @@ class NoisyRouter(Router):
 
     logit_parts = 2
     needs_step = True
-    serves_plainly = False
+    serves_any_gate = False
 
     def __init__(
         self,
@@ -79,18 +82,18 @@ class NoisyRouter(Router):
         """
         return _ZeroGate(d_model, 2 * self.num_experts)
 
-    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         clean_TE, raw_TE = logits_TE[:, : self.num_experts], logits_TE[:, self.num_experts :]
         if raw_TE.shape[1] == 0:
             raw_TE = torch.zeros_like(clean_TE)
         width_TE = F.softplus(raw_TE) + _LEAST_WIDTH
         noisy_TE = clean_TE + width_TE * self.draw_normal(clean_TE)
-        choice = self.score_topk(noisy_TE)
-        all_weights_TE = torch.zeros_like(noisy_TE).scatter(1, choice.experts_TK, choice.weights_TK)
+        routes = self.score_topk(noisy_TE)
+        all_weights_TE = torch.zeros_like(noisy_TE).scatter(1, routes.experts, routes.weights)
         importance = cv_squared(mean_over_tokens(all_weights_TE, token_mask))
         load = smooth_load_loss(clean_TE, noisy_TE, width_TE, self.top_k, token_mask)
         aux_loss = self.importance_coefficient * importance + self.load_coefficient * load
-        return choice._replace(aux_loss=aux_loss)
+        return replace(routes, aux_loss=aux_loss)
 
 
 class _ZeroGate(LinearGate):

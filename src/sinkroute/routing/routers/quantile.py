@@ -32,7 +32,8 @@ from typing_extensions import Unpack
 
 from sinkroute._errors import require_numbers, unknown_name
 from sinkroute.routing.beside import checked_mask
-from sinkroute.routing.router import Choice, CommonOptions, Router
+from sinkroute.routing.router import CommonOptions, Router, Serving
+from sinkroute.routing.routes import Routes
 from sinkroute.routing.state import RouterState
 
 __all__ = ["QuantileRouter"]
@@ -66,7 +67,6 @@ class QuantileRouter(Router):
     """
 
     needs_step = True
-    serves_plainly = False
     state: RouterState
 
     def __init__(
@@ -98,19 +98,15 @@ class QuantileRouter(Router):
         sums = {"quantile_sum": num_experts, "passes": 1} if scope == "micro-batch" else {"counts": num_experts * _BINS}
         self.state = RouterState(num_experts, sums=sums, bias_E=torch.zeros(num_experts, device="cpu"))
 
-    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
-        scores_TE = self._scores(logits_TE)
-        return self.choose_by(scores_TE + self.state.bias_E.to(scores_TE.dtype), logits_TE)
-
-    def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
-        return self.route(logits_TE, token_mask)
+    def choice_bias(self) -> Serving:
+        return Serving(self.state.bias_E, "logits" if self.scope == "micro-batch" else "scores")
 
     def _scores(self, logits_TE: Tensor) -> Tensor:
         logits_TE = logits_TE.detach()
         return logits_TE if self.scope == "micro-batch" else torch.sigmoid(logits_TE)
 
     @torch.no_grad()
-    def step_sums(self, logits_TE: Tensor, choice: Choice, token_mask: Tensor | None) -> dict[str, Tensor]:
+    def step_sums(self, logits_TE: Tensor, routes: Routes, token_mask: Tensor | None) -> dict[str, Tensor]:
         if self.top_k == self.num_experts or not len(logits_TE):  # every token has every expert, or there is none
             return {}
         scores_TE = self._scores(logits_TE)

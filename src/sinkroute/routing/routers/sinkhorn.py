@@ -13,7 +13,8 @@ from typing_extensions import Unpack
 
 from sinkroute._errors import require_numbers
 from sinkroute._uncompiled import uncompiled
-from sinkroute.routing.router import Choice, CommonOptions, Router
+from sinkroute.routing.router import CommonOptions, Router
+from sinkroute.routing.routes import Routes
 from sinkroute.transport import solve
 
 __all__ = ["SinkhornRouter"]
@@ -52,7 +53,7 @@ class SinkhornRouter(Router):
             super().withdraw(device)
 
     @uncompiled  # the solver's loop ends when the data say so
-    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         plan = solve(
             logits_TE.detach(),
             self.reg,
@@ -62,5 +63,10 @@ class SinkhornRouter(Router):
             process_group=self.process_group.group,
         )
         experts_TK = self.choose_in(plan)
-        weights_TK = self.weigh(logits_TE, experts_TK)
-        return Choice(experts_TK, weights_TK, "sinkhorn", plan_error=plan.column_error, plan_passes=plan.pass_count)
+        return Routes(
+            experts_TK,
+            self.weigh(logits_TE, experts_TK),
+            branch="sinkhorn",
+            plan_error=plan.column_error,
+            plan_passes=plan.pass_count,
+        )

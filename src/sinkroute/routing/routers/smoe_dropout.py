@@ -18,7 +18,8 @@ from typing_extensions import Unpack
 
 from sinkroute._errors import require_count
 from sinkroute.routing.draws import hash63
-from sinkroute.routing.router import Choice, CommonOptions, Router
+from sinkroute.routing.router import CommonOptions, Router
+from sinkroute.routing.routes import Routes
 from sinkroute.routing.schedules import Linear, ScheduleLike, check_bounds, make_schedule
 from sinkroute.routing.topk import top_experts
 
@@ -53,7 +54,7 @@ class SMoEDropoutRouter(Router):
     """
 
     needs_step = True
-    serves_plainly = False
+    serves_any_gate = False
     _warned = False
 
     def __init__(
@@ -106,15 +107,15 @@ class SMoEDropoutRouter(Router):
             return
         self.k_now = round(self._schedule(self.step, self.total_steps))
 
-    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         return self._topk(logits_TE, self.k_now)
 
-    def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+    def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         return self._topk(logits_TE, self.serving_top_k or self.top_k)
 
-    def _topk(self, logits_TE: Tensor, k: int) -> Choice:
+    def _topk(self, logits_TE: Tensor, k: int) -> Routes:
         experts_TK = top_experts(logits_TE, k, self.tie_seed())
-        return Choice(experts_TK, self.weigh(logits_TE, experts_TK))
+        return Routes(experts_TK, self.weigh(logits_TE, experts_TK))
 
 
 class _FixedGate(nn.Linear):

@@ -28,7 +28,8 @@ from sinkroute._errors import require_numbers, unknown_name
 from sinkroute._uncompiled import uncompiled
 from sinkroute.routing.adaptive import Adaptive
 from sinkroute.routing.metrics import max_violation
-from sinkroute.routing.router import Choice, CommonOptions, Router
+from sinkroute.routing.router import CommonOptions, Router, Serving
+from sinkroute.routing.routes import Routes
 from sinkroute.routing.schedules import Constant, Schedule, check_bounds, make_schedule
 from sinkroute.routing.scores import weigh_chosen
 from sinkroute.routing.state import RouterState
@@ -212,17 +213,6 @@ class SSRRouter(Router):
         """Name → size of what is summed over a step."""
         return {}
 
-    def gate_topk(self, logits_TE: Tensor) -> Choice:
-        """The choice on the steps between Sinkhorn steps, noise included in the logits."""
-        bias_E = self.gate_bias()
-        if bias_E is None:
-            return self.score_topk(logits_TE)
-        return self.choose_by(logits_TE.detach() + bias_E.to(logits_TE.dtype), logits_TE)
-
-    def gate_bias(self) -> Tensor | None:
-        """(E,) what is added to the logits for that choice, without weighing; None: nothing."""
-        return None
-
     def make_cost(self, logits_TE: Tensor) -> Tensor:
         """(T, E) what the plan makes the most of, noise aside."""
         return torch.softmax(logits_TE, dim=-1) if self.cost == "softmax" else logits_TE
@@ -253,11 +243,11 @@ class SSRRouter(Router):
         self.probability_now = probability
         self.sinkhorn_now = self.draw_uniform("branch", per_layer=self.draw == "layer") < probability
 
-    def step_sums(self, logits_TE: Tensor, choice: Choice, token_mask: Tensor | None) -> dict[str, Tensor]:
+    def step_sums(self, logits_TE: Tensor, routes: Routes, token_mask: Tensor | None) -> dict[str, Tensor]:
         if self.adaptive is None:
             return {}
         # What is measured is the gate: on a Sinkhorn step its own top-k, which nobody was sent to.
-        experts_TK = self.gate_topk(logits_TE.detach()).experts_TK if choice.branch == "sinkhorn" else choice.experts_TK
+        experts_TK = self.score_topk(logits_TE.detach()).experts if routes.branch == "sinkhorn" else routes.experts
         counted_T1 = None if token_mask is None else token_mask[:, None]
         return {"gate_load": self._count(experts_TK, counted_T1)}
 
@@ -288,51 +278,50 @@ class SSRRouter(Router):
     # -- routes ------------------------------------------------------------------------------------------------------
 
     def is_plain(self) -> bool:
-        if not self.training:
-            return self.inference == "none" and super().is_plain()
-        quiet = (
-            self.ties == "first" and self.raw_noise is None and (self.noise_now == 0 or self.noise_branch == "sinkhorn")
-        )
-        return quiet and not self.sinkhorn_now and not self.losses and self.gate_bias() is None
+        quiet = self.raw_noise is None and (self.noise_now == 0 or self.noise_branch == "sinkhorn")
+        return super().is_plain() and (not self.training or (quiet and not self.sinkhorn_now))
 
-    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+    def takes_correction(self) -> bool:
+        return self.choice_bias() is None
+
+    def serving(self) -> Serving | None:
+        return super().serving() if self.inference == "none" else None
+
+    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         if self.sinkhorn_now:
             return self.sinkhorn_topk(logits_TE, token_mask, noisy=self.noise_branch in ("both", "sinkhorn"))
         if self.noise_branch in ("both", "softmax"):
             return self.noisy_gate_topk(logits_TE)
-        choice = self.gate_topk(logits_TE)
+        routes = self.score_topk(logits_TE)
         if self.raw_noise is not None:  # a gradient of 0 rather than none, as below
-            choice = choice._replace(weights_TK=choice.weights_TK + 0 * self.raw_noise)
-        return choice
+            routes = replace(routes, weights=routes.weights + 0 * self.raw_noise)
+        return routes
 
     def withdraw(self, device: torch.device) -> None:
         plans = self.sinkhorn_now if self.training else self.inference in ("sinkhorn", "both")
         if not (plans and self._withdraw_from_plan(device, self.tol, self.max_passes)):
             super().withdraw(device)
 
-    def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+    def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         if self.inference in ("sinkhorn", "both"):
             return self.sinkhorn_topk(logits_TE, token_mask, noisy=self.inference == "both")
-        return self.serve_topk(self._noisy(logits_TE) if self.inference == "noise" else logits_TE)
+        return self.score_topk(self._noisy(logits_TE) if self.inference == "noise" else logits_TE)
 
-    def serve_topk(self, logits_TE: Tensor) -> Choice:
-        """The choice when serving without a plan."""
-        return self.score_topk(logits_TE)
-
-    def noisy_gate_topk(self, logits_TE: Tensor) -> Choice:
-        """`gate_topk` of logits with noise. Where nobody looks at all of them, no more is drawn than can matter."""
+    def noisy_gate_topk(self, logits_TE: Tensor) -> Routes:
+        """`score_topk` of logits with noise. Where nobody looks at all of them, no more is drawn than can matter."""
         std = self._noise_std()
         quiet = not isinstance(std, Tensor) and std == 0
         # What a softmax makes of a token's noise, its groups and what the model adds to scores are of all logits.
         of_all = self.top_groups < self.groups or (self.score == "softmax" and not self.norm_topk)
-        if quiet or of_all or self.correction_E is not None:
-            return self.gate_topk(self._noisy(logits_TE))
-        experts_TK, noise_TK = noisy_topk(logits_TE, self.top_k, std, self.noise_seed(), self.gate_bias())
+        bias_E, on = self.choice_bias() or Serving()
+        if quiet or of_all or self.correction_E is not None or on == "scores":
+            return self.score_topk(self._noisy(logits_TE))
+        experts_TK, noise_TK = noisy_topk(logits_TE, self.top_k, std, self.noise_seed(), bias_E)
         noisy_TK = logits_TE.gather(-1, experts_TK) + std * noise_TK
-        return Choice(experts_TK, weigh_chosen(noisy_TK, self.score, self.norm_topk))
+        return Routes(experts_TK, weigh_chosen(noisy_TK, self.score, self.norm_topk))
 
     @uncompiled  # the solver's loop ends when the data say so
-    def sinkhorn_topk(self, logits_TE: Tensor, token_mask: Tensor | None, noisy: bool) -> Choice:
+    def sinkhorn_topk(self, logits_TE: Tensor, token_mask: Tensor | None, noisy: bool) -> Routes:
         """Choose and weigh by the transport plan."""
         gradient = self.plan_gradient if self.weights == "plan" else "none"
         source_TE = logits_TE.detach() if gradient == "none" else logits_TE
@@ -365,14 +354,14 @@ class SSRRouter(Router):
             weights_TK = _among_chosen(weights_TK, chosen_TK, self.norm_topk)
         if self.raw_noise is not None:
             weights_TK = weights_TK + 0 * self.raw_noise
-        return Choice(
+        return Routes(
             experts_TK,
             weights_TK,
-            "sinkhorn",
-            chosen_TK,
+            branch="sinkhorn",
+            chosen=chosen_TK,
             plan_error=plan.column_error,
             plan_passes=plan.pass_count,
-            bias_E=bias_E.detach(),
+            potentials=bias_E.detach(),
         )
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from sinkroute._errors import unknown_name
-from sinkroute.routing.router import Choice
+from sinkroute.routing.router import Serving
 from sinkroute.routing.routers.ssr_kept import SSRKeptOptions, SSRKeptRouter
 from sinkroute.routing.scores import scores
 from sinkroute.routing.state import RouterState
@@ -61,10 +61,6 @@ class SSRBiasRouter(SSRKeptRouter):
         self.serve_with, self.bias_on = serve_with, bias_on
         super().__init__(num_experts, top_k, **options)
 
-    @property
-    def serves_plainly(self) -> bool:  # type: ignore[override]
-        return self.serve_with == "plain"
-
     def state_values(self) -> dict[str, Tensor]:
         return super().state_values() | {"bias_E": torch.zeros(self.num_experts, device="cpu")}
 
@@ -74,25 +70,12 @@ class SSRBiasRouter(SSRKeptRouter):
     def make_cost(self, logits_TE: Tensor) -> Tensor:
         return super().make_cost(logits_TE) if self.bias_on == "logits" else scores(logits_TE, self.score)
 
-    def is_plain(self) -> bool:
-        return not self.training and super().is_plain()
+    def choice_bias(self) -> Serving | None:
+        return Serving(self.state.bias_E, self.bias_on) if self.training or self.serve_with == "bias" else None
 
-    def gate_bias(self) -> Tensor | None:
-        return self.state.bias_E if self.bias_on == "logits" else None
-
-    def gate_topk(self, logits_TE: Tensor) -> Choice:
-        if self.bias_on == "logits":
-            return super().gate_topk(logits_TE)
-        return self.choose_by(scores(logits_TE.detach(), self.score) + self.state.bias_E.to(logits_TE.dtype), logits_TE)
-
-    def noisy_gate_topk(self, logits_TE: Tensor) -> Choice:
-        # What is added to scores is of all logits.
-        return (
-            super().noisy_gate_topk(logits_TE) if self.bias_on == "logits" else self.gate_topk(self._noisy(logits_TE))
-        )
-
-    def serve_topk(self, logits_TE: Tensor) -> Choice:
-        return self.gate_topk(logits_TE) if self.serve_with == "bias" else self.score_topk(logits_TE)
+    def serving(self) -> Serving | None:
+        plain = self.serve_with == "plain" and self.inference == "none"
+        return Serving() if plain else super().serving()
 
     def starting_potentials(self) -> Tensor:
         return self.state.bias_E

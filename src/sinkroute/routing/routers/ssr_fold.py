@@ -23,8 +23,8 @@ from typing_extensions import Unpack
 from sinkroute._errors import unknown_name
 from sinkroute.routing.gate import LinearGate
 from sinkroute.routing.ranks import distribute
-from sinkroute.routing.router import Choice
 from sinkroute.routing.routers.ssr_kept import SSRKeptOptions, SSRKeptRouter
+from sinkroute.routing.routes import Routes
 from sinkroute.routing.state import recomputing
 
 __all__ = ["SSRFoldRouter"]
@@ -48,9 +48,7 @@ class SSRFoldRouter(SSRKeptRouter):
         ValueError: another kind of gate.
     """
 
-    # Of its own gate.
-    serves_plainly = False
-
+    moves_gate = True
     _warned = False
 
     def __init__(self, num_experts: int, top_k: int, *, gate: Gate = "bias", **options: Unpack[SSRKeptOptions]) -> None:
@@ -58,11 +56,6 @@ class SSRFoldRouter(SSRKeptRouter):
             raise unknown_name("gate", gate, get_args(Gate))
         self.gate = gate
         super().__init__(num_experts, top_k, **options)
-
-    def is_plain(self) -> bool:
-        if not self.training and "_gate" in self.__dict__:  # all that it knows is in there
-            return self.inference == "none"
-        return super().is_plain()
 
     def make_gate(self, d_model: int) -> nn.Module:
         """A linear map, with a bias of 0 or without one, which this router moves.
@@ -129,9 +122,9 @@ class SSRFoldRouter(SSRKeptRouter):
     def state_sums(self) -> dict[str, int]:
         return super().state_sums() | ({"token": self._width, "spread": 1} if self._width else {})
 
-    def step_sums(self, logits_TE: Tensor, choice: Choice, token_mask: Tensor | None) -> dict[str, Tensor]:
-        sums = super().step_sums(logits_TE, choice, token_mask)
-        if choice.bias_E is None:
+    def step_sums(self, logits_TE: Tensor, routes: Routes, token_mask: Tensor | None) -> dict[str, Tensor]:
+        sums = super().step_sums(logits_TE, routes, token_mask)
+        if routes.potentials is None:
             return sums
         if "_gate" not in self.__dict__ and not self._warned:
             self._warned = True

@@ -13,9 +13,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from sinkroute._errors import require_numbers, unknown_name
-from sinkroute.routing.router import Choice
 from sinkroute.routing.routers.ssr import PlanChoice, SSROptions, SSRRouter
 from sinkroute.routing.routers.ssr_b import check_balance_tol, choose_balanced
+from sinkroute.routing.routes import Routes
 from sinkroute.transport import Plan
 
 __all__ = ["SSRKeptOptions", "SSRKeptRouter"]
@@ -75,15 +75,15 @@ class SSRKeptRouter(SSRRouter):
             return choose_balanced(plan, self.top_k, self.balance_tol, token_mask)
         return super().choose_on_plan(plan, token_mask)
 
-    def step_sums(self, logits_TE: Tensor, choice: Choice, token_mask: Tensor | None) -> dict[str, Tensor]:
-        sums = super().step_sums(logits_TE, choice, token_mask)
-        if choice.bias_E is None:
+    def step_sums(self, logits_TE: Tensor, routes: Routes, token_mask: Tensor | None) -> dict[str, Tensor]:
+        sums = super().step_sums(logits_TE, routes, token_mask)
+        if routes.potentials is None:
             return sums
         if token_mask is None:
-            tokens = choice.bias_E.new_full((1,), len(logits_TE), dtype=torch.float64)
+            tokens = routes.potentials.new_full((1,), len(logits_TE), dtype=torch.float64)
         else:
             tokens = token_mask.sum().double().view(1)
-        return sums | {"potentials": choice.bias_E.double() * tokens, "tokens": tokens}
+        return sums | {"potentials": routes.potentials.double() * tokens, "tokens": tokens}
 
     def finish_step(self, load_E: Tensor, sums: dict[str, Tensor]) -> None:
         super().finish_step(load_E, sums)

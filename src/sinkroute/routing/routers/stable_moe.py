@@ -16,6 +16,7 @@ experts. The paper is top-1; for K > 1 the cross-entropy is the mean over a toke
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ from sinkroute.routing.beside import checked_ids
 from sinkroute.routing.losses.registry import check_coefficient
 from sinkroute.routing.masked import mean_over_tokens
 from sinkroute.routing.orthogonal import fill_orthogonal
-from sinkroute.routing.router import Choice, CommonOptions, Router
+from sinkroute.routing.router import CommonOptions, Router
+from sinkroute.routing.routes import Routes
 from sinkroute.routing.scores import weigh
 from sinkroute.routing.state import KeepsDtypes, RouterState, check_table, whole
 from sinkroute.routing.topk import top_experts
@@ -183,7 +185,7 @@ class StableMoERouter(Router):
 
     logit_parts = 2
     needs_step = True
-    serves_plainly = False
+    serves_any_gate = False
     state: _StableState
     _warned = False
 
@@ -247,23 +249,23 @@ class StableMoERouter(Router):
                 gate.freeze()
             self.state.freeze()
 
-    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
-        choice = self.serve(logits_TE, token_mask)
+    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
+        routes = self.serve(logits_TE, token_mask)
         main_TE, light_TE = logits_TE[:, : self.num_experts], logits_TE[:, self.num_experts :]
-        loss = self.balance_coefficient * self._balance_loss(main_TE, choice.experts_TK, token_mask)
+        loss = self.balance_coefficient * self._balance_loss(main_TE, routes.experts, token_mask)
         if light_TE.shape[1]:
-            log_light_TK = F.log_softmax(light_TE, dim=-1).gather(1, choice.experts_TK)
+            log_light_TK = F.log_softmax(light_TE, dim=-1).gather(1, routes.experts)
             loss = loss - self.distill_coefficient * mean_over_tokens(log_light_TK.mean(1), token_mask)
             loss = torch.where(self.state.now(), 0.0, loss)
-        return choice._replace(aux_loss=loss)
+        return replace(routes, aux_loss=loss)
 
-    def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+    def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         main_TE, light_TE = logits_TE[:, : self.num_experts], logits_TE[:, self.num_experts :]
         if light_TE.shape[1] == 0:
             return self.score_topk(main_TE)
         # Chosen on the device: whether the routes are frozen is state, and to ask for it would wait.
         experts_TK = self.choose(torch.where(self.state.now(), light_TE, main_TE).detach())
-        return Choice(experts_TK, self.weigh(main_TE, experts_TK))
+        return Routes(experts_TK, self.weigh(main_TE, experts_TK))
 
     def _balance_loss(self, main_TE: Tensor, experts_TK: Tensor, token_mask: Tensor | None) -> Tensor:
         load_E = self._count(experts_TK, None if token_mask is None else token_mask[:, None]).to(main_TE.dtype)

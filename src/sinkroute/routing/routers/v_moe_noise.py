@@ -14,6 +14,8 @@ expert j if the noise were drawn again. Serving is plain top-k of z.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -21,7 +23,8 @@ from typing_extensions import Unpack
 from sinkroute.routing.losses.importance import cv_squared
 from sinkroute.routing.losses.registry import check_coefficient
 from sinkroute.routing.masked import mean_over_tokens
-from sinkroute.routing.router import Choice, CommonOptions, Router
+from sinkroute.routing.router import CommonOptions, Router
+from sinkroute.routing.routes import Routes
 
 __all__ = ["VMoENoiseRouter"]
 
@@ -55,9 +58,9 @@ class VMoENoiseRouter(Router):
         self.load_coefficient = check_coefficient("load_coefficient", load_coefficient, 0.005)
         self.add_loss("importance", importance_coefficient)
 
-    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Choice:
+    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         noisy_TE = logits_TE + self.draw_normal(logits_TE) / self.num_experts
         threshold_T1 = torch.topk(noisy_TE, self.top_k, dim=-1).values[:, -1:]
         chance_TE = torch.special.ndtr((logits_TE - threshold_T1) * self.num_experts)
         load = cv_squared(mean_over_tokens(chance_TE, token_mask))
-        return self.score_topk(noisy_TE)._replace(aux_loss=self.load_coefficient * load)
+        return replace(self.score_topk(noisy_TE), aux_loss=self.load_coefficient * load)

@@ -92,7 +92,7 @@ class XMoERouter(Router):
     (torch.Size([8, 64]), True)
     """
 
-    serves_plainly = False
+    serves_any_gate = False
 
     def __init__(
         self,
