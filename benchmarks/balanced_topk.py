@@ -1,9 +1,9 @@
-"""Time and quality of `balanced_topk`, relative to one plain `torch.topk` of the same scores.
+"""Time and quality of `balanced_topk`, relative to one plain `torch.topk` of the same logits.
 
     python benchmarks/balanced_topk.py [--repeats 5] [--seed 0] [--out FILE.json]
 
 Scores are scale · randn(T, E) + 2 · randn(E) in float32; with hundreds of experts and more, randn(T, E) as well. Times
-are CPU times of one thread, best of the repeats, the two in alternation. "MiB" is what a call takes beside the scores,
+are CPU times of one thread, best of the repeats, the two in alternation. "MiB" is what a call takes beside the logits,
 at its most. "Bound" is the value in float64 of the linear programme's dual at the returned bias: no choice with
 loads exactly on target has a larger sum of costs. Up to `tol` off the target a choice may have a larger one.
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sinkroute.lab.files import write_json
 from sinkroute.lab.machine import machine
-from sinkroute.transport import BalancedTopk, balanced_topk
+from sinkroute.transport import BalancedTopK, balanced_topk
 
 SKEW = 2.0
 CASES = [
@@ -48,7 +48,7 @@ class Benchmark:
     repeats: int = 5
     """Repeats; the best counts."""
     seed: int = 0
-    """Of the scores."""
+    """Of the logits."""
     tol: float = 0.01
     """MaxVio to ask for."""
     out: str | None = None
@@ -79,7 +79,7 @@ def resident_mib(function: Callable[[], object]) -> float:
     return read("VmHWM") - before
 
 
-def over_bound(cost_TE: Tensor, found: BalancedTopk, k: int) -> float:
+def over_bound(cost_TE: Tensor, found: BalancedTopK, k: int) -> float:
     """Sum of the chosen costs over the dual bound for exact loads, minus 1."""
     cost_TE = cost_TE.double()
     bias_E = found.bias.double()
@@ -92,15 +92,15 @@ def measure(options: Benchmark) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for (tokens, experts), (scale, skew), cost, k in track(CASES, description="balancing", transient=True):
         generator = torch.Generator().manual_seed(options.seed)
-        scores_TE = scale * torch.randn(tokens, experts, generator=generator)
-        scores_TE += skew * torch.randn(experts, generator=generator)
-        found = balanced_topk(scores_TE, k, options.tol, cost=cost)
+        logits_TE = scale * torch.randn(tokens, experts, generator=generator)
+        logits_TE += skew * torch.randn(experts, generator=generator)
+        found = balanced_topk(logits_TE, k, options.tol, cost=cost)
         ours, plain = [], []
         for _ in range(options.repeats):
-            ours.append(cpu_ms(lambda s=scores_TE, k=k, c=cost: balanced_topk(s, k, options.tol, cost=c)))  # type: ignore[misc]
-            plain.append(cpu_ms(lambda s=scores_TE, k=k: s.topk(k, dim=1)))  # type: ignore[misc]
+            ours.append(cpu_ms(lambda s=logits_TE, k=k, c=cost: balanced_topk(s, k, options.tol, cost=c)))  # type: ignore[misc]
+            plain.append(cpu_ms(lambda s=logits_TE, k=k: s.topk(k, dim=1)))  # type: ignore[misc]
         load_E = torch.bincount(found.experts.flatten(), minlength=experts).double()
-        cost_TE = scores_TE if cost == "linear" else scores_TE.softmax(dim=1)
+        cost_TE = logits_TE if cost == "linear" else logits_TE.softmax(dim=1)
         rows.append(
             {
                 "tokens": tokens,
@@ -111,7 +111,7 @@ def measure(options: Benchmark) -> list[dict[str, object]]:
                 "k": k,
                 "ms": min(ours),
                 "ratio": min(ours) / min(plain),
-                "mib": resident_mib(lambda s=scores_TE, k=k, c=cost: balanced_topk(s, k, options.tol, cost=c)),  # type: ignore[misc]
+                "mib": resident_mib(lambda s=logits_TE, k=k, c=cost: balanced_topk(s, k, options.tol, cost=c)),  # type: ignore[misc]
                 "passes": found.passes,
                 "moves": found.moves,
                 "max_vio": float(load_E.max() / load_E.mean() - 1),

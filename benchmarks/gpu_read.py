@@ -1,4 +1,4 @@
-"""The least that a pass over the scores can take: a kernel that reads every number once and adds them up."""
+"""The least that a pass over the logits can take: a kernel that reads every number once and adds them up."""
 
 # mypy: allow-untyped-defs
 from __future__ import annotations

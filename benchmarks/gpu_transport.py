@@ -2,12 +2,12 @@
 
     python benchmarks/gpu_transport.py [--reg 0.1] [--tol 1e-4] [--repeats 7] [--out FILE.json]
 
-A pass should take about as long as reading the scores, which is timed next to it by a kernel that does nothing else. A
+A pass should take about as long as reading the logits, which is timed next to it by a kernel that does nothing else. A
 solve is timed launch by launch and in a CUDA graph. The others are told how many iterations bring their column error
 to `tol`, found beforehand by doubling, so that their own tests of convergence cost them nothing; Megatron's Sinkhorn
 has no such number and stops by its own rule, which the column error beside it is the result of.
 
-Times are medians over repeats of many calls between two CUDA events, over copies of the scores that together exceed the
+Times are medians over repeats of many calls between two CUDA events, over copies of the logits that together exceed the
 L2 cache; "cached" is the time over a single copy, which is how the passes of one solve find it.
 """
 
@@ -39,10 +39,10 @@ L2_BYTES = 256 << 20  # more than any L2
 
 @dataclass
 class Benchmark:
-    """Time of a pass and of a solve on a GPU, against reading the scores and against others."""
+    """Time of a pass and of a solve on a GPU, against reading the logits and against others."""
 
     reg: float = 0.1
-    """ξ, in units of the scores' standard deviation."""
+    """ξ, in units of the logits' standard deviation."""
     tol: float = 1e-4
     """Column error to reach."""
     repeats: int = 7
@@ -60,8 +60,8 @@ Call = Callable[[Tensor], object]
 
 def microseconds(call: Call, copies: Sequence[Tensor], benchmark: Benchmark) -> float:
     """Median time of `call` on the copies in turn, launch by launch."""
-    for scores_TE in copies[:2]:
-        call(scores_TE)
+    for logits_TE in copies[:2]:
+        call(logits_TE)
     times = []
     for _ in range(benchmark.repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -97,11 +97,11 @@ def pot(method: str) -> Callable[[Tensor, float, int], Tensor]:
     """POT's torch backend, for a given number of iterations."""
     import ot
 
-    def plan(scores_TE: Tensor, reg: float, iterations: int) -> Tensor:
-        tokens, experts = scores_TE.shape
-        row_T, column_E = scores_TE.new_full((tokens,), 1 / tokens), scores_TE.new_full((experts,), 1 / experts)
+    def plan(logits_TE: Tensor, reg: float, iterations: int) -> Tensor:
+        tokens, experts = logits_TE.shape
+        row_T, column_E = logits_TE.new_full((tokens,), 1 / tokens), logits_TE.new_full((experts,), 1 / experts)
         return ot.sinkhorn(
-            row_T, column_E, -scores_TE, reg, method=method, numItermax=iterations, stopThr=0.0, warn=False
+            row_T, column_E, -logits_TE, reg, method=method, numItermax=iterations, stopThr=0.0, warn=False
         )
 
     return plan
@@ -111,7 +111,7 @@ def megatron() -> Callable[[Tensor, float, int], Tensor]:
     """Megatron-Core's Sinkhorn, which stops by its own rule."""
     from megatron.core.transformer.moe import moe_utils
 
-    return lambda scores_TE, reg, _: moe_utils.sinkhorn(scores_TE / reg)
+    return lambda logits_TE, reg, _: moe_utils.sinkhorn(logits_TE / reg)
 
 
 OTHERS: dict[str, Callable[[], Callable[[Tensor, float, int], Tensor]]] = {
@@ -121,43 +121,43 @@ OTHERS: dict[str, Callable[[], Callable[[Tensor, float, int], Tensor]]] = {
 }
 
 
-def time_other(name: str, scores_TE: Tensor, benchmark: Benchmark) -> dict[str, Any]:
-    """Time of a public solver on float32 scores, its iterations and its column error; or why there is none."""
+def time_other(name: str, logits_TE: Tensor, benchmark: Benchmark) -> dict[str, Any]:
+    """Time of a public solver on float32 logits, its iterations and its column error; or why there is none."""
     try:
         plan = OTHERS[name]()
     except ImportError:
         return {"note": "not installed"}
-    scores_TE, own_rule = scores_TE.float(), name.startswith("Megatron")
+    logits_TE, own_rule = logits_TE.float(), name.startswith("Megatron")
     iterations, error = 5, math.inf
     while not error <= benchmark.tol and iterations < MOST_ITERATIONS:
         iterations *= 2
-        error = column_error(plan(scores_TE, benchmark.reg, iterations))
+        error = column_error(plan(logits_TE, benchmark.reg, iterations))
         if own_rule or math.isnan(error):
             break
     if math.isnan(error):
         return {"note": "NaN"}
     few = Benchmark(**{**vars(benchmark), "calls": 2, "repeats": 3})
-    microsecond = microseconds(lambda x: plan(x, benchmark.reg, iterations), [scores_TE], few)
+    microsecond = microseconds(lambda x: plan(x, benchmark.reg, iterations), [logits_TE], few)
     return {"microseconds": microsecond, "iterations": None if own_rule else iterations, "column_error": error}
 
 
 def measure(tokens: int, experts: int, dtype: torch.dtype, benchmark: Benchmark) -> dict[str, Any]:
     """All figures of one size; see the table."""
     from gpu_read import read
+    from sinkroute.kernels.gpu.fused import FusedPass
+    from sinkroute.kernels.gpu.search import search
     from sinkroute.transport import solve
-    from sinkroute.transport.device import device_dual
-    from sinkroute.transport.passes.fused import FusedPass
-    from sinkroute.transport.problem import make_problem
+    from sinkroute.transport.checks import make_problem
 
     generator = torch.Generator(device="cuda").manual_seed(0)
-    scores_TE = torch.randn(tokens, experts, device="cuda", generator=generator).to(dtype)
-    volume = scores_TE.numel() * scores_TE.element_size()
-    copies = [scores_TE.clone() for _ in range(min(64, math.ceil(L2_BYTES / volume)))]
+    logits_TE = torch.randn(tokens, experts, device="cuda", generator=generator).to(dtype)
+    volume = logits_TE.numel() * logits_TE.element_size()
+    copies = [logits_TE.clone() for _ in range(min(64, math.ceil(L2_BYTES / volume)))]
     potentials_E = torch.zeros(experts, dtype=torch.float64, device="cuda")
     reg = torch.full((1,), benchmark.reg, dtype=torch.float64, device="cuda")
 
-    def make(scores_TE: Tensor) -> Any:
-        return make_problem(scores_TE, benchmark.reg, "linear", None, None, None, None)
+    def make(logits_TE: Tensor) -> Any:
+        return make_problem(logits_TE, benchmark.reg)
 
     passes = {x.data_ptr(): FusedPass(make(x)) for x in copies}
     problems = {x.data_ptr(): make(x) for x in copies}
@@ -166,9 +166,11 @@ def measure(tokens: int, experts: int, dtype: torch.dtype, benchmark: Benchmark)
         return passes[x.data_ptr()].column_sums(potentials_E, reg)
 
     def one_solve(x: Tensor) -> Any:
-        return device_dual(problems[x.data_ptr()], tol=benchmark.tol, max_passes=None, init_E=None)
+        asked = problems[x.data_ptr()]
+        given = asked, asked.target_E, asked.positive_E, asked.reg
+        return search(*given, tol=benchmark.tol, max_passes=None, init_E=None, reduce=None)
 
-    found = solve(scores_TE, benchmark.reg, tol=benchmark.tol)
+    found = solve(logits_TE, benchmark.reg, tol=benchmark.tol)
     return {
         "tokens": tokens,
         "experts": experts,
@@ -183,7 +185,7 @@ def measure(tokens: int, experts: int, dtype: torch.dtype, benchmark: Benchmark)
         "topk_graph": graph_microseconds(lambda _: found.topk(2), copies[:1], benchmark),
         "passes": found.passes,
         "column_error": float(found.column_error),
-        "others": {name: time_other(name, scores_TE, benchmark) for name in OTHERS} if benchmark.others else {},
+        "others": {name: time_other(name, logits_TE, benchmark) for name in OTHERS} if benchmark.others else {},
     }
 
 

@@ -4,7 +4,7 @@
 
 The plan gives every expert the same mass, Σ_i Π_ij. A router uses its k largest entries per token, and how many tokens
 choose an expert is another number. The table shows MaxVio, the load of the busiest expert over the mean minus 1, of
-plain top-k of the scores, of top-k of the plan at several ξ, and of `balanced_topk`, which balances loads themselves.
+plain top-k of the logits, of top-k of the plan at several ξ, and of `balanced_topk`, which balances loads themselves.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Benchmark:
     experts: int = 64
     """Experts."""
     seeds: int = 3
-    """Draws of the scores; the table shows their mean."""
+    """Draws of the logits; the table shows their mean."""
     out: str | None = None
     """Also write the figures here, as JSON."""
     picture: str | None = None
@@ -56,7 +56,7 @@ def max_vio(experts_TK: Tensor, experts: int) -> float:
 
 
 def measure(options: Benchmark) -> list[dict[str, object]]:
-    """One row per kind of scores, cost and k: MaxVio by method, a mean over the seeds."""
+    """One row per kind of logits, cost and k: MaxVio by method, a mean over the seeds."""
     rows: list[dict[str, object]] = []
     cases = [(name, cost) for name in SCORES for cost in COSTS]
     for name, cost in track(cases, description="solving", transient=True):
@@ -64,14 +64,14 @@ def measure(options: Benchmark) -> list[dict[str, object]]:
         found: dict[tuple[int, str], list[float]] = {}
         for seed in range(options.seeds):
             generator = torch.Generator().manual_seed(seed)
-            scores_TE = scale * torch.randn(options.tokens, options.experts, generator=generator)
-            scores_TE += bias * torch.randn(options.experts, generator=generator)
-            plans = {reg: solve(scores_TE, reg, cost, tol=1e-4) for reg in REGS}
+            logits_TE = scale * torch.randn(options.tokens, options.experts, generator=generator)
+            logits_TE += bias * torch.randn(options.experts, generator=generator)
+            plans = {reg: solve(logits_TE, reg, cost, tol=1e-4) for reg in REGS}
             assert all(bool(plan.converged) for plan in plans.values())
             for k in KS:
-                chosen = {"plain": scores_TE.topk(k, dim=1).indices}
+                chosen = {"plain": logits_TE.topk(k, dim=1).indices}
                 chosen |= {f"plan {reg:g}": plan.topk(k)[1] for reg, plan in plans.items()}
-                chosen["balanced_topk"] = balanced_topk(scores_TE, k, cost=cost)[0]
+                chosen["balanced_topk"] = balanced_topk(logits_TE, k, cost=cost)[0]
                 for method, experts_TK in chosen.items():
                     found.setdefault((k, method), []).append(max_vio(experts_TK, options.experts))
         for k in KS:

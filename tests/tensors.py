@@ -2,7 +2,7 @@
 
 One JSON object a line, before and after each call, so that a crash is attributed:
 
-    {"call": "solve", "kind": "masked", "found": "refused", "error": "TypeError", "said": "scores_TE is a ..."}
+    {"call": "solve", "kind": "masked", "found": "refused", "error": "TypeError", "said": "logits_TE is a ..."}
 
 `found` is "equal" (to what a plain tensor of the same numbers gives; of tensors without numbers, in shape), "refused",
 "other" (with what differs) or "begun".
@@ -40,7 +40,7 @@ def numbers(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-SCORES = numbers(0, T, E), numbers(1, T, E)
+LOGITS = numbers(0, T, E), numbers(1, T, E)
 TOKENS = numbers(2, T, D), numbers(3, T, D)
 MASK = torch.arange(T) % 5 != 0
 MASS = torch.arange(T, dtype=torch.float32) % 3
@@ -52,8 +52,8 @@ INIT = torch.tensor([0.1, -0.2, 0.3, -0.2])
 
 
 def of_plan(**options: Any) -> Call:
-    def call(scores_TE: Tensor) -> list[Tensor]:
-        plan = sinkroute.solve(scores_TE, **options)
+    def call(logits_TE: Tensor) -> list[Tensor]:
+        plan = sinkroute.solve(logits_TE, **options)
         weights_TK, experts_TK = plan.topk(K)
         return [plan.potentials, plan.matrix(), weights_TK, experts_TK, plan.weigh(experts_TK, normalise=False)]
 
@@ -107,7 +107,7 @@ def of_monitor(x: Tensor) -> list[Tensor]:
 
 
 def of_loss(name: str) -> Call:
-    experts_TK = SCORES[0].topk(K).indices
+    experts_TK = LOGITS[0].topk(K).indices
     load_E = experts_TK.flatten().bincount(minlength=E)
 
     def call(x: Tensor) -> list[Tensor]:
@@ -121,15 +121,15 @@ def calls(everything: bool) -> dict[str, tuple[Fresh, tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
     sizes = {"num_experts": E, "top_k": K}
     options = {"router": "ssr-l", "router_options": {"probability": 1.0}}
-    of_scores = {
+    of_logits = {
         "solve": of_plan(),
         "solve all": of_plan(token_mask=MASK, token_mass=MASS, expert_mass=CAPACITY, init=INIT, cost="softmax"),
         "solve differentiable": of_plan(differentiable=True),
         "balanced_topk": balanced(token_mask=MASK),
     }
     if everything:
-        of_scores |= {f"solve {method}": of_plan(method=method, max_passes=20) for method in list_solvers()}
-        of_scores |= {f"loss {name}": of_loss(name) for name in LOSSES}
+        of_logits |= {f"solve {method}": of_plan(method=method, max_passes=20) for method in list_solvers()}
+        of_logits |= {f"loss {name}": of_loss(name) for name in LOSSES}
     names = sinkroute.list_routers()
     some = names if everything else ("softmax", "base", "ssr-s", "sinkhorn", "quantile", "expert-choice", "noisy")
     routers = {f"{name} in training": of_router(name, True) for name in some}
@@ -141,18 +141,18 @@ def calls(everything: bool) -> dict[str, tuple[Fresh, tuple[Tensor, Tensor]]]:
         "MultiHeadMoE": of_layer(sinkroute.MultiHeadMoE(D, 2, 12, **sizes, router="softmax")),
         "LoadMonitor": always(of_monitor),
     }
-    found = {name: (always(call), SCORES) for name, call in of_scores.items()}
+    found = {name: (always(call), LOGITS) for name, call in of_logits.items()}
     return (
-        found | {name: (call, SCORES) for name, call in routers.items()} | {n: (c, TOKENS) for n, c in layers.items()}
+        found | {name: (call, LOGITS) for name, call in routers.items()} | {n: (c, TOKENS) for n, c in layers.items()}
     )
 
 
 def arguments() -> dict[str, tuple[Fresh, tuple[Tensor, Tensor]]]:
-    """The same for the tensors beside the scores, for kinds that one argument alone can be of."""
-    scores_TE = SCORES[0]
+    """The same for the tensors beside the logits, for kinds that one argument alone can be of."""
+    logits_TE = LOGITS[0]
 
     def routed(mask: Tensor) -> list[Tensor]:
-        routes = sinkroute.create_router("ssr-s", num_experts=E, top_k=K, probability=1.0)(scores_TE, mask)
+        routes = sinkroute.create_router("ssr-s", num_experts=E, top_k=K, probability=1.0)(logits_TE, mask)
         return [routes.weights, routes.experts, routes.load]
 
     def computed(mask: Tensor) -> list[Tensor]:
@@ -160,10 +160,10 @@ def arguments() -> dict[str, tuple[Fresh, tuple[Tensor, Tensor]]]:
         return [sinkroute.MoE(D, 12, num_experts=E, top_k=K, router="softmax")(TOKENS[0], mask)]
 
     def solved(name: str) -> Call:
-        return lambda x: of_plan(**{name: x})(scores_TE)
+        return lambda x: of_plan(**{name: x})(logits_TE)
 
     def chosen(name: str) -> Call:
-        return lambda x: balanced(**{name: x})(scores_TE)
+        return lambda x: balanced(**{name: x})(logits_TE)
 
     of_masks = {
         "solve token_mask": solved("token_mask"),
@@ -347,9 +347,9 @@ class Attempt(NamedTuple):
 
 
 def attempts(kinds: list[str], everything: bool) -> Iterator[Attempt]:
-    of_scores, beside = calls(everything), arguments()
+    of_logits, beside = calls(everything), arguments()
     for kind in kinds:
-        for name, (fresh, (x, other)) in (of_scores if kind in TRANSFORMS else of_scores | beside).items():
+        for name, (fresh, (x, other)) in (of_logits if kind in TRANSFORMS else of_logits | beside).items():
             if name == "LoadMonitor" and (kind in TRANSFORMS or kind in ("fake", "meta")):
                 continue  # it gives Python's numbers
             if name.startswith("loss") and kind not in TRANSFORMS:

@@ -1,4 +1,4 @@
-"""`sinkroute.solve` against public solvers of the same problem, from scores to two experts per token with weights.
+"""`sinkroute.solve` against public solvers of the same problem, from logits to two experts per token with weights.
 
     python -m benchmarks.transport [--quick] [--only 65536x256 ...] [--methods auto ...] [--faults]
 
@@ -11,7 +11,7 @@ What is compared is time to the same *true* error, computed in float64 afterward
 
 Peers are flattered. Whoever runs plain Sinkhorn iterations is handed the number that it needs, counted beforehand in
 float64 (`oracle`), and so need not watch its own error; OTT-JAX runs as one compiled loop, compile time excluded. What
-is timed is all that a router needs, from the scores: set-up, conversion of arrays, plan, two experts, their weights.
+is timed is all that a router needs, from the logits: set-up, conversion of arrays, plan, two experts, their weights.
 Methods alternate in shuffled rounds, so a drift of the machine hits all of them; a run that takes longer than a third
 of `--cap` is timed once, when it is verified.
 

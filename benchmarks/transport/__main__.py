@@ -40,7 +40,7 @@ class Benchmark:
     cap: float = 1.2
     """Seconds that a run of a peer may take at 65536x256; elsewhere in proportion, but not less than a third of it."""
     seed: int = 0
-    """Of the scores."""
+    """Of the logits."""
     out: str = "runs/transport.json"
     """Figures, written after every problem."""
     fresh: bool = False
@@ -48,7 +48,7 @@ class Benchmark:
     memory: bool = True
     """Measure peak memory too, at the end."""
     faults: bool = False
-    """Only show the scores on which Megatron-Core's function goes wrong."""
+    """Only show the logits on which Megatron-Core's function goes wrong."""
 
 
 def main() -> None:

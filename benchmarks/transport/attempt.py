@@ -32,14 +32,14 @@ class Run(NamedTuple):
 class Attempt:
     """A peer on a problem; it knows its runs by their number of iterations, and the most that there is time for."""
 
-    def __init__(self, peer: Peer, problem: Problem, scores_TE: Tensor, pace: Pace, cap: float) -> None:
-        self.peer, self.problem, self.scores_TE, self.pace, self.cap = peer, problem, scores_TE, pace, cap
+    def __init__(self, peer: Peer, problem: Problem, logits_TE: Tensor, pace: Pace, cap: float) -> None:
+        self.peer, self.problem, self.logits_TE, self.pace, self.cap = peer, problem, logits_TE, pace, cap
         self.most = pace.iterations_within(cap)
         self.runs: dict[int, Run] = {}
 
     def routes(self, iterations: int) -> Tensor:
         """The plan, on the way two experts per token and weights that sum to 1. This is what is timed."""
-        plan_TE = self.peer.plan(self.problem.cost_of(self.scores_TE), self.problem.reg, iterations)
+        plan_TE = self.peer.plan(self.problem.cost_of(self.logits_TE), self.problem.reg, iterations)
         top_TK, _ = plan_TE.topk(2, dim=1)
         top_TK /= top_TK.sum(dim=1, keepdim=True)
         return plan_TE
@@ -97,7 +97,7 @@ class Attempt:
 
     def counted(self, count: Counting, most: int, tol: float) -> Record:
         """A peer that counts by its own measure of the error, if that takes no more than `most` iterations."""
-        iterations = count(self.problem.cost_of(self.scores_TE), self.problem.reg, tol, most)
+        iterations = count(self.problem.cost_of(self.logits_TE), self.problem.reg, tol, most)
         if iterations < most and iterations > self.most:
             seconds = self.pace.seconds(iterations)
             return {"status": "extrapolated", "extrapolated_seconds": seconds, "iterations": iterations, "seconds": []}

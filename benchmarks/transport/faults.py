@@ -25,7 +25,7 @@ CAPTION = "error: of rows and columns of the plan; NaN: its entries; load of the
 
 
 def cases(seed: int) -> dict[str, Tensor]:
-    """Gate scores (T, E); all the same but for what the name says."""
+    """Gate logits (T, E); all the same but for what the name says."""
     plain_TE = torch.randn(T, E, generator=torch.Generator().manual_seed(seed))
     hot_TE, spike_TE = plain_TE.clone(), plain_TE.clone()
     hot_TE[:, :8] += 5
@@ -34,7 +34,7 @@ def cases(seed: int) -> dict[str, Tensor]:
         "nothing special": plain_TE,
         "8 of 64 experts hotter by 5": hot_TE,
         "one score of 90": spike_TE,
-        "all scores lower by 40": plain_TE - 40,
+        "all logits lower by 40": plain_TE - 40,
         "all tokens identical": plain_TE[:1].expand(T, E).contiguous(),
     }
 
@@ -63,13 +63,13 @@ def outcome(route: Callable[[], tuple[Tensor, Tensor, str]], seconds: float) -> 
     return Outcome(plan_error(plan_TE), int(plan_TE.isnan().sum()), load, spent, note)
 
 
-def megatron_route(scores_TE: Tensor) -> tuple[Tensor, Tensor, str]:
-    plan_TE = megatron.sinkhorn(scores_TE)
+def megatron_route(logits_TE: Tensor) -> tuple[Tensor, Tensor, str]:
+    plan_TE = megatron.sinkhorn(logits_TE)
     return plan_TE, plan_TE.topk(K, dim=1).indices, "says nothing"
 
 
-def our_route(scores_TE: Tensor, method: str) -> tuple[Tensor, Tensor, str]:
-    plan = sinkroute.solve(scores_TE, reg=1.0, method=method)  # Megatron-Core has no temperature: ξ = 1
+def our_route(logits_TE: Tensor, method: str) -> tuple[Tensor, Tensor, str]:
+    plan = sinkroute.solve(logits_TE, reg=1.0, method=method)  # Megatron-Core has no temperature: ξ = 1
     says = f"{'' if plan.converged else 'not '}converged, {float(plan.column_error):.0e} in {plan.passes} passes"
     return plan.matrix(), plan.topk(K)[1], says
 
@@ -78,10 +78,10 @@ def measure_faults(method: str, seed: int, seconds: float) -> dict[str, dict[str
     """By case and by solver."""
     return {
         case: {
-            "Megatron-Core": asdict(outcome(partial(megatron_route, scores_TE), seconds)),
-            f"sinkroute {method}": asdict(outcome(partial(our_route, scores_TE, method), seconds)),
+            "Megatron-Core": asdict(outcome(partial(megatron_route, logits_TE), seconds)),
+            f"sinkroute {method}": asdict(outcome(partial(our_route, logits_TE, method), seconds)),
         }
-        for case, scores_TE in cases(seed).items()
+        for case, logits_TE in cases(seed).items()
     }
 
 

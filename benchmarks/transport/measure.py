@@ -44,25 +44,25 @@ class Bench:
 
     def measure(self, problem: Problem) -> Record:
         """All methods on one problem."""
-        scores_TE = problem.scores()
+        logits_TE = problem.logits()
         contenders: list[Contender] = []
         cap = self.cap * max(1 / 3, problem.tokens * problem.experts / (1 << 24))
         record: Record = {"ours": {}, "peers": {}}
         for method in self.methods:
             self.tell(f"{method}: error and passes")
             record["ours"][method] = {
-                f"{tol:g}": self.ours(problem, scores_TE, method, tol, contenders) for tol in TOLS
+                f"{tol:g}": self.ours(problem, logits_TE, method, tol, contenders) for tol in TOLS
             }
         if self.peers:
             tols = TOLS if problem.tokens < LARGE or self.peers_everywhere else TOLS[:1]
             self.tell("counting Sinkhorn's iterations in float64")
-            cost_TE = problem.cost_of(scores_TE)
+            cost_TE = problem.cost_of(logits_TE)
             sinkhorn = sinkhorn_errors(cost_TE, problem.reg, min(tols), seconds=2 * cap)
             record["sinkhorn"] = {f"{tol:g}": sinkhorn.count(tol)._asdict() for tol in tols}
             record["sinkhorn"]["error_after_8"] = sinkhorn.errors[min(8, len(sinkhorn.errors)) - 1]
             for name in self.peers_for(problem):
                 record["peers"][name] = {}
-                attempt = Attempt(PEERS[name], problem, scores_TE, self.pace_of(name, problem), cap)
+                attempt = Attempt(PEERS[name], problem, logits_TE, self.pace_of(name, problem), cap)
                 for tol in tols:
                     other = PEERS[name].instead_of
                     if other and record["peers"].get(other, {}).get(f"{tol:g}", {}).get("status") != "failed":
@@ -76,23 +76,23 @@ class Bench:
         self.take_turns(contenders, budget=max(0.5, cap / 3))
         return record
 
-    def ours(self, problem: Problem, scores_TE: Tensor, method: str, tol: float, contenders: list[Contender]) -> Record:
-        def routes(scores_TE: Tensor, init: Tensor | None = None) -> sinkroute.Plan:
-            plan = solve(scores_TE, init)
+    def ours(self, problem: Problem, logits_TE: Tensor, method: str, tol: float, contenders: list[Contender]) -> Record:
+        def routes(logits_TE: Tensor, init: Tensor | None = None) -> sinkroute.Plan:
+            plan = solve(logits_TE, init)
             plan.topk(2)
             return plan
 
-        def solve(scores_TE: Tensor, init: Tensor | None = None) -> sinkroute.Plan:
-            return sinkroute.solve(scores_TE, problem.reg, problem.cost, method=method, tol=tol, init=init)
+        def solve(logits_TE: Tensor, init: Tensor | None = None) -> sinkroute.Plan:
+            return sinkroute.solve(logits_TE, problem.reg, problem.cost, method=method, tol=tol, init=init)
 
-        drifted_TE = problem.drifted(scores_TE)
+        drifted_TE = problem.drifted(logits_TE)
         try:
             with limit(5 * self.cap):
-                plan = solve(scores_TE)
+                plan = solve(logits_TE)
                 warm = solve(drifted_TE, plan.potentials)
         except TooLong as error:
             return {"status": "failed", "why": str(error), "seconds": []}
-        true_error = potentials_error(scores_TE, problem.cost, problem.reg, plan.potentials)
+        true_error = potentials_error(logits_TE, problem.cost, problem.reg, plan.potentials)
         record: Record = {
             "status": "reached" if true_error <= SLACK * tol else "failed",
             "why": "" if bool(plan.converged) else "not converged, as it says",
@@ -105,8 +105,8 @@ class Bench:
             "warm": {"passes": warm.passes, "converged": bool(warm.converged), "seconds": []},
         }
         contenders += [
-            Contender(record, partial(routes, scores_TE)),
-            Contender(record["without_topk"], partial(solve, scores_TE)),
+            Contender(record, partial(routes, logits_TE)),
+            Contender(record["without_topk"], partial(solve, logits_TE)),
             Contender(record["warm"], partial(routes, drifted_TE, plan.potentials)),
         ]
         return record
@@ -120,7 +120,7 @@ class Bench:
         key = name, problem.size
         if key not in self.paces:
             easy = Problem(problem.tokens, problem.experts, 1.0, 0.0, "linear", 1.0, problem.seed)
-            cost_TE = easy.scores()
+            cost_TE = easy.logits()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.paces[key] = pace(lambda iterations: PEERS[name].plan(cost_TE, easy.reg, iterations))

@@ -1,8 +1,8 @@
-"""Memory that a call needs on top of its scores: the peak of resident memory in a process of its own.
+"""Memory that a call needs on top of its logits: the peak of resident memory in a process of its own.
 
     python -m benchmarks.transport.memory TOKENS EXPERTS COST METHOD SEED
 
-Linux can forget a process's high-water mark. It does so here when the scores are made and the method has run once on a
+Linux can forget a process's high-water mark. It does so here when the logits are made and the method has run once on a
 few rows (libraries and thread pools are loaded), so what is counted is the work on this problem: temporaries, and the
 plan with the cost it keeps.
 """
@@ -31,15 +31,15 @@ PEERS = ("POT sinkhorn, NumPy", "POT sinkhorn_log, torch")
 
 
 def extra_memory(problem: Problem, method: str) -> dict[str, float]:
-    """MiB: of the scores, and at the peak above them in solving and in solving and taking two experts."""
-    scores_TE = problem.scores()
+    """MiB: of the logits, and at the peak above them in solving and in solving and taking two experts."""
+    logits_TE = problem.logits()
     solve, topk = _calls(problem, method)
-    topk(scores_TE[:1024].clone())
-    extra = {"scores": scores_TE.nbytes / 2**20}
+    topk(logits_TE[:1024].clone())
+    extra = {"scores": logits_TE.nbytes / 2**20}
     for name, call in (("solve", solve), ("solve and topk", topk)):
         reset_peak_memory()
         before = peak_memory_mb()
-        call(scores_TE)
+        call(logits_TE)
         extra[name] = peak_memory_mb() - before
     return extra
 
@@ -47,16 +47,16 @@ def extra_memory(problem: Problem, method: str) -> dict[str, float]:
 def _calls(problem: Problem, method: str) -> tuple[Callable[[Tensor], object], Callable[[Tensor], object]]:
     if method not in PEERS:
 
-        def solve(scores_TE: Tensor) -> sinkroute.Plan:
-            return sinkroute.solve(scores_TE, problem.reg, problem.cost, method=method, tol=1e-3)
+        def solve(logits_TE: Tensor) -> sinkroute.Plan:
+            return sinkroute.solve(logits_TE, problem.reg, problem.cost, method=method, tol=1e-3)
 
-        return solve, lambda scores_TE: solve(scores_TE).topk(2)
+        return solve, lambda logits_TE: solve(logits_TE).topk(2)
     from .peers import PEERS as ALL  # only here: ours is measured without JAX and Megatron-Core in the process
 
-    def plan(scores_TE: Tensor) -> Tensor:
-        return ALL[method].plan(problem.cost_of(scores_TE), problem.reg, ITERATIONS)
+    def plan(logits_TE: Tensor) -> Tensor:
+        return ALL[method].plan(problem.cost_of(logits_TE), problem.reg, ITERATIONS)
 
-    return plan, lambda scores_TE: plan(scores_TE).topk(2)
+    return plan, lambda logits_TE: plan(logits_TE).topk(2)
 
 
 def measure_memory(

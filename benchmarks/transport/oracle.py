@@ -26,12 +26,12 @@ def plan_error(plan_TE: Tensor) -> float:
     return error if math.isfinite(error) else math.nan
 
 
-def potentials_error(scores_TE: Tensor, cost: str, reg: float, potentials_E: Tensor) -> float:
+def potentials_error(logits_TE: Tensor, cost: str, reg: float, potentials_E: Tensor) -> float:
     """Largest relative deviation of a column sum of softmax((C + g) / ξ), all of it in float64."""
-    tokens, experts = scores_TE.shape
+    tokens, experts = logits_TE.shape
     potentials_E = potentials_E.double()
     columns_E = torch.zeros(experts, dtype=torch.float64)
-    for chunk_TE in scores_TE.split(max(1, CHUNK // experts)):
+    for chunk_TE in logits_TE.split(max(1, CHUNK // experts)):
         cost_TE = chunk_TE.double() if cost == "linear" else chunk_TE.double().softmax(dim=1)
         shifted_TE = cost_TE.add_(potentials_E)
         shifted_TE -= shifted_TE.amax(dim=1, keepdim=True)

@@ -124,7 +124,7 @@ def geomloss_solve(cost_TE: Tensor, reg: float, iterations: int) -> Tensor:
 
 
 def lucidrains(cost_TE: Tensor, reg: float, iterations: int) -> Tensor:
-    # It takes the logarithm of what it is given, clamped: fed raw scores (as its own router does) it would lose every
+    # It takes the logarithm of what it is given, clamped: fed raw logits (as its own router does) it would lose every
     # negative one, and with its own clamp at 1e-10 all that are 23 below the largest.
     return sinkhorn_router.sinkhorn(
         (cost_TE - cost_TE.max()).exp(), num_iters=iterations, temperature=reg, eps=torch.finfo(torch.float32).tiny

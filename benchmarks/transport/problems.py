@@ -1,4 +1,4 @@
-"""The problems: Gaussian scores with an optional bias per expert, four sizes and a few with a million tokens."""
+"""The problems: Gaussian logits with an optional bias per expert, four sizes and a few with a million tokens."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ class Problem:
     def name(self) -> str:
         return f"{self.size} scale {self.scale:g} bias {self.bias:g} {self.cost} reg {self.reg:g}"
 
-    def scores(self) -> Tensor:
+    def logits(self) -> Tensor:
         """(T, E) float32."""
         generator = torch.Generator().manual_seed(self.seed)
-        scores_TE = self.scale * torch.randn(self.tokens, self.experts, generator=generator)
-        return scores_TE.add_(torch.randn(self.experts, generator=generator), alpha=self.bias)
+        logits_TE = self.scale * torch.randn(self.tokens, self.experts, generator=generator)
+        return logits_TE.add_(torch.randn(self.experts, generator=generator), alpha=self.bias)
 
-    def drifted(self, scores_TE: Tensor) -> Tensor:
-        """The scores a step later: with 5 % noise."""
+    def drifted(self, logits_TE: Tensor) -> Tensor:
+        """The logits a step later: with 5 % noise."""
         generator = torch.Generator().manual_seed(self.seed + 1)
-        noise_TE = torch.randn(scores_TE.shape, generator=generator)
-        return noise_TE.mul_(0.05 * float(scores_TE.std())).add_(scores_TE)
+        noise_TE = torch.randn(logits_TE.shape, generator=generator)
+        return noise_TE.mul_(0.05 * float(logits_TE.std())).add_(logits_TE)
 
-    def cost_of(self, scores_TE: Tensor) -> Tensor:
-        """What a peer has to make of the scores first: (T, E), to be maximised."""
-        return scores_TE if self.cost == "linear" else scores_TE.softmax(dim=1)
+    def cost_of(self, logits_TE: Tensor) -> Tensor:
+        """What a peer has to make of the logits first: (T, E), to be maximised."""
+        return logits_TE if self.cost == "linear" else logits_TE.softmax(dim=1)
 
 
 def grid(seed: int, quick: bool, only: Sequence[str]) -> list[Problem]:
@@ -68,7 +68,7 @@ def grid(seed: int, quick: bool, only: Sequence[str]) -> list[Problem]:
         parts += [(MILLION, cost, (1.0, 0.1, 0.01), SCORES[1:2]) for cost in COSTS]
     problems = [
         Problem(*size, scale, bias, cost, reg, seed)
-        for size, cost, regs, scores in parts
-        for (scale, bias), reg in product(scores, regs)
+        for size, cost, regs, logits in parts
+        for (scale, bias), reg in product(logits, regs)
     ]
     return [problem for problem in problems if not only or problem.size in only]

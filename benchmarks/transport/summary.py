@@ -229,7 +229,7 @@ def _show_best(content: dict[str, Any], tol: str, console: Console) -> None:
 
 def show_memory(memory: dict[str, dict[str, dict[str, float]]], console: Console) -> None:
     columns = ("scores", "solve", "solve and top-2")
-    table = _table("Peak resident memory on top of the scores, MiB", "problem and method", columns)
+    table = _table("Peak resident memory on top of the logits, MiB", "problem and method", columns)
     for title, by_method in memory.items():
         for method, extra in by_method.items():
             # The kernel counts a thread's resident pages in batches: less than 1 MiB is not resolved.

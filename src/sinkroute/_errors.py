@@ -6,15 +6,15 @@ import difflib
 from collections.abc import Iterable
 from numbers import Real
 
-__all__ = ["NonFiniteScores", "SinkrouteError", "require_count", "require_numbers", "unknown_name"]
+__all__ = ["NonFiniteLogits", "SinkrouteError", "require_count", "require_numbers", "unknown_name"]
 
 
 class SinkrouteError(Exception):
     """Base of errors that tell a user what to do; the command line prints them without a traceback."""
 
 
-class NonFiniteScores(ValueError):
-    """Scores of a real token that are NaN or infinite; the message names the first."""
+class NonFiniteLogits(ValueError):
+    """Logits of a real token that are NaN or infinite; the message names the first."""
 
 
 def require_numbers(**values: object) -> None:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scipy.special import factorial2, ndtri
 from scipy.stats import kstest, norm
 
+from sinkroute.kernels import native
+from sinkroute.kernels.normal import normal_like as normal_of_seed
 from sinkroute.routing.draws import hash63, uniform
-from sinkroute.routing.draws import normal_like as normal_of_seed
-from sinkroute.transport import native
 
 
 def normal_like(reference, *key):

@@ -5,7 +5,7 @@ import torch
 import torch.distributed
 
 import sinkroute
-from sinkroute._errors import NonFiniteScores
+from sinkroute._errors import NonFiniteLogits
 from sinkroute.routing.routes import Routes
 
 QUIET = {"noise": 0.0}
@@ -216,12 +216,12 @@ def test_input_of_a_wrong_form_is_refused(logits_TE, mask, error, message, train
 def test_a_non_finite_score_of_a_real_token_is_named(name, value):
     logits_TE, mask = random(5, 6), torch.tensor([True, False, True, True, True])
     logits_TE[1, 0], logits_TE[3, 4], logits_TE[4, 0] = value, value, value  # the first is padding
-    with pytest.raises(NonFiniteScores, match=rf"logits_TE\[3, 4\] is {value}, one of 2 .*lower the learning rate"):
+    with pytest.raises(NonFiniteLogits, match=rf"logits_TE\[3, 4\] is {value}, one of 2 .*lower the learning rate"):
         make(name, {})(logits_TE, mask)
 
 
 def test_infinities_of_both_signs_are_found_although_no_sum_is_infinite():
-    with pytest.raises(NonFiniteScores, match=r"logits_TE\[0, 0\] is inf, one of 2"):
+    with pytest.raises(NonFiniteLogits, match=r"logits_TE\[0, 0\] is inf, one of 2"):
         make("softmax", {}, experts=2)(torch.tensor([[float("inf"), float("-inf")]]))
 
 
@@ -231,7 +231,7 @@ def test_finite_scores_whose_sum_overflows_are_no_error():
 
 
 def test_a_number_that_float16_cannot_hold_is_found_in_it():
-    with pytest.raises(NonFiniteScores, match=r"logits_TE\[0, 1\] is inf"):
+    with pytest.raises(NonFiniteLogits, match=r"logits_TE\[0, 1\] is inf"):
         make("softmax", {}, experts=2)(torch.tensor([[0.0, 1e6]]).half())
 
 

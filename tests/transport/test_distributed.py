@@ -21,27 +21,27 @@ CASES = {
 
 # What one rank refuses by itself: how it differs from arguments that are right.
 REFUSED = {
-    "no scores": lambda scores_TE: {"scores_TE": None},
-    "integers": lambda scores_TE: {"scores_TE": scores_TE.long()},
-    "a batch": lambda scores_TE: {"scores_TE": scores_TE[None]},
-    "no experts": lambda scores_TE: {"scores_TE": scores_TE[:, :0]},
-    "a masked tensor": lambda scores_TE: {"scores_TE": torch.masked.masked_tensor(scores_TE, scores_TE > 0)},
-    "no numbers": lambda scores_TE: {"scores_TE": scores_TE.to("meta")},
-    "a mask of another size": lambda scores_TE: {"token_mask": torch.ones(1, dtype=torch.bool)},
-    "a mask of numbers": lambda scores_TE: {"token_mask": torch.ones(len(scores_TE))},
-    "a negative mass": lambda scores_TE: {"token_mass": torch.full((len(scores_TE),), -1.0)},
-    "a NaN mass": lambda scores_TE: {"token_mass": torch.full((len(scores_TE),), torch.nan)},
-    "capacities of another size": lambda scores_TE: {"expert_mass": [1.0]},
-    "a start of another size": lambda scores_TE: {"init": torch.zeros(1)},
-    "another method": lambda scores_TE: {"method": "guess"},
-    "another cost": lambda scores_TE: {"cost": "squared"},
-    "no xi": lambda scores_TE: {"reg": 0.0},
-    "no tolerance": lambda scores_TE: {"tol": "small"},
-    "no passes": lambda scores_TE: {"max_passes": 0},
+    "no logits": lambda logits_TE: {"logits_TE": None},
+    "integers": lambda logits_TE: {"logits_TE": logits_TE.long()},
+    "a batch": lambda logits_TE: {"logits_TE": logits_TE[None]},
+    "no experts": lambda logits_TE: {"logits_TE": logits_TE[:, :0]},
+    "a masked tensor": lambda logits_TE: {"logits_TE": torch.masked.masked_tensor(logits_TE, logits_TE > 0)},
+    "no numbers": lambda logits_TE: {"logits_TE": logits_TE.to("meta")},
+    "a mask of another size": lambda logits_TE: {"token_mask": torch.ones(1, dtype=torch.bool)},
+    "a mask of numbers": lambda logits_TE: {"token_mask": torch.ones(len(logits_TE))},
+    "a negative mass": lambda logits_TE: {"token_mass": torch.full((len(logits_TE),), -1.0)},
+    "a NaN mass": lambda logits_TE: {"token_mass": torch.full((len(logits_TE),), torch.nan)},
+    "capacities of another size": lambda logits_TE: {"expert_mass": [1.0]},
+    "a start of another size": lambda logits_TE: {"init": torch.zeros(1)},
+    "another method": lambda logits_TE: {"method": "guess"},
+    "another cost": lambda logits_TE: {"cost": "squared"},
+    "no xi": lambda logits_TE: {"reg": 0.0},
+    "no tolerance": lambda logits_TE: {"tol": "small"},
+    "no passes": lambda logits_TE: {"max_passes": 0},
 }
 
 
-def all_scores():
+def all_logits():
     generator = torch.Generator().manual_seed(0)
     return torch.randn(40, 5, generator=generator) + torch.randn(5, generator=generator)
 
@@ -49,7 +49,7 @@ def all_scores():
 def shard(rank, split, options):
     rows = slice(0, split) if rank == 0 else slice(split, None)
     per_token = {name: x[rows] for name, x in options.items() if name.startswith("token_")}
-    return all_scores()[rows], options | per_token
+    return all_logits()[rows], options | per_token
 
 
 def solve_on_rank():
@@ -57,8 +57,8 @@ def solve_on_rank():
     rank, results = dist.get_rank(), {}
     for case, (split, options) in CASES.items():
         for method in list_solvers():
-            scores_TE, local_options = shard(rank, split, options)
-            plan = solve(scores_TE, 0.5, method=method, tol=TOL, process_group=dist.group.WORLD, **local_options)
+            logits_TE, local_options = shard(rank, split, options)
+            plan = solve(logits_TE, 0.5, method=method, tol=TOL, process_group=dist.group.WORLD, **local_options)
             results[case, method] = (plan.potentials, plan.column_error, plan.passes, plan.matrix())
     bad_TE = torch.full((3, 5), float("nan") if rank else 0.0)
     for method in list_solvers():
@@ -67,13 +67,13 @@ def solve_on_rank():
         except ValueError as error:
             results["bad", method] = str(error)
     for case, change in REFUSED.items():
-        scores_TE = all_scores()[:5]
-        changed = change(scores_TE) if rank else {}
+        logits_TE = all_logits()[:5]
+        changed = change(logits_TE) if rank else {}
         try:
-            solve(**{"scores_TE": scores_TE, "process_group": dist.group.WORLD} | changed)
+            solve(**{"logits_TE": logits_TE, "process_group": dist.group.WORLD} | changed)
         except (TypeError, ValueError) as error:
             results[case] = str(error)
-    after = solve(all_scores()[:5], process_group=dist.group.WORLD)
+    after = solve(all_logits()[:5], process_group=dist.group.WORLD)
     results["after"] = bool(after.converged)
     return results
 
@@ -86,7 +86,7 @@ def results(run_ranks):
 @pytest.mark.parametrize("method", list_solvers())
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_tokens_give_the_plan_of_one_process(results, case, method):
-    alone = solve(all_scores(), 0.5, method=method, tol=TOL, **CASES[case][1])
+    alone = solve(all_logits(), 0.5, method=method, tol=TOL, **CASES[case][1])
     (potentials_E, error, passes, rows), (other_E, other_error, other_passes, other_rows) = (
         result[case, method] for result in results
     )
@@ -97,8 +97,8 @@ def test_sharded_tokens_give_the_plan_of_one_process(results, case, method):
 
 
 @pytest.mark.parametrize("method", list_solvers())
-def test_bad_scores_on_one_rank_are_an_error_on_all(results, method):
-    assert "another rank" in results[0]["bad", method] and "scores_TE[0, 0] is nan" in results[1]["bad", method]
+def test_bad_logits_on_one_rank_are_an_error_on_all(results, method):
+    assert "another rank" in results[0]["bad", method] and "logits_TE[0, 0] is nan" in results[1]["bad", method]
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -24,7 +24,7 @@ COSTS = ["linear", "softmax"]
 GRID = list(itertools.product(KINDS, SHAPES, REGS, SCALES, DTYPES, COSTS))
 
 
-def make_scores(kind, tokens, experts, scale, dtype, seed):
+def make_logits(kind, tokens, experts, scale, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     x_TE = torch.randn(tokens, experts, generator=generator, dtype=torch.float64)
     if kind == "biased":
@@ -50,15 +50,15 @@ def make_scores(kind, tokens, experts, scale, dtype, seed):
 
 def check(plan, mass_T=None, share_E=None):
     """The plan's own word against NumPy in float64."""
-    tokens, experts = plan.scores.shape
+    tokens, experts = plan.logits.shape
     assert not plan.potentials.isnan().any() and plan.column_error.isfinite()
     matrix_TE = plan.matrix()
     assert matrix_TE.isfinite().all()
     torch.testing.assert_close(matrix_TE.sum(1), torch.ones(tokens).to(matrix_TE) if mass_T is None else mass_T)
     weights_TK, experts_TK = plan.topk(min(2, experts))
     assert weights_TK.isfinite().all() and experts_TK.min() >= 0 and experts_TK.max() < experts
-    logits_TE = (plan.cost.double().numpy() + plan.potentials.numpy()) / plan.reg
-    p_TE = np.exp(logits_TE - logits_TE.max(1, keepdims=True))
+    shifted_TE = (plan.cost.double().numpy() + plan.potentials.numpy()) / plan.reg
+    p_TE = np.exp(shifted_TE - shifted_TE.max(1, keepdims=True))
     p_TE /= p_TE.sum(1, keepdims=True)
     mass = np.ones(tokens) if mass_T is None else mass_T.double().numpy()
     share = (
@@ -68,7 +68,7 @@ def check(plan, mass_T=None, share_E=None):
     true = np.abs((mass[:, None] * p_TE).sum(0)[used] / (mass.sum() * share[used]) - 1).max()
     told = plan.column_error.item()
     # Within a tenth, or a fiftieth of the tolerance. Float32 makes a softmax cost that is off by 6e-8 / reg besides.
-    slack = 2e-5 + (3e-7 / plan.reg if plan.cost_name == "softmax" and plan.scores.dtype != torch.float64 else 0)
+    slack = 2e-5 + (3e-7 / plan.reg if plan.cost_name == "softmax" and plan.logits.dtype != torch.float64 else 0)
     assert abs(told - true) <= 0.1 * true + slack, (told, true)
     assert bool(plan.converged) == (told <= 1e-3)
 
@@ -88,8 +88,8 @@ def test_the_whole_grid(part):
 def run(problems):
     for case in problems:
         kind, (tokens, experts), reg, scale, dtype, cost = case
-        scores_TE = make_scores(kind, tokens, experts, scale, dtype, zlib.crc32(repr(case).encode()))
-        plan = solve(scores_TE, reg, cost, tol=1e-3)
+        logits_TE = make_logits(kind, tokens, experts, scale, dtype, zlib.crc32(repr(case).encode()))
+        plan = solve(logits_TE, reg, cost, tol=1e-3)
         try:
             check(plan)
         except AssertionError as error:
@@ -110,7 +110,7 @@ def run(problems):
     warm=st.booleans(),
 )
 def test_masses_masks_and_budgets_of_all_kinds(kind, tokens, experts, reg, scale, dtype, cost, seed, passes, warm):
-    scores_TE = make_scores(kind, tokens, experts, scale, dtype, seed)
+    logits_TE = make_logits(kind, tokens, experts, scale, dtype, seed)
     generator = torch.Generator().manual_seed(seed)
     working = torch.promote_types(dtype, torch.float32)
     mask_T = torch.rand(tokens, generator=generator) > 0.2
@@ -119,11 +119,11 @@ def test_masses_masks_and_budgets_of_all_kinds(kind, tokens, experts, reg, scale
     share_E[torch.rand(experts, generator=generator) < 0.2] = 0
     share_E[0] = 1.0
     # A token whose only allowed experts have no mass cannot be placed: leave it out.
-    placed_T = ((scores_TE > -math.inf) & (share_E > 0)).any(1)
+    placed_T = ((logits_TE > -math.inf) & (share_E > 0)).any(1)
     mask_T &= placed_T
     init = 10 * torch.randn(experts, generator=generator) if warm else None
     plan = solve(
-        scores_TE,
+        logits_TE,
         reg,
         cost,
         token_mask=mask_T,

@@ -19,16 +19,16 @@ CASES = {
 }
 
 
-def all_scores():
+def all_logits():
     generator = torch.Generator().manual_seed(0)
     return torch.randn(TOKENS, EXPERTS, dtype=torch.float64, generator=generator)
 
 
 def local_gradient(rows, options, output, group=None):
-    """The gradient, in the scores of these rows, of the sum over the ranks of such losses of their rows."""
-    scores_TE = all_scores()[rows].requires_grad_()
+    """The gradient, in the logits of these rows, of the sum over the ranks of such losses of their rows."""
+    logits_TE = all_logits()[rows].requires_grad_()
     options = {name: x[rows] if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-    plan = solve(scores_TE, 0.3, tol=1e-11, differentiable=True, process_group=group, **options)
+    plan = solve(logits_TE, 0.3, tol=1e-11, differentiable=True, process_group=group, **options)
     weights_TE = torch.arange(float(TOKENS * EXPERTS)).sin().view(TOKENS, EXPERTS)[rows]
     if output == "matrix":
         loss = (plan.matrix() * weights_TE).sum()
@@ -37,7 +37,7 @@ def local_gradient(rows, options, output, group=None):
         # With weights of 0 throughout, the loss still has to lead backward through the plan.
         loss = (plan.topk(2)[0] * counted_TK).sum()
     loss.backward()
-    return scores_TE.grad
+    return logits_TE.grad
 
 
 def gradients_on_rank():

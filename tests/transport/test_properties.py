@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from sinkroute.transport import native, solve
+from sinkroute.kernels import native
+from sinkroute.transport import solve
 
 # reg stays above a tenth of the spread: enough passes for 1e-9 in float64, in a short test.
 problems = st.fixed_dictionaries(
@@ -30,8 +31,8 @@ def draw(problem):
     return torch.randn(shape, dtype=torch.float64, generator=generator), generator
 
 
-def tight(scores_TE, problem, **options):
-    plan = solve(scores_TE, problem["reg"], problem["cost"], tol=1e-9, max_passes=5000, **options)
+def tight(logits_TE, problem, **options):
+    plan = solve(logits_TE, problem["reg"], problem["cost"], tol=1e-9, max_passes=5000, **options)
     assert plan.converged
     return plan
 
@@ -39,9 +40,9 @@ def tight(scores_TE, problem, **options):
 @few
 @given(problems)
 def test_rows_sum_to_one_and_columns_to_their_target_within_the_error(problem):
-    scores_TE, generator = draw(problem)
+    logits_TE, generator = draw(problem)
     mass_E = torch.rand(problem["experts"], generator=generator) + 0.1
-    plan = solve(scores_TE.float(), problem["reg"], problem["cost"], expert_mass=mass_E)
+    plan = solve(logits_TE.float(), problem["reg"], problem["cost"], expert_mass=mass_E)
     matrix_TE = plan.matrix().double()
     torch.testing.assert_close(matrix_TE.sum(1), torch.ones(len(matrix_TE), dtype=torch.float64), rtol=0, atol=1e-6)
     deviation_E = matrix_TE.sum(0) / (len(matrix_TE) * mass_E.double() / mass_E.double().sum()) - 1
@@ -52,49 +53,49 @@ def test_rows_sum_to_one_and_columns_to_their_target_within_the_error(problem):
 @few
 @given(problems)
 def test_a_shift_of_a_row_does_not_change_the_plan(problem):
-    scores_TE, generator = draw(problem)
-    shift_T = torch.randn(len(scores_TE), 1, dtype=torch.float64, generator=generator)
-    torch.testing.assert_close(tight(scores_TE + shift_T, problem).matrix(), tight(scores_TE, problem).matrix())
+    logits_TE, generator = draw(problem)
+    shift_T = torch.randn(len(logits_TE), 1, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(tight(logits_TE + shift_T, problem).matrix(), tight(logits_TE, problem).matrix())
 
 
 @few
 @given(problems)
 def test_a_bias_of_an_expert_goes_into_its_potential(problem):
     problem = problem | {"cost": "linear"}
-    scores_TE, generator = draw(problem)
+    logits_TE, generator = draw(problem)
     bias_E = torch.randn(problem["experts"], dtype=torch.float64, generator=generator)
-    plain, biased = tight(scores_TE, problem), tight(scores_TE + bias_E, problem)
+    plain, biased = tight(logits_TE, problem), tight(logits_TE + bias_E, problem)
     torch.testing.assert_close(biased.matrix(), plain.matrix(), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(biased.potentials, plain.potentials - (bias_E - bias_E.mean()), rtol=1e-6, atol=1e-6)
 
 
 @few
 @given(problems)
-def test_permuted_scores_have_the_permuted_plan(problem):
-    scores_TE, generator = draw(problem)
+def test_permuted_logits_have_the_permuted_plan(problem):
+    logits_TE, generator = draw(problem)
     rows_T = torch.randperm(problem["tokens"], generator=generator)
     columns_E = torch.randperm(problem["experts"], generator=generator)
-    permuted_TE = scores_TE[rows_T][:, columns_E]
-    expected_TE = tight(scores_TE, problem).matrix()[rows_T][:, columns_E]
+    permuted_TE = logits_TE[rows_T][:, columns_E]
+    expected_TE = tight(logits_TE, problem).matrix()[rows_T][:, columns_E]
     torch.testing.assert_close(tight(permuted_TE, problem).matrix(), expected_TE, rtol=1e-6, atol=1e-7)
 
 
 @few
 @given(problems)
 def test_masked_rows_are_as_if_removed(problem):
-    scores_TE, generator = draw(problem)
+    logits_TE, generator = draw(problem)
     mask_T = torch.rand(problem["tokens"], generator=generator) < 0.7
-    masked_TE = tight(scores_TE, problem, token_mask=mask_T).matrix()
-    torch.testing.assert_close(masked_TE[mask_T], tight(scores_TE[mask_T], problem).matrix(), rtol=1e-6, atol=1e-7)
+    masked_TE = tight(logits_TE, problem, token_mask=mask_T).matrix()
+    torch.testing.assert_close(masked_TE[mask_T], tight(logits_TE[mask_T], problem).matrix(), rtol=1e-6, atol=1e-7)
     assert (masked_TE[~mask_T] == 0).all()
 
 
 @few
 @given(problems, st.floats(1e-3, 1e3))
 def test_the_scale_of_expert_mass_does_not_matter(problem, scale):
-    scores_TE, generator = draw(problem)
+    logits_TE, generator = draw(problem)
     mass_E = torch.rand(problem["experts"], dtype=torch.float64, generator=generator) + 0.1
-    plans = [tight(scores_TE, problem, expert_mass=m) for m in (mass_E, scale * mass_E, (scale * mass_E).tolist())]
+    plans = [tight(logits_TE, problem, expert_mass=m) for m in (mass_E, scale * mass_E, (scale * mass_E).tolist())]
     for plan in plans[1:]:
         torch.testing.assert_close(plan.matrix(), plans[0].matrix(), rtol=1e-6, atol=1e-6)
 
@@ -102,12 +103,12 @@ def test_the_scale_of_expert_mass_does_not_matter(problem, scale):
 @few
 @given(problems, st.integers(1, 8))
 def test_topk_weights_descend_and_sum_to_one(problem, k):
-    scores_TE, _ = draw(problem)
+    logits_TE, _ = draw(problem)
     k = min(k, problem["experts"])
-    plan = solve(scores_TE, problem["reg"], problem["cost"])
+    plan = solve(logits_TE, problem["reg"], problem["cost"])
     weights_TK, experts_TK = plan.topk(k)
     assert (weights_TK.diff(dim=1) <= 0).all()
-    torch.testing.assert_close(weights_TK.sum(1), torch.ones(len(scores_TE), dtype=torch.float64))
+    torch.testing.assert_close(weights_TK.sum(1), torch.ones(len(logits_TE), dtype=torch.float64))
     entries_TK, same_TK = plan.topk(k, normalise=False)
     assert torch.equal(same_TK, experts_TK)
     torch.testing.assert_close(entries_TK, plan.matrix().sort(dim=1, descending=True).values[:, :k])
@@ -125,15 +126,15 @@ def test_topk_weights_descend_and_sum_to_one(problem, k):
     st.booleans(),
     st.booleans(),
 )
-def test_no_mass_is_lost_to_the_size_of_the_scores_over_reg(size, spread, reg, dtype, seed, massive, kernels):
+def test_no_mass_is_lost_to_the_size_of_the_logits_over_reg(size, spread, reg, dtype, seed, massive, kernels):
     generator = torch.Generator().manual_seed(seed)
-    scores_TE = size + spread * torch.randn(9, 5, generator=generator, dtype=torch.float64)
+    logits_TE = size + spread * torch.randn(9, 5, generator=generator, dtype=torch.float64)
     mass_T = torch.rand(9, generator=generator) if massive else torch.ones(9)
-    scores_TE = scores_TE.clamp(max=6e4).to(dtype) if dtype == torch.float16 else scores_TE.to(dtype)
+    logits_TE = logits_TE.clamp(max=6e4).to(dtype) if dtype == torch.float16 else logits_TE.to(dtype)
     with pytest.MonkeyPatch.context() as patch:
         if not kernels:
             patch.setattr(native, "load", lambda: None)
-        plan = solve(scores_TE, reg, token_mass=mass_T.to(torch.promote_types(dtype, torch.float32)), max_passes=20)
+        plan = solve(logits_TE, reg, token_mass=mass_T.to(torch.promote_types(dtype, torch.float32)), max_passes=20)
         for weights_TE in (plan.topk(5, normalise=False)[0], plan.matrix()):
             torch.testing.assert_close(weights_TE.sum(1).float(), mass_T, rtol=1e-5, atol=1e-6)
         assert (plan.topk(2)[0].sum(1) - 1).abs().max() < 1e-5
@@ -144,9 +145,9 @@ def test_no_mass_is_lost_to_the_size_of_the_scores_over_reg(size, spread, reg, d
 def test_topk_weights_are_the_nearest_k_sparse_distribution(problem, k):
     # The proposition of arXiv 2511.08972: KL(q ‖ Π_i) over q on any k experts is least at the top k, renormalised,
     # where it is −log Σ_{top k} Π_ij.
-    scores_TE, generator = draw(problem)
+    logits_TE, generator = draw(problem)
     k = min(k, problem["experts"])
-    plan = solve(scores_TE, problem["reg"], problem["cost"])
+    plan = solve(logits_TE, problem["reg"], problem["cost"])
     row_E, weights_K, experts_K = plan.matrix()[0], *(x[0] for x in plan.topk(k))
     least = (weights_K * (weights_K / row_E[experts_K]).log()).sum()
     torch.testing.assert_close(least, -row_E[experts_K].sum().log())
@@ -161,8 +162,8 @@ def test_topk_weights_are_the_nearest_k_sparse_distribution(problem, k):
 @given(experts=st.integers(2, 5), k=st.integers(1, 3), reg=st.sampled_from([0.3, 0.5, 1.0]), seed=st.integers(0, 2**32))
 def test_topk_weights_are_those_that_a_general_optimiser_finds_over_all_subsets(experts, k, reg, seed):
     k = min(k, experts)
-    scores_TE = torch.randn(6, experts, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    plan = solve(scores_TE, reg)
+    logits_TE = torch.randn(6, experts, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    plan = solve(logits_TE, reg)
     row_E = plan.matrix()[2].numpy()
 
     def divergence(q_K, subset):
@@ -184,8 +185,8 @@ def test_topk_weights_are_those_that_a_general_optimiser_finds_over_all_subsets(
 def test_topk_order_is_right_where_the_entries_underflow():
     # exp(−200) and exp(−300) are both 0 in float32: the matrix alone could not tell experts 1 and 2 apart.
     # One pass of Sinkhorn leaves the potentials at 0.
-    scores_TE = torch.tensor([[0.0, -300.0, -200.0], [-1e30, -2e30, 0.0]])
-    plan = solve(scores_TE, reg=1.0, method="sinkhorn", max_passes=1)
+    logits_TE = torch.tensor([[0.0, -300.0, -200.0], [-1e30, -2e30, 0.0]])
+    plan = solve(logits_TE, reg=1.0, method="sinkhorn", max_passes=1)
     weights_TK, experts_TK = plan.topk(3)
     assert experts_TK.tolist() == [[0, 2, 1], [2, 0, 1]]
     assert weights_TK.tolist() == plan.topk(3, normalise=False)[0].tolist() == [[1.0, 0.0, 0.0]] * 2

@@ -37,8 +37,9 @@ except ImportError as error:
     ) from error
 
 from sinkroute.adapters._fit import Patched, fit_router, holder, put_in, refuse_bias, refuse_loss, serves_as_theirs
+from sinkroute.kernels.normal import normal_like
 from sinkroute.routing import Router
-from sinkroute.routing.draws import hash63, normal_like
+from sinkroute.routing.draws import hash63
 from sinkroute.routing.ranks import Ranks
 from sinkroute.routing.routes import Routes
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from sinkroute._errors import NonFiniteScores
+from sinkroute._errors import NonFiniteLogits
 from sinkroute.lab.config import Config
 from sinkroute.lab.evaluation import Evaluation
 from sinkroute.lab.files import write_json
@@ -132,7 +132,7 @@ def evaluate_split(
 
     try:
         clean = evaluate("clean", None)
-    except NonFiniteScores as error:
+    except NonFiniteLogits as error:
         raise Diverged(f"the trained model is broken: {error}") from error
     attacked = {}
     for name, options in task.config.eval.attacks.items():

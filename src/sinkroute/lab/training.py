@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 
-from sinkroute._errors import NonFiniteScores, SinkrouteError
+from sinkroute._errors import NonFiniteLogits, SinkrouteError
 from sinkroute.lab.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
@@ -310,7 +310,7 @@ def train(
                 raise Interrupted(
                     f"stopped at step {state.step} of {settings.steps}; the same command continues from there"
                 )
-    except NonFiniteScores as error:
+    except NonFiniteLogits as error:
         raise Diverged(_diverged(state.step, str(error), checkpoints)) from error
     finally:
         own_generator.__exit__(None, None, None)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkroute._errors import unknown_name
-from sinkroute._values import has_tangent, holds_values
+from sinkroute.kernels.storage import has_tangent, holds_values
 from sinkroute.moe.function import apply
 from sinkroute.moe.opaque import opaque_linear
 

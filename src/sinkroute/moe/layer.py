@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sinkroute._values import holds_values, plain
+from sinkroute.kernels.storage import holds_values, plain
 from sinkroute.moe.dispatch import combine, dispatch, plan_dispatch
 from sinkroute.moe.experts import Experts, no_values, refuse_tangents
 from sinkroute.routing import Router, Routes, create_router

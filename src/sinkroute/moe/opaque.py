@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sinkroute._operations import define
+from sinkroute.kernels.operations import define
 
 __all__ = ["opaque_linear"]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sinkroute._values import plain
+from sinkroute.kernels.storage import plain
 
 __all__ = ["checked_ids", "checked_mask", "kind_of"]
 

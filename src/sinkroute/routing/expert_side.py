@@ -7,12 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from sinkroute._uncompiled import uncompiled
-from sinkroute._values import holds_values
+from sinkroute.kernels.normal import normal_like
+from sinkroute.kernels.operations import uncompiled
+from sinkroute.kernels.storage import holds_values
+from sinkroute.kernels.topk import largest, topk
 from sinkroute.routing.beside import checked_mask
-from sinkroute.routing.draws import normal_like
-from sinkroute.routing.topk import top_experts
-from sinkroute.transport.largest import largest
 
 __all__ = ["take_best_tokens"]
 
@@ -57,8 +56,8 @@ def take_best_tokens(
     best_CE, taken_CE = best_EC.t(), taken_EC.t()
     chosen_TE = torch.zeros_like(values_TE, dtype=torch.bool).scatter_(0, taken_CE[:capacity], True)
     if more:
-        lucky_M = top_experts(best_CE[capacity][None], more)[0]
+        lucky_M = topk(best_CE[capacity][None], more)[0]
         chosen_TE[taken_CE[capacity, lucky_M], lucky_M] = True
     width = max(least_width, int(chosen_TE.sum(1).max()) if tokens else 0)
-    experts_TK = top_experts(values_TE.masked_fill(~chosen_TE, -math.inf), width)
+    experts_TK = topk(values_TE.masked_fill(~chosen_TE, -math.inf), width)
     return experts_TK, chosen_TE.gather(1, experts_TK)

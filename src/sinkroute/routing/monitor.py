@@ -32,7 +32,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from sinkroute._errors import unknown_name
-from sinkroute._uncompiled import uncompiled
+from sinkroute.kernels.operations import uncompiled
 from sinkroute.routing.attached import named_routers
 from sinkroute.routing.metrics import load_metrics, max_violation, router_entropy
 from sinkroute.routing.ranks import Group, Ranks

@@ -17,10 +17,12 @@ from typing import Any, Literal, NamedTuple, Protocol, TypedDict, get_args
 import torch
 from torch import Tensor, nn
 
-from sinkroute._errors import NonFiniteScores, require_numbers, unknown_name
-from sinkroute._values import holds_values, plain
+from sinkroute._errors import NonFiniteLogits, require_numbers, unknown_name
+from sinkroute.kernels.normal import normal_like
+from sinkroute.kernels.storage import holds_values, plain
+from sinkroute.kernels.topk import topk
 from sinkroute.routing.beside import checked_mask
-from sinkroute.routing.draws import hash63, normal_like, uniform
+from sinkroute.routing.draws import hash63, uniform
 from sinkroute.routing.gate import LinearGate
 from sinkroute.routing.losses.inputs import LossInputs
 from sinkroute.routing.losses.registry import LOSSES, LossesLike, check_coefficient, read_losses
@@ -28,7 +30,6 @@ from sinkroute.routing.ranks import Group, Ranks
 from sinkroute.routing.routes import Routes
 from sinkroute.routing.scores import GroupScore, Score, limit_to_groups, scores, weigh
 from sinkroute.routing.state import RouterState, recomputing
-from sinkroute.routing.topk import top_experts
 from sinkroute.transport import Plan, solve
 
 __all__ = ["CommonOptions", "Link", "Router", "Serving", "Ties"]
@@ -364,13 +365,13 @@ class Router(nn.Module):
         return Routes(experts_TK, self.weigh(logits_TE, experts_TK))
 
     def choose(self, selection_TE: Tensor) -> Tensor:
-        """(T, K) int64: the K largest of each row, in its best groups; see `top_experts`."""
+        """(T, K) int64: the K largest of each row, in its best groups; see `topk`."""
         return self._choose(selection_TE, self.tie_seed())
 
     def _choose(self, selection_TE: Tensor, ties: Tensor | None) -> Tensor:
         if self.top_groups < self.groups:
             selection_TE = limit_to_groups(selection_TE, self.groups, self.top_groups, self.group_score, ties)
-        return top_experts(selection_TE, self.top_k, ties)
+        return topk(selection_TE, self.top_k, ties)
 
     def choose_in(self, plan: Plan) -> Tensor:
         """(T, K) int64: the K largest entries of each row of a plan, in its best groups."""
@@ -497,7 +498,7 @@ class Router(nn.Module):
         return self._noise_seed
 
     def tie_seed(self) -> Tensor | None:
-        """What orders equal values here and now (see `top_experts`); None: the lower expert comes first."""
+        """What orders equal values here and now (see `topk`); None: the lower expert comes first."""
         return self.noise_seed() if self.training and self.ties == "spread" else None
 
     def _update_noise_seed(self) -> None:
@@ -591,7 +592,7 @@ class Router(nn.Module):
         bad = torch.nonzero(~torch.isfinite(logits_TE))
         if len(bad):
             token, expert = bad[0].tolist()
-            raise NonFiniteScores(
+            raise NonFiniteLogits(
                 f"logits_TE[{token}, {expert}] is {logits_TE[token, expert].item()}, one of {len(bad)} non-finite "
                 "scores; training has probably diverged: lower the learning rate or clip gradients "
                 "(padding belongs in token_mask)"

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sinkroute.routing.topk import top_experts
+from sinkroute.kernels.topk import topk
 
 __all__ = ["GroupScore", "Score", "limit_to_groups", "log_scores", "scores", "weigh", "weigh_chosen"]
 
@@ -87,7 +87,7 @@ def limit_to_groups(
         top_groups: how many a token may choose from.
         group_score: a group is as good as its best expert (`"max"`, DeepSeek-V2) or its best two together
             (`"top2-sum"`, DeepSeek-V3).
-        ties: of equal groups the order is drawn, by this seed; see `top_experts`.
+        ties: of equal groups the order is drawn, by this seed; see `topk`.
 
     >>> limit_to_groups(torch.tensor([[4.0, 0.0, 3.0, 3.0]]), 2, 1, "top2-sum").tolist()
     [[-inf, -inf, 3.0, 3.0]]
@@ -97,7 +97,7 @@ def limit_to_groups(
         value_TG = grouped_TGe.amax(-1)
     else:
         value_TG = grouped_TGe.topk(min(2, grouped_TGe.shape[-1]), dim=-1).values.sum(-1)
-    best_TG = top_experts(value_TG, top_groups, ties)
+    best_TG = topk(value_TG, top_groups, ties)
     allowed_TG = torch.zeros_like(value_TG, dtype=torch.bool).scatter_(-1, best_TG, True)
     allowed_TE = allowed_TG.repeat_interleave(selection_TE.shape[-1] // groups, dim=-1)
     return selection_TE.masked_fill(~allowed_TE, float("-inf"))

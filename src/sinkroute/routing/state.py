@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sinkroute._operations import define
+from sinkroute.kernels.operations import define
 
 __all__ = ["KeepsDtypes", "RouterState", "check_table", "recomputing", "whole"]
 

@@ -22,29 +22,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sinkroute._errors import require_numbers
-from sinkroute._operations import define
-from sinkroute._uncompiled import uncompiled
-from sinkroute._values import plain, readable
-from sinkroute.transport.chains import repair
-from sinkroute.transport.choice import Choice, choose
-from sinkroute.transport.passes import make_pass
-from sinkroute.transport.passes.chunked import chunks
-from sinkroute.transport.problem import (
-    Problem,
+from sinkroute.kernels.choose import Choice, choose
+from sinkroute.kernels.column_sums import make_pass
+from sinkroute.kernels.operations import define, uncompiled
+from sinkroute.kernels.repair import repair
+from sinkroute.kernels.storage import plain, readable
+from sinkroute.transport.checks import (
     as_masses,
-    check_scores_form,
+    check_k,
+    check_logits_form,
     full_precision,
     make_problem,
-    refuse_bad_scores,
     starting_potentials,
 )
+from sinkroute.transport.problem import Problem, refuse_bad_logits
 
-__all__ = ["BalancedTopk", "balanced_topk"]
+__all__ = ["BalancedTopK", "balanced_topk"]
 
 SAMPLED_LOAD = 16  # choices per expert in the smallest sample
 PASSES = 16  # at most, over a sample as over all
@@ -59,12 +58,17 @@ LONGER, SHORTER = 1.2, 0.5
 WORSE = 1.05
 
 
-class BalancedTopk(tuple[Tensor, Tensor]):
-    """What `balanced_topk` returns: `experts_TK, bias_E = balanced_topk(...)`.
+class _ExpertsAndBias(NamedTuple):
+    experts: Tensor
+    bias: Tensor
+
+
+class BalancedTopK(_ExpertsAndBias):
+    """What `balanced_topk` returns, a named tuple of two: `experts_TK, bias_E = balanced_topk(...)`.
 
     Attributes:
         experts: (T, K) int64, the experts of every token, in no order; 0 to K − 1 for masked tokens.
-        bias: (E,) float32, or float64 for float64 scores: the experts of each token are the K largest of C + bias, up
+        bias: (E,) float32, or float64 for float64 logits: the experts of each token are the K largest of C + bias, up
             to ties. Mean 0 over the experts with mass; −inf for an expert without. Start the next call from it.
         passes: how often all tokens were counted. A 0-d tensor where a tracer or a transform of `torch.func` looks on.
         moves: how often the repair gave a token another expert; a 0-d tensor as well.
@@ -73,28 +77,18 @@ class BalancedTopk(tuple[Tensor, Tensor]):
     passes: int | Tensor
     moves: int | Tensor
 
-    def __new__(cls, experts_TK: Tensor, bias_E: Tensor, passes: int | Tensor, moves: int | Tensor) -> BalancedTopk:
-        self = super().__new__(cls, (experts_TK, bias_E))
+    def __new__(cls, experts: Tensor, bias: Tensor, passes: int | Tensor = 0, moves: int | Tensor = 0) -> BalancedTopK:
+        self = super().__new__(cls, experts, bias)
         self.passes, self.moves = passes, moves
         return self
 
     def __getnewargs__(self) -> tuple[Tensor, Tensor, int | Tensor, int | Tensor]:
         return self.experts, self.bias, self.passes, self.moves
 
-    @property
-    def experts(self) -> Tensor:
-        """(T, K) int64."""
-        return self[0]
-
-    @property
-    def bias(self) -> Tensor:
-        """(E,)."""
-        return self[1]
-
 
 @uncompiled
 def balanced_topk(
-    scores_TE: Tensor,
+    logits_TE: Tensor,
     k: int,
     tol: float = 0.01,
     *,
@@ -102,8 +96,8 @@ def balanced_topk(
     token_mask: Tensor | None = None,
     expert_mass: Tensor | Sequence[float] | None = None,
     init: Tensor | None = None,
-) -> BalancedTopk:
-    """Choose k distinct experts for every token so that loads are balanced and the chosen scores are largest.
+) -> BalancedTopK:
+    """Choose k distinct experts for every token so that loads are balanced and the chosen logits are largest.
 
     With target t_j = k · T_real · mass_j / Σ mass, every load comes within `tol` of its target,
 
@@ -112,24 +106,24 @@ def balanced_topk(
     or is t_j rounded up or down, where that is further. Of all assignments with the same loads it is one with
     the largest sum of C, and the slack is used where it raises that sum: with tol=0 it is the largest for the targets,
     rounded as is best; with more it is larger. Forbidden experts may leave a load below (1 − tol) t_j, never one above
-    the upper bound. Nothing is random: the same scores give the same experts. The scores get no gradient.
+    the upper bound. Nothing is random: the same logits give the same experts. The logits get no gradient.
 
-    Time goes into some passes over the scores and into moving single tokens; without the compiled kernels the latter
+    Time goes into some passes over the logits and into moving single tokens; without the compiled kernels the latter
     can take seconds. Ctrl-C is served within a second.
 
     Args:
-        scores_TE: (T, E) scores of any floating-point dtype. −inf forbids an expert to a token.
+        logits_TE: (T, E) logits of any floating-point dtype. −inf forbids an expert to a token.
         k: experts per token, 1 to E.
         tol: largest relative deviation of a load from its target, ≥ 0. 0 asks for the targets, rounded.
-        cost: "linear" to maximise the sum of the scores, "softmax" that of each row's softmax.
-        token_mask: (T,) bool, True = real token. What the scores of the others hold (even NaN) is ignored; they get
+        cost: "linear" to maximise the sum of the logits, "softmax" that of each row's softmax.
+        token_mask: (T,) bool, True = real token. What the logits of the others hold (even NaN) is ignored; they get
             experts 0 to k − 1, which count for nothing.
         expert_mass: (E,) relative capacities ≥ 0 of any scale; None for equal ones. An expert with 0 is not chosen. No
             expert may get more than 1/k of the sum: it can take a token only once.
         init: (E,) bias to start from, such as that of the call before; entries that are not finite start from 0.
 
     Returns:
-        `(experts_TK, bias_E)` with the attributes of `BalancedTopk`.
+        `(experts_TK, bias_E)` with the attributes of `BalancedTopK`.
 
     Raises:
         TypeError: an argument of a wrong type or dtype, or a tensor that stands for something else, such as a
@@ -137,32 +131,31 @@ def balanced_topk(
         ValueError: a wrong shape, an unknown name, a number out of range, a token with fewer than k experts that are
             allowed, an expert that would have to take tokens twice, or −inf in so many places that no assignment
             has loads within `tol`.
-        NonFiniteScores: a score of a real token is NaN or +inf (names the first). A ValueError.
+        NonFiniteLogits: a logit of a real token is NaN or +inf (names the first). A ValueError.
 
     Example:
         >>> import torch
-        >>> scores_TE = torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 1.0], [3.0, 2.0]])  # all prefer expert 0
-        >>> experts_TK, bias_E = balanced_topk(scores_TE, k=1)
+        >>> logits_TE = torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 1.0], [3.0, 2.0]])  # all prefer expert 0
+        >>> experts_TK, bias_E = balanced_topk(logits_TE, k=1)
         >>> experts_TK.flatten().tolist()
         [0, 0, 1, 1]
     """
-    scores_TE = check_scores_form(scores_TE)
-    _check_numbers(scores_TE, k, tol)
+    logits_TE = check_logits_form(logits_TE)
+    _check_numbers(logits_TE, k, tol)
     tol = float(tol)
-    mask = plain("token_mask", token_mask, scores_TE)
-    mass_E = None if expert_mass is None else as_masses(expert_mass, scores_TE)
-    init = plain("init", init, scores_TE)
-    if not readable(scores_TE, mask, mass_E, init):
-        with torch.no_grad(), full_precision(scores_TE):  # what can be refused without looking at numbers
-            starting_potentials(make_problem(scores_TE, 1.0, cost, mask, None, mass_E, None), init)
-        found = torch.ops.sinkroute.balanced_topk(scores_TE.detach(), k, tol, cost, mask, mass_E, init)
-        return BalancedTopk(*found)
-    experts_TK, bias_E, passes, moves = _balanced_topk(scores_TE, k, tol, cost, mask, mass_E, init)
-    return BalancedTopk(experts_TK, bias_E, passes, moves)
+    mask = plain("token_mask", token_mask, logits_TE)
+    mass_E = None if expert_mass is None else as_masses(expert_mass, logits_TE)
+    init = plain("init", init, logits_TE)
+    if not readable(logits_TE, mask, mass_E, init):
+        with torch.no_grad(), full_precision(logits_TE):  # what can be refused without looking at numbers
+            starting_potentials(make_problem(logits_TE, 1.0, cost, mask, expert_mass=mass_E), init)
+        found = torch.ops.sinkroute.balanced_topk(logits_TE.detach(), k, tol, cost, mask, mass_E, init)
+        return BalancedTopK(*found)
+    return BalancedTopK(*_balanced_topk(logits_TE, k, tol, cost, mask, mass_E, init))
 
 
 def _balanced_topk(
-    scores_TE: Tensor,
+    logits_TE: Tensor,
     k: int,
     tol: float,
     cost: str,
@@ -170,8 +163,8 @@ def _balanced_topk(
     expert_mass: Tensor | None,
     init: Tensor | None,
 ) -> tuple[Tensor, Tensor, int, int]:
-    with torch.no_grad(), full_precision(scores_TE):
-        problem = make_problem(scores_TE, 1.0, cost, token_mask, None, expert_mass, None)
+    with torch.no_grad(), full_precision(logits_TE):
+        problem = make_problem(logits_TE, 1.0, cost, token_mask, expert_mass=expert_mass)
         init_E = starting_potentials(problem, init)
         _check(problem, k, tol)
         target_E = k * problem.target_E
@@ -181,7 +174,7 @@ def _balanced_topk(
             choice, passes = choose(problem, k, start_E, target_E), 1
         else:
             choice, passes = _search(problem, k, target_E, init_E)
-        # A load above its target raises the score where the price is low, as all want the expert, and one below where
+        # A load above its target raises the sum where the price is low, as all want the expert, and one below where
         # it is high. Only there may the repair leave it, unless too much is forbidden for that.
         wanted_E = problem.centre(choice.bias_E) < 0
         floor_E, ceiling_E = _bounds(target_E, 0)
@@ -197,7 +190,7 @@ def _balanced_topk(
             worst = int((loads_E - upper_E).argmax())
             raise ValueError(
                 f"tol={tol} cannot be kept: expert {worst} has a load of {int(loads_E[worst])} and may have "
-                f"{int(upper_E[worst])}, but its tokens are allowed (scores above −inf) no expert with room; raise tol "
+                f"{int(upper_E[worst])}, but its tokens are allowed (logits above −inf) no expert with room; raise tol "
                 "or expert_mass, or allow more"
             )
         largest = torch.finfo(problem.dtype).max
@@ -207,7 +200,7 @@ def _balanced_topk(
 
 
 def _operation(
-    scores_TE: Tensor,
+    logits_TE: Tensor,
     k: int,
     tol: float,
     cost: str,
@@ -215,43 +208,39 @@ def _operation(
     expert_mass: Tensor | None,
     init: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    found = _balanced_topk(scores_TE, k, tol, cost, token_mask, expert_mass, init)
-    passes, moves = (torch.tensor(count, device=scores_TE.device) for count in found[2:])
+    found = _balanced_topk(logits_TE, k, tol, cost, token_mask, expert_mass, init)
+    passes, moves = (torch.tensor(count, device=logits_TE.device) for count in found[2:])
     return found[0], found[1], passes, moves
 
 
-def _shape(scores_TE: Tensor, k: int, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    count = scores_TE.new_empty((), dtype=torch.int64)
-    bias_E = scores_TE.new_empty(scores_TE.shape[1], dtype=torch.promote_types(scores_TE.dtype, torch.float32))
-    return scores_TE.new_empty(scores_TE.shape[0], k, dtype=torch.int64), bias_E, count, torch.empty_like(count)
+def _shape(logits_TE: Tensor, k: int, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count = logits_TE.new_empty((), dtype=torch.int64)
+    bias_E = logits_TE.new_empty(logits_TE.shape[1], dtype=torch.promote_types(logits_TE.dtype, torch.float32))
+    return logits_TE.new_empty(logits_TE.shape[0], k, dtype=torch.int64), bias_E, count, torch.empty_like(count)
 
 
 define(
-    "balanced_topk(Tensor scores, SymInt k, float tol, str cost, Tensor? token_mask, Tensor? expert_mass, "
+    "balanced_topk(Tensor logits, SymInt k, float tol, str cost, Tensor? token_mask, Tensor? expert_mass, "
     "Tensor? init) -> (Tensor, Tensor, Tensor, Tensor)",
     _operation,
     _shape,
 )
 
 
-def _check_numbers(scores_TE: Tensor, k: int, tol: float) -> None:
-    experts = scores_TE.shape[1]
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
-    if not 1 <= k <= experts:
-        raise ValueError(f"k must be 1 to {experts}, the number of experts, got {k}")
+def _check_numbers(logits_TE: Tensor, k: int, tol: float) -> None:
+    check_k(k, logits_TE.shape[1])
     require_numbers(tol=tol)
     if not 0 <= tol < math.inf:
         raise ValueError(f"tol must be a finite number, at least 0, got {tol}")
 
 
 def _check(problem: Problem, k: int, tol: float) -> None:
-    scores_TE = problem.scores_TE
+    logits_TE = problem.logits_TE
     if not problem.target_E.any():
         return
-    low, high = scores_TE.aminmax()
+    low, high = logits_TE.aminmax()
     if not high < math.inf:  # also where it is NaN; perhaps in a masked row only
-        refuse_bad_scores(problem)
+        refuse_bad_logits(problem)
     share_E = problem.target_E / problem.target_E.sum()
     if k * share_E.max() > 1 + 1e-9:
         most = int(share_E.argmax())
@@ -261,14 +250,14 @@ def _check(problem: Problem, k: int, tol: float) -> None:
         )
     if -math.inf < low and problem.positive_E.all():
         return
-    for rows in chunks(*scores_TE.shape):
-        allowed_R = ((scores_TE[rows] > -math.inf) & problem.positive_E).sum(dim=1)
+    for part in problem.parts():
+        allowed_R = ((logits_TE[part] > -math.inf) & problem.positive_E).sum(dim=1)
         if problem.token_mask is not None:
-            allowed_R = allowed_R.masked_fill(~problem.token_mask[rows], k)
+            allowed_R = allowed_R.masked_fill(~problem.token_mask[part], k)
         if (allowed_R < k).any():
             token = int((allowed_R < k).nonzero()[0])
             raise ValueError(
-                f"k={k}, but scores_TE[{rows.start + token}] allows {int(allowed_R[token])} experts (scores above "
+                f"k={k}, but logits_TE[{part.start + token}] allows {int(allowed_R[token])} experts (logits above "
                 "−inf, expert_mass above 0); lower k, allow more, or mask the token with token_mask"
             )
 
@@ -293,12 +282,12 @@ def _search(problem: Problem, k: int, target_E: Tensor, init_E: Tensor | None) -
     if init_E is not None:
         bias_E = _plausible(problem, init_E)
     else:
-        tokens, experts = problem.scores_TE.shape
+        tokens, experts = problem.logits_TE.shape
         bias_E = _column_quantiles(problem, k, target_E)
         levels = int(math.log(max(1, tokens * k / (experts * SAMPLED_LOAD)), 4))
         for level in range(levels, 0, -1):
             sample = problem.every(4**level)
-            real = len(sample.scores_TE) if sample.token_mask is None else int(sample.token_mask.sum())
+            real = sample.count()
             if real == 0:
                 continue
             sampled_E = target_E * (real * k / target_E.sum())
@@ -345,7 +334,7 @@ def _repaired(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor
         return choice, 0
     # The repair goes from token to token, which is nothing for an accelerator.
     mask, device = problem.token_mask, choice.bias_E.device
-    here = replace(problem, scores_TE=problem.scores_TE.cpu(), token_mask=None if mask is None else mask.cpu())
+    here = replace(problem, logits_TE=problem.logits_TE.cpu(), token_mask=None if mask is None else mask.cpu())
     changed = Choice(*(x.cpu() for x in choice))._replace(bias_E=choice.bias_E.cpu().double())
     moves = repair(here, changed, lower_E.cpu(), upper_E.cpu(), rounds=rounds)
     bias_E = changed.bias_E.to(choice.bias_E.dtype)
@@ -354,7 +343,7 @@ def _repaired(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor
 
 def _plausible(problem: Problem, init_E: Tensor) -> Tensor:
     """A start whose differences are not far beyond those of the costs: there the costs would be lost to rounding."""
-    cost_SE = problem.every(max(1, len(problem.scores_TE) // 1024)).cost_TE()
+    cost_SE = problem.every(max(1, len(problem.logits_TE) // 1024)).cost_TE()
     finite_N = cost_SE[cost_SE.isfinite()]
     if len(finite_N) == 0:
         return torch.zeros_like(init_E)
@@ -364,8 +353,8 @@ def _plausible(problem: Problem, init_E: Tensor) -> Tensor:
 
 def _column_quantiles(problem: Problem, k: int, target_E: Tensor) -> Tensor:
     """Minus the cost that expert j's share of the tokens is above, (E,) float64, from a sample."""
-    sample = problem.every(max(1, len(problem.scores_TE) // 1024))
-    real = len(sample.scores_TE) if sample.token_mask is None else int(sample.token_mask.sum())
+    sample = problem.every(max(1, len(problem.logits_TE) // 1024))
+    real = sample.count()
     if real == 0:
         return torch.zeros_like(target_E)
     rank_E = (real * k * target_E / target_E.sum()).long().clamp(0, real - 1) + 1

@@ -7,7 +7,7 @@ p_i(g) = softmax((C_i + g) / ξ) and s(g) = Σ_i m_i p_i(g):
     ∇F     = s(g) − t
     ∇²F    = (1/ξ) Lap(Pᵀ diag(m) P),      diagonal (s_j − q_j) / ξ  with  q_j = Σ_i m_i p_ij²
 
-One pass over the scores gives s and q, E numbers each; everything else here is arithmetic on such vectors. Sinkhorn is
+One pass over the logits gives s and q, E numbers each; everything else here is arithmetic on such vectors. Sinkhorn is
 the step g_j ← g_j + ξ log(t_j / s_j): to first order it divides the gradient by s_j / ξ instead of (s_j − q_j) / ξ. As
 ξ → 0 rows become one-hot, q_j → s_j, and the two drift apart by any factor; that is why it stalls.
 
@@ -16,7 +16,7 @@ the step g_j ← g_j + ξ log(t_j / s_j): to first order it divides the gradient
 2. L-BFGS (Nocedal & Wright, *Numerical Optimization*, algorithm 7.4) from H₀ = diag(ξ / (s − q)), at most MEMORY pairs.
    Far from balance: Sinkhorn steps. A step is at most `reach` long, which grows while the slope hardly changes along
    steps that were cut, and shrinks when one overshoots. F is convex along a line, so slopes alone tell where to stop.
-3. If the error has not halved in PATIENCE passes, the problem is nearly degenerate (clusters of like tokens, scores far
+3. If the error has not halved in PATIENCE passes, the problem is nearly degenerate (clusters of like tokens, logits far
    apart in units of ξ): follow the solution down from a ξ at which it is easy, a factor ANNEAL at a time.
 
 It stops at max_j |s_j / t_j − 1| ≤ tol, or returns the best g seen and how good it is.
@@ -31,37 +31,50 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sinkroute.transport import device
-from sinkroute.transport.passes import make_pass
-from sinkroute.transport.problem import Problem, Solution, refuse_bad_scores
+from sinkroute.kernels.column_sums import make_pass
+from sinkroute.kernels.search import search_on_device
+from sinkroute.kernels.tuning import (
+    ANNEAL,
+    ANNEAL_PASSES,
+    ANNEAL_TOLERANCE,
+    FAR_ABOVE,
+    FAR_BELOW,
+    MEMORY,
+    PATIENCE,
+    REACH,
+    SAMPLE_AT_LEAST,
+    SAMPLE_PER_EXPERT,
+)
+from sinkroute.transport.problem import Problem, Solution, refuse_bad_logits
 
 __all__ = ["dual"]
 
 MAX_PASSES = 200
-SAMPLE_AT_LEAST, SAMPLE_PER_EXPERT = 512, 32  # rows
-MEMORY = 10
-REACH = 30.0  # of a first step, in units of ξ
-FAR_BELOW, FAR_ABOVE = 0.1, 8.0  # s / t outside: far from balance
-PATIENCE = 10  # passes in which the error must halve
-ANNEAL, ANNEAL_TOLERANCE, ANNEAL_PASSES = 4.0, 0.3, 12
 
 
 def dual(problem: Problem, *, tol: float, max_passes: int | None, init_E: torch.Tensor | None) -> Solution:
     """Minimise the dual by L-BFGS, in at most 200 passes by default; returns the best potentials seen.
 
     The column error is that of the returned potentials. Passes over the sample of the start count by their share. On
-    a GPU with Triton the whole search runs there, in at most 20 passes by default (`device`).
+    a GPU with Triton the whole search runs there, in at most 20 passes by default.
     """
-    if device.serves(problem):
-        try:
-            return device.device_dual(problem, tol=tol, max_passes=max_passes, init_E=init_E)
-        except Exception as error:  # whatever it is that Triton lacks on this machine
-            device.without_triton(error)
+    found = search_on_device(
+        problem,
+        problem.target_E,
+        problem.positive_E,
+        problem.reg,
+        tol=tol,
+        max_passes=max_passes,
+        init_E=init_E,
+        reduce=problem.reduce,
+    )
+    if found is not None:
+        return Solution(*found)
     search = _Search(problem, MAX_PASSES if max_passes is None else max_passes)
     with np.errstate(all="ignore"):
         search.run(tol, None if init_E is None else init_E.double().cpu().numpy())
-    if problem.scores_TE.device.type == "cpu" and not math.isfinite(search.best_error):
-        refuse_bad_scores(problem)
+    if problem.logits_TE.device.type == "cpu" and not math.isfinite(search.best_error):
+        refuse_bad_logits(problem)
     like_E = problem.target_E
     return Solution(
         torch.from_numpy(search.of_all_experts(np.nan_to_num(search.best_A))).to(like_E),
@@ -128,7 +141,7 @@ class _Search:
         reduce = self.problem.reduce
         if reduce is None:
             return x
-        return reduce(torch.from_numpy(x).to(self.problem.scores_TE.device)).double().cpu().numpy()
+        return reduce(torch.from_numpy(x).to(self.problem.logits_TE.device)).double().cpu().numpy()
 
     def evaluate(self, point_A: np.ndarray, reg: float) -> Balance:
         """A pass over all rows on all ranks; remembers the best potentials for the ξ that was asked for."""
@@ -136,7 +149,7 @@ class _Search:
         sums_2E = self.over_ranks(self.rows.column_sums(self.of_all_experts(point_A), reg, self.precision))
         ratios_A, squares_A = self.of_active(sums_2E) / self.target_A
         error = float(largest(ratios_A - 1))
-        # NaN is taken too if it is all there is: it tells of bad scores.
+        # NaN is taken too if it is all there is: it tells of bad logits.
         if reg == self.problem.reg and (error < self.best_error or not math.isfinite(self.best_error)):
             self.best_error, self.best_A = error, point_A
         return Balance(ratios_A, ratios_A - squares_A, error)
@@ -146,11 +159,11 @@ class _Search:
     def start(self) -> tuple[np.ndarray, float]:
         """The better of two guesses, and how far apart the costs of an expert are: the ξ at which all is easy."""
         problem = self.problem
-        tokens, experts = problem.scores_TE.shape
+        tokens, experts = problem.logits_TE.shape
         step = max(1, tokens // max(SAMPLE_AT_LEAST, SAMPLE_PER_EXPERT * experts))
         sample = problem.every(step)
         rows = make_pass(sample)
-        real = len(sample.scores_TE) if sample.token_mask is None else int(sample.token_mask.sum())
+        real = sample.count()
         share_E = problem.target_E.double().cpu().numpy()
         share_E = share_E / add(share_E)
         ranks_E = np.minimum(np.maximum(np.rint(share_E * real), 1), max(real, 1)).astype(np.int64)

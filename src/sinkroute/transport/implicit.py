@@ -31,86 +31,83 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkroute.transport.passes.chunked import chunks
-from sinkroute.transport.problem import Problem, cost_matrix
+from sinkroute.transport.problem import Problem
 
-__all__ = ["potentials_of_scores"]
+__all__ = ["potentials_of_logits"]
 
 # From each expert this fraction of its column sum leaks to ground. It keeps w finite where experts share less than that
 # with all others; they get the gradient of experts that share nothing.
 LEAK = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
-def potentials_of_scores(scores_TE: Tensor, potentials_E: Tensor, problem: Problem) -> Tensor:
-    """The solved potentials (E,), unchanged in value, now a differentiable function of the scores (T, E).
+def potentials_of_logits(logits_TE: Tensor, potentials_E: Tensor, problem: Problem) -> Tensor:
+    """The solved potentials (E,), unchanged in value, now a differentiable function of the logits (T, E).
 
-    Keeps the scores and E numbers for backward, which solves one E × E system in float64. It can be differentiated
+    Keeps the logits and E numbers for backward, which solves one E × E system in float64. It can be differentiated
     again, at the price of T × E temporaries. With `problem.reduce`, backward is a collective of all ranks, takes the
     loss to be the sum over the ranks, and cannot be differentiated again (NotImplementedError).
     """
-    return _Potentials.apply(scores_TE, potentials_E, problem)
+    return _Potentials.apply(logits_TE, potentials_E, problem)
 
 
 class _Potentials(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(scores_TE: Tensor, solved_E: Tensor, problem: Problem) -> Tensor:
+    def forward(logits_TE: Tensor, solved_E: Tensor, problem: Problem) -> Tensor:
         return solved_E.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Problem], output: Tensor) -> None:
-        scores_TE, _, problem = inputs
-        # By autograd, not by the problem: so it notices a change in place, and checkpointing can drop the scores.
-        ctx.save_for_backward(scores_TE, output, problem.token_mask, problem.token_mass)
-        ctx.problem = replace(problem, scores_TE=scores_TE.new_empty(0, 0), token_mask=None, token_mass=None)
+        logits_TE, _, problem = inputs
+        # By autograd, not by the problem: so it notices a change in place, and checkpointing can drop the logits.
+        ctx.save_for_backward(logits_TE, output, problem.token_mask, problem.token_mass)
+        ctx.problem = replace(problem, logits_TE=logits_TE.new_empty(0, 0), token_mask=None, token_mass=None)
 
     @staticmethod
     def backward(ctx: Any, upstream_E: Tensor) -> tuple[Tensor, None, None]:
         # Operations that autograd knows, on saved tensors that remember where they come from: a second derivative
         # needs nothing else, as the potentials lead back to this very function.
-        scores_TE, potentials_E, token_mask, token_mass = ctx.saved_tensors
-        problem = replace(ctx.problem, scores_TE=scores_TE, token_mask=token_mask, token_mass=token_mass)
+        logits_TE, potentials_E, token_mask, token_mass = ctx.saved_tensors
+        problem = replace(ctx.problem, logits_TE=logits_TE, token_mask=token_mask, token_mass=token_mass)
         if torch.is_grad_enabled() and problem.reduce is not None:
             raise NotImplementedError(
                 "a plan from solve(..., differentiable=True) over several ranks has no second derivative, as the sum "
                 "over the ranks is not differentiable; call backward without create_graph"
             )
-        return _gradient_of_scores(problem, potentials_E, upstream_E), None, None
+        return _gradient_of_logits(problem, potentials_E, upstream_E), None, None
 
 
-def _gradient_of_scores(problem: Problem, potentials_E: Tensor, upstream_E: Tensor) -> Tensor:
-    tokens, experts = problem.scores_TE.shape
-    wide = problem.target_E.dtype
+def _gradient_of_logits(problem: Problem, potentials_E: Tensor, upstream_E: Tensor) -> Tensor:
+    experts, wide = problem.logits_TE.shape[1], problem.target_E.dtype
     shared_EE = torch.zeros(experts, experts, dtype=wide, device=potentials_E.device)
-    for rows in chunks(tokens, experts):
-        _, p_RE, plan_RE = _rows(problem, potentials_E, rows)
+    for part in problem.parts():
+        _, p_RE, plan_RE = _rows(problem, potentials_E, part)
         shared_EE = shared_EE + p_RE.T @ plan_RE  # not in place: under vmap the zeros are one matrix, these are many
     # One collective for both.
     sums_FE = problem.over_ranks(torch.cat([shared_EE, upstream_E.to(wide)[None]]))
     # Potentials have mean 0 over the experts with mass; the others have p = 0, so that their w does not matter.
     v_E = torch.where(problem.positive_E, sums_FE[-1], 0)
     w_E = _voltages(sums_FE[:-1], v_E - v_E.sum() / problem.positive_E.sum())
-    # Like w, not like the scores: where many gradients are asked for at once, w is many.
-    gradient_TE = w_E.new_empty(problem.scores_TE.shape, dtype=problem.scores_TE.dtype)
-    for rows in chunks(tokens, experts):
-        cost_RE, p_RE, plan_RE = _rows(problem, potentials_E, rows)
+    # Like w, not like the logits: where many gradients are asked for at once, w is many.
+    gradient_TE = w_E.new_empty(problem.logits_TE.shape, dtype=problem.logits_TE.dtype)
+    for part in problem.parts():
+        cost_RE, p_RE, plan_RE = _rows(problem, potentials_E, part)
         gradient_RE = plan_RE * ((p_RE @ w_E)[:, None] - w_E)
         if problem.cost == "softmax":
             share_RE = cost_RE.clamp(min=0)  # a forbidden expert has cost −inf, a share of 0
             gradient_RE = share_RE * (gradient_RE - (share_RE * gradient_RE).sum(dim=1, keepdim=True))
-        gradient_TE[rows] = gradient_RE.to(gradient_TE.dtype)
+        gradient_TE[part] = gradient_RE.to(gradient_TE.dtype)
     return gradient_TE
 
 
-def _rows(problem: Problem, potentials_E: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+def _rows(problem: Problem, potentials_E: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Some rows, (R, E) float64: of C, of P, and of diag(m) P."""
-    mask_R = None if problem.token_mask is None else problem.token_mask[rows]
-    cost_RE = cost_matrix(problem.scores_TE[rows], problem.cost, mask_R).to(problem.target_E.dtype)
+    cost_RE = problem.cost_TE(part).to(problem.target_E.dtype)
     p_RE = (cost_RE + potentials_E).div_(problem.reg).softmax(dim=1)
     if problem.token_mass is not None:
-        return cost_RE, p_RE, p_RE * problem.token_mass[rows, None]
-    return cost_RE, p_RE, p_RE if mask_R is None else p_RE.masked_fill(~mask_R[:, None], 0)
+        return cost_RE, p_RE, p_RE * problem.token_mass[part, None]
+    return cost_RE, p_RE, p_RE if problem.token_mask is None else p_RE.masked_fill(~problem.token_mask[part, None], 0)
 
 
 def _voltages(shared_EE: Tensor, currents_E: Tensor) -> Tensor:

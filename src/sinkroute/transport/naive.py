@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sinkroute.transport.problem import Problem, Solution, refuse_bad_scores
+from sinkroute.transport.problem import Problem, Solution, refuse_bad_logits
 
 __all__ = ["naive"]
 
@@ -20,8 +20,8 @@ MAX_PASSES = 100
 
 def naive(problem: Problem, *, tol: float, max_passes: int | None, init_E: Tensor | None) -> Solution:
     """Sinkhorn–Knopp on exp(C / ξ), at most 100 passes by default; NaN potentials and error where that overflows."""
-    if problem.scores_TE.device.type == "cpu":
-        refuse_bad_scores(problem)
+    if problem.logits_TE.device.type == "cpu":
+        refuse_bad_logits(problem)
     limit = MAX_PASSES if max_passes is None else max_passes
     kernel_TE = (problem.cost_TE() / problem.reg).exp()
     target_E = problem.target_E.to(kernel_TE)

@@ -1,16 +1,25 @@
-"""What `solve` returns: potentials, the scores they belong to, how good they are; the T × E matrix only on demand."""
+"""What `solve` returns: potentials, the logits they belong to, how good they are; the T × E matrix only on demand."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sinkroute.transport.passes.topk import topk_rows
-from sinkroute.transport.problem import cost_matrix
+from sinkroute.kernels.plan_topk import plan_topk
+from sinkroute.kernels.rows import Rows, working_dtype
+from sinkroute.transport.checks import check_k
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "TopK"]
+
+
+class TopK(NamedTuple):
+    """The best experts of every token, descending: weights (T, K) in float32 or float64, experts (T, K) int64."""
+
+    weights: Tensor
+    experts: Tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -20,7 +29,7 @@ class Plan:
     Attributes:
         potentials: (E,) float64 (float32 from some methods), mean 0 over the experts with mass; −inf for an expert
             without. At small `reg` float32 potentials would spoil the balance.
-        scores: (T, E), as given to `solve`, any floating-point dtype; not a copy. Without gradient unless
+        logits: (T, E), as given to `solve`, any floating-point dtype; not a copy. Without gradient unless
             `solve(..., differentiable=True)`.
         cost_name: "linear" or "softmax".
         reg: the entropy weight ξ.
@@ -30,7 +39,7 @@ class Plan:
         column_error: 0-d tensor, largest relative deviation of a column sum from its target at `potentials`; experts
             without mass do not count.
         converged: 0-d bool tensor, `column_error <= tol`.
-        pass_count: how often the solver went over the scores; a 0-d tensor where the solver ran on an accelerator.
+        pass_count: how often the solver went over the logits; a 0-d tensor where the solver ran on an accelerator.
 
     Example:
         >>> import torch
@@ -43,7 +52,7 @@ class Plan:
     """
 
     potentials: Tensor
-    scores: Tensor
+    logits: Tensor
     cost_name: str
     reg: float
     token_mask: Tensor | None
@@ -54,18 +63,18 @@ class Plan:
     pass_count: int | Tensor
 
     def __repr__(self) -> str:
-        tokens, experts = self.scores.shape
+        tokens, experts = self.logits.shape
         return f"Plan({tokens=}, {experts=}, reg={self.reg}, method={self.method!r}, passes={self.passes})"
 
     @property
     def passes(self) -> int:
-        """How often the solver went over the scores. Waits for an accelerator if the solver ran on one."""
+        """How often the solver went over the logits. Waits for an accelerator if the solver ran on one."""
         return int(self.pass_count)
 
     @property
     def cost(self) -> Tensor:
-        """C (T, E) in float32 or float64: the scores or their row softmax, made anew at each call."""
-        return cost_matrix(self.scores, self.cost_name, self.token_mask)
+        """C (T, E) in float32 or float64: the logits or their row softmax, made anew at each call."""
+        return self._rows.cost_TE()
 
     def matrix(self) -> Tensor:
         """The plan Π, (T, E): rows sum to the token's mass, 1 for real tokens unless told, 0 for masked ones.
@@ -73,15 +82,15 @@ class Plan:
         Columns sum to `Σ token_mass · expert_mass / Σ expert_mass` within `column_error`, over all ranks.
         """
         # In the dtype of the potentials: at small reg the shift must not be rounded to float32.
-        above_TE = self.cost.to(torch.promote_types(self.scores.dtype, self.potentials.dtype)) + self.potentials
+        above_TE = self.cost.to(torch.promote_types(self.logits.dtype, self.potentials.dtype)) + self.potentials
         above_TE = above_TE - above_TE.detach().amax(dim=1, keepdim=True)
-        matrix_TE = (above_TE / self.reg).to(self._dtype).softmax(dim=1)
+        matrix_TE = (above_TE / self.reg).to(working_dtype(self.logits.dtype)).softmax(dim=1)
         if self.token_mass is not None:
             return matrix_TE * self.token_mass[:, None]
         return matrix_TE if self.token_mask is None else matrix_TE.masked_fill(~self.token_mask[:, None], 0)
 
-    def topk(self, k: int, normalise: bool = True) -> tuple[Tensor, Tensor]:
-        """The k largest entries of every row: `(weights_TK, experts_TK)`, descending, of equal ones the lower first.
+    def topk(self, k: int, normalise: bool = True) -> TopK:
+        """The k largest entries of every row, `(weights, experts)`: descending, of equal ones the lower first.
 
         Normalised, row i is `Π_ij / Σ_{j in top k} Π_ij`: of all distributions on k experts the one nearest to
         row i in Kullback–Leibler divergence (arXiv 2511.08972). Order and weights come from (cost + potentials) / reg,
@@ -92,39 +101,28 @@ class Plan:
             normalise: True for weights that sum to 1, False for the entries of the plan.
 
         Returns:
-            Weights (T, K) in float32 (float64 for float64 scores), 0 for masked tokens, and expert indices (T, K)
-            int64, 0 to k − 1 for masked tokens. A forbidden expert is only chosen where a token has fewer than k
+            A named tuple of weights (T, K) in float32 (float64 for float64 logits), 0 for masked tokens, and experts
+            (T, K) int64, 0 to k − 1 for masked tokens. A forbidden expert is only chosen where a token has fewer than k
             others, with weight 0.
 
         Raises:
+            TypeError: k is no int.
             ValueError: k is not in 1 to E.
 
         Example:
             >>> import torch
             >>> from sinkroute.transport import solve
             >>> plan = solve(torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 1.0], [3.0, 2.0]]), reg=0.5)
-            >>> weights_TK, experts_TK = plan.topk(1)
-            >>> experts_TK.flatten().tolist(), weights_TK.flatten().tolist()
+            >>> top = plan.topk(1)
+            >>> top.experts.flatten().tolist(), top.weights.flatten().tolist()
             ([0, 0, 1, 1], [1.0, 1.0, 1.0, 1.0])
         """
-        experts = self.scores.shape[1]
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k must be an int, got {type(k).__name__}")
-        if not 1 <= k <= experts:
-            raise ValueError(f"k must be 1 to {experts}, the number of experts, got {k}")
-        weights_TK, experts_TK = topk_rows(
-            self.scores.detach(),
-            self.cost_name,
-            self.token_mask,
-            self.token_mass,
-            self.potentials.detach(),
-            self.reg,
-            k,
-            normalise,
-        )
-        if self.potentials.requires_grad or self.scores.requires_grad:
+        check_k(k, self.logits.shape[1])
+        rows = replace(self._rows, logits_TE=self.logits.detach())
+        weights_TK, experts_TK = plan_topk(rows, self.potentials.detach(), self.reg, k, normalise)
+        if self.potentials.requires_grad or self.logits.requires_grad:
             weights_TK = self.weigh(experts_TK, normalise)
-        return weights_TK, experts_TK
+        return TopK(weights_TK, experts_TK)
 
     def weigh(self, experts_TK: Tensor, normalise: bool = True) -> Tensor:
         """The entries of the plan at experts (T, K) that were chosen otherwise, as `topk` weighs its own.
@@ -137,17 +135,17 @@ class Plan:
         """
         if not normalise:
             return self.matrix().gather(1, experts_TK)
-        # The linear cost is looked up where the scores are: K numbers of a row are kept for backward, not E.
-        cost_TE = self.scores if self.cost_name == "linear" else self.cost
+        # The linear cost is looked up where the logits are: K numbers of a row are kept for backward, not E.
+        cost_TE = self.logits if self.cost_name == "linear" else self.cost
         top_TK = cost_TE.gather(1, experts_TK).to(self.potentials.dtype)
         if self.token_mask is not None:
             # NaN in a masked row must not reach any arithmetic: 0 · NaN is NaN, in gradients too.
             top_TK = torch.where(self.token_mask[:, None], top_TK, 0)
         top_TK = top_TK + self.potentials[experts_TK]
         top_TK = top_TK - top_TK.detach().amax(dim=1, keepdim=True)
-        weights_TK = (top_TK / self.reg).to(self._dtype).softmax(dim=1)
+        weights_TK = (top_TK / self.reg).to(working_dtype(self.logits.dtype)).softmax(dim=1)
         return weights_TK if self.token_mask is None else torch.where(self.token_mask[:, None], weights_TK, 0)
 
     @property
-    def _dtype(self) -> torch.dtype:
-        return torch.promote_types(self.scores.dtype, torch.float32)
+    def _rows(self) -> Rows:
+        return Rows(self.logits, self.cost_name, self.token_mask, self.token_mass)

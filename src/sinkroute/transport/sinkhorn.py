@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sinkroute.transport.problem import Problem, Solution, refuse_bad_scores
+from sinkroute.transport.problem import Problem, Solution, refuse_bad_logits
 
 __all__ = ["sinkhorn"]
 
@@ -31,9 +31,9 @@ def sinkhorn(problem: Problem, *, tol: float, max_passes: int | None, init_E: Te
 
     The column error is that of the returned potentials. On an accelerator convergence is checked every 8 passes.
     """
-    on_cpu = problem.scores_TE.device.type == "cpu"
+    on_cpu = problem.logits_TE.device.type == "cpu"
     if on_cpu:
-        refuse_bad_scores(problem)
+        refuse_bad_logits(problem)
     check_every = CHECK_EVERY_CPU if on_cpu else CHECK_EVERY_ACCELERATOR
     limit = MAX_PASSES if max_passes is None else max_passes
     cost_TE = problem.cost_TE()
@@ -55,15 +55,15 @@ def sinkhorn(problem: Problem, *, tol: float, max_passes: int | None, init_E: Te
 
 def column_log_sums(problem: Problem, cost_TE: Tensor, potentials_E: Tensor) -> Tensor:
     """Logarithms of the column sums of the plan at these potentials, (E,) float64, over all ranks; never NaN."""
-    logits_TE = cost_TE + potentials_E
-    logits_TE -= logits_TE.amax(dim=1, keepdim=True)
-    logits_TE /= problem.reg
+    log_plan_TE = cost_TE + potentials_E
+    log_plan_TE -= log_plan_TE.amax(dim=1, keepdim=True)
+    log_plan_TE /= problem.reg
     # A finite floor: at a tiny ξ a whole column may sit at −inf, and its potential would leap to +inf.
-    logits_TE.clamp_(min=torch.finfo(logits_TE.dtype).min / 4)
-    logits_TE -= logits_TE.logsumexp(dim=1, keepdim=True)
+    log_plan_TE.clamp_(min=torch.finfo(log_plan_TE.dtype).min / 4)
+    log_plan_TE -= log_plan_TE.logsumexp(dim=1, keepdim=True)
     if problem.token_mass is not None:
-        logits_TE += problem.token_mass.log()[:, None]
+        log_plan_TE += problem.token_mass.log()[:, None]
     elif problem.token_mask is not None:
-        logits_TE.masked_fill_(~problem.token_mask[:, None], -torch.inf)
-    log_sums_E = logits_TE.logsumexp(dim=0).to(problem.target_E.dtype)
+        log_plan_TE.masked_fill_(~problem.token_mask[:, None], -torch.inf)
+    log_sums_E = log_plan_TE.logsumexp(dim=0).to(problem.target_E.dtype)
     return log_sums_E if problem.reduce is None else problem.reduce(log_sums_E.exp()).log()

@@ -11,27 +11,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sinkroute._errors import unknown_name
-from sinkroute._operations import define
-from sinkroute._uncompiled import uncompiled
-from sinkroute._values import has_tangent, is_watched, plain, readable
-from sinkroute.transport.dual import dual
-from sinkroute.transport.implicit import potentials_of_scores
-from sinkroute.transport.naive import naive
-from sinkroute.transport.plan import Plan
-from sinkroute.transport.problem import (
-    Problem,
-    Reduction,
-    Solution,
+from sinkroute.kernels.operations import define, uncompiled
+from sinkroute.kernels.rows import wide_dtype, working_dtype
+from sinkroute.kernels.storage import has_tangent, is_watched, plain, readable
+from sinkroute.transport.checks import (
     as_masses,
+    check_logits_form,
     check_number,
     check_problem,
-    check_scores_form,
     full_precision,
-    over_all_ranks,
+    make_problem,
     starting_potentials,
-    sum_over_ranks,
-    withdrawn,
 )
+from sinkroute.transport.dual import dual
+from sinkroute.transport.implicit import potentials_of_logits
+from sinkroute.transport.naive import naive
+from sinkroute.transport.plan import Plan
+from sinkroute.transport.problem import Problem, Reduction, Solution
+from sinkroute.transport.ranks import over_all_ranks, sum_over_ranks, withdrawn
 from sinkroute.transport.sinkhorn import sinkhorn
 
 __all__ = ["AUTO", "SOLVERS", "Solver", "list_solvers", "solve"]
@@ -61,7 +58,7 @@ def list_solvers() -> list[str]:
 
 @uncompiled
 def solve(
-    scores_TE: Tensor,
+    logits_TE: Tensor,
     reg: float = 0.1,
     cost: str = "linear",
     *,
@@ -84,28 +81,28 @@ def solve(
     of passes is no error: look at `plan.converged` and `plan.column_error`.
 
     Args:
-        scores_TE: (T, E) in float16, bfloat16, float32 or float64. float64 is worked on in float64, all else in float32
+        logits_TE: (T, E) in float16, bfloat16, float32 or float64. float64 is worked on in float64, all else in float32
             with float64 potentials and sums. T may be 0, and smaller than E. −inf forbids an expert to a token.
         reg: ξ > 0, the weight of the entropy, in units of the cost. Small is sharp and takes more passes.
-        cost: "linear" for C = scores, "softmax" for C = softmax of each row of the scores.
-        token_mask: (T,) bool, True = real token. What the scores of the others hold (even NaN) is ignored.
+        cost: "linear" for C = logits, "softmax" for C = softmax of each row of the logits.
+        token_mask: (T,) bool, True = real token. What the logits of the others hold (even NaN) is ignored.
         token_mass: (T,) mass ≥ 0 of each token, for tokens that count more or less than others; None for 1.
         expert_mass: (E,) relative capacities ≥ 0 of any scale, at least one above 0; None for equal ones. An expert
             with 0 gets nothing and potential −inf.
         method: a name of `list_solvers()`, or "auto", which is "dual".
         tol: stop when no column sum is off its target by more than this fraction. "dual" reaches 1e-6 with float32
-            scores; the float32 potentials of the other methods set a floor of about 1e-7 · |C| / ξ.
-        max_passes: cap on the passes over the scores; None for the method's own: 200 for "dual" (20 on a GPU, where
+            logits; the float32 potentials of the other methods set a floor of about 1e-7 · |C| / ξ.
+        max_passes: cap on the passes over the logits; None for the method's own: 200 for "dual" (20 on a GPU, where
             no host looks on), 1000 for "sinkhorn", 100 for "naive".
         init: (E,) potentials to start from, such as `plan.potentials` of the step before; entries that are not finite
             start from 0.
-        differentiable: True makes `plan.matrix()` and `plan.topk()` differentiable in the scores, by implicit
+        differentiable: True makes `plan.matrix()` and `plan.topk()` differentiable in the logits, by implicit
             differentiation at the solution; twice, on one rank. The gradient's error is that of the column sums times
             a factor that grows as `reg` falls: take `tol=1e-6` at `reg` of 0.01 and below. False: no gradient at all.
         process_group: ranks that hold different tokens of one problem. Column sums and total mass are taken over all
             of them, every rank gets the same potentials and its own rows. A rank may have no tokens. All other
             arguments, and E, must agree between the ranks. With `differentiable` the loss is the sum of the ranks'
-            losses, as DistributedDataParallel takes it; every rank must have scores that require a gradient and run
+            losses, as DistributedDataParallel takes it; every rank must have logits that require a gradient and run
             backward through the plan, with several plans in the same order, or the others wait for it: where a rank's
             loss does not use the plan, add `0 * plan.topk(1)[0].sum()`.
         reduce: instead of `process_group`, the sum over the ranks as a function of yours, for tokens spread over more
@@ -115,18 +112,18 @@ def solve(
         A `Plan`.
 
     Raises:
-        TypeError: scores, mask, masses, init, reg, tol or max_passes of a wrong type or dtype; a tensor that stands for
+        TypeError: logits, mask, masses, init, reg, tol or max_passes of a wrong type or dtype; a tensor that stands for
             something else, such as a `MaskedTensor` or a `DTensor`.
         NotImplementedError: `process_group` or `reduce` under a tracer or `torch.func`; `differentiable` in
             forward-mode differentiation.
-        ValueError: a wrong shape, an unknown name, a number out of range, or scores of a real token that are NaN, +inf
+        ValueError: a wrong shape, an unknown name, a number out of range, or logits of a real token that are NaN, +inf
             or all −inf (names the first). Values are checked on the CPU only: a check on an accelerator would make
-            the host wait for it; there bad scores give a plan with `converged` False.
+            the host wait for it; there bad logits give a plan with `converged` False.
 
     Example:
         >>> import torch
-        >>> scores_TE = torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 1.0], [3.0, 2.0]])  # all prefer expert 0
-        >>> plan = solve(scores_TE, reg=0.5)
+        >>> logits_TE = torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 1.0], [3.0, 2.0]])  # all prefer expert 0
+        >>> plan = solve(logits_TE, reg=0.5)
         >>> plan.matrix().sum(dim=0).round(decimals=3).tolist()
         [2.0, 2.0]
         >>> bool(plan.converged), bool(plan.column_error <= 1e-4)
@@ -145,32 +142,32 @@ def solve(
         )
     name = AUTO if method == "auto" else method
     try:
-        scores_TE = check_scores_form(scores_TE)
+        logits_TE = check_logits_form(logits_TE)
         if method not in ("auto", *SOLVERS):
             raise unknown_name("method", method, ["auto", *SOLVERS])
         _check_budget(tol, max_passes)
         tol = float(tol)
-        mass_E = None if expert_mass is None else as_masses(expert_mass, scores_TE)
-        with full_precision(scores_TE):
-            alone = check_problem(scores_TE, reg, cost, token_mask, token_mass, mass_E)
+        mass_E = None if expert_mass is None else as_masses(expert_mass, logits_TE)
+        with full_precision(logits_TE):
+            alone = check_problem(logits_TE, reg, cost, token_mask, token_mass, mass_E)
             init_E = starting_potentials(alone, init)
-        here = readable(alone.scores_TE, alone.token_mask, alone.token_mass, alone.target_E, init_E)
+        here = readable(alone.logits_TE, alone.token_mask, alone.token_mass, alone.target_E, init_E)
         if reduce is not None and not here:
             raise TypeError(
-                f"scores_TE of type {type(scores_TE).__name__} on {scores_TE.device} holds no numbers that ranks could "
+                f"logits_TE of type {type(logits_TE).__name__} on {logits_TE.device} holds no numbers that ranks could "
                 "add up; leave process_group and reduce out, or pass real tensors"
             )
         wants_gradient = differentiable and torch.is_grad_enabled()
-        if wants_gradient and has_tangent(scores_TE):
+        if wants_gradient and has_tangent(logits_TE):
             raise NotImplementedError(
-                "differentiable=True gives derivatives by backward only, and scores_TE carries a tangent (forward-mode "
+                "differentiable=True gives derivatives by backward only, and logits_TE carries a tangent (forward-mode "
                 "differentiation, torch.func.jvp or jacfwd); take torch.func.vjp or jacrev, or differentiable=False"
             )
     except Exception:
         if reduce is not None:  # the others wait for this rank
-            _leave(scores_TE, reduce, name, tol, max_passes)
+            _leave(logits_TE, reduce, name, tol, max_passes)
         raise
-    with full_precision(scores_TE):
+    with full_precision(logits_TE):
         problem = over_all_ranks(alone, reduce)
         with torch.no_grad():
             if here:
@@ -178,7 +175,7 @@ def solve(
             else:
                 found = Solution(
                     *torch.ops.sinkroute.solve(
-                        alone.scores_TE,
+                        alone.logits_TE,
                         plain("token_mask", token_mask),
                         plain("token_mass", token_mass),
                         mass_E,
@@ -190,13 +187,13 @@ def solve(
                         max_passes,
                     )
                 )
-        with_gradient = wants_gradient and scores_TE.requires_grad
+        with_gradient = wants_gradient and logits_TE.requires_grad
         potentials_E = found.potentials_E
         if with_gradient:
-            potentials_E = potentials_of_scores(scores_TE, potentials_E, problem)
+            potentials_E = potentials_of_logits(logits_TE, potentials_E, problem)
     return Plan(
         potentials=potentials_E,
-        scores=scores_TE if with_gradient else problem.scores_TE,
+        logits=logits_TE if with_gradient else problem.logits_TE,
         cost_name=cost,
         reg=problem.reg,
         token_mask=problem.token_mask,
@@ -215,9 +212,9 @@ def _found(problem: Problem, name: str, tol: float, max_passes: int | None, init
     return SOLVERS[name](problem, tol=tol, max_passes=max_passes, init_E=init_E)
 
 
-def _leave(scores_TE: object, reduce: Reduction, name: str, tol: object, max_passes: object) -> None:
+def _leave(logits_TE: object, reduce: Reduction, name: str, tol: object, max_passes: object) -> None:
     """Take part in what the other ranks do although this one has nothing to solve; then it may raise."""
-    rest = withdrawn(scores_TE, reduce)
+    rest = withdrawn(logits_TE, reduce)
     if rest is not None:
         tol = tol if isinstance(tol, float) else 1e-4
         limit = max_passes if isinstance(max_passes, int) else None
@@ -228,7 +225,7 @@ def _leave(scores_TE: object, reduce: Reduction, name: str, tol: object, max_pas
 
 
 def _solve(
-    scores_TE: Tensor,
+    logits_TE: Tensor,
     token_mask: Tensor | None,
     token_mass: Tensor | None,
     expert_mass: Tensor | None,
@@ -239,15 +236,15 @@ def _solve(
     tol: float,
     max_passes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = over_all_ranks(check_problem(scores_TE, reg, cost, token_mask, token_mass, expert_mass), None)
+    problem = make_problem(logits_TE, reg, cost, token_mask, token_mass, expert_mass)
     found = _found(problem, name, tol, max_passes, starting_potentials(problem, init_E))
-    passes = torch.as_tensor(found.passes, device=scores_TE.device).to(torch.int64)
-    potentials_E, error, _ = _solution_like(scores_TE, token_mask, token_mass, expert_mass, init_E, reg, cost, name)
+    passes = torch.as_tensor(found.passes, device=logits_TE.device).to(torch.int64)
+    potentials_E, error, _ = _solution_like(logits_TE, token_mask, token_mass, expert_mass, init_E, reg, cost, name)
     return found.potentials_E.to(potentials_E.dtype), found.column_error.to(error.dtype), passes
 
 
 def _solution_like(
-    scores_TE: Tensor,
+    logits_TE: Tensor,
     token_mask: Tensor | None,
     token_mass: Tensor | None,
     expert_mass: Tensor | None,
@@ -258,17 +255,17 @@ def _solution_like(
     tol: float = 0,
     max_passes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.float32 if scores_TE.device.type == "mps" else torch.float64
-    own = wide if name == "dual" else torch.promote_types(scores_TE.dtype, torch.float32)
+    wide = wide_dtype(logits_TE.device)
+    own = wide if name == "dual" else working_dtype(logits_TE.dtype)
     return (
-        scores_TE.new_empty(scores_TE.shape[1], dtype=own),
-        scores_TE.new_empty((), dtype=wide),
-        scores_TE.new_empty((), dtype=torch.int64),
+        logits_TE.new_empty(logits_TE.shape[1], dtype=own),
+        logits_TE.new_empty((), dtype=wide),
+        logits_TE.new_empty((), dtype=torch.int64),
     )
 
 
 define(
-    "solve(Tensor scores, Tensor? token_mask, Tensor? token_mass, Tensor? expert_mass, Tensor? init, float reg, "
+    "solve(Tensor logits, Tensor? token_mask, Tensor? token_mass, Tensor? expert_mass, Tensor? init, float reg, "
     "str cost, str method, float tol, int? max_passes) -> (Tensor, Tensor, Tensor)",
     _solve,
     _solution_like,

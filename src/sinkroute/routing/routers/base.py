@@ -15,7 +15,7 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import Unpack
 
-from sinkroute._uncompiled import uncompiled
+from sinkroute.kernels.operations import uncompiled
 from sinkroute.routing.router import CommonOptions, Router
 from sinkroute.routing.routes import Routes
 from sinkroute.transport import balanced_topk

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from sinkroute._errors import require_numbers
-from sinkroute._uncompiled import uncompiled
+from sinkroute.kernels.operations import uncompiled
 from sinkroute.routing.expert_side import take_best_tokens
 from sinkroute.routing.router import CommonOptions, Router
 from sinkroute.routing.routes import Routes

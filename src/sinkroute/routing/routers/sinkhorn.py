@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from sinkroute._errors import require_numbers
-from sinkroute._uncompiled import uncompiled
+from sinkroute.kernels.operations import uncompiled
 from sinkroute.routing.router import CommonOptions, Router
 from sinkroute.routing.routes import Routes
 from sinkroute.transport import solve

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from sinkroute._errors import require_count
+from sinkroute.kernels.topk import topk
 from sinkroute.routing.draws import hash63
 from sinkroute.routing.router import CommonOptions, Router
 from sinkroute.routing.routes import Routes
 from sinkroute.routing.schedules import Linear, ScheduleLike, check_bounds, make_schedule
-from sinkroute.routing.topk import top_experts
 
 __all__ = ["SMoEDropoutRouter"]
 
@@ -114,7 +114,7 @@ class SMoEDropoutRouter(Router):
         return self._topk(logits_TE, self.serving_top_k or self.top_k)
 
     def _topk(self, logits_TE: Tensor, k: int) -> Routes:
-        experts_TK = top_experts(logits_TE, k, self.tie_seed())
+        experts_TK = topk(logits_TE, k, self.tie_seed())
         return Routes(experts_TK, self.weigh(logits_TE, experts_TK))
 
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from sinkroute._errors import require_numbers, unknown_name
-from sinkroute._uncompiled import uncompiled
+from sinkroute.kernels.operations import uncompiled
+from sinkroute.kernels.topk import noisy_topk
 from sinkroute.routing.adaptive import Adaptive
 from sinkroute.routing.metrics import max_violation
 from sinkroute.routing.router import CommonOptions, Router, Serving
@@ -33,7 +34,6 @@ from sinkroute.routing.routes import Routes
 from sinkroute.routing.schedules import Constant, Schedule, check_bounds, make_schedule
 from sinkroute.routing.scores import weigh_chosen
 from sinkroute.routing.state import RouterState
-from sinkroute.routing.topk import noisy_topk
 from sinkroute.transport import Plan, solve
 
 __all__ = ["Inference", "SSRLinearRouter", "SSROptions", "SSRRouter", "SSRSoftmaxRouter"]
@@ -340,7 +340,7 @@ class SSRRouter(Router):
             process_group=self.process_group.group,
         )
         if gradient == "weights":
-            plan = replace(plan, scores=cost_TE)
+            plan = replace(plan, logits=cost_TE)
         experts_TK, chosen_TK, bias_E = self.choose_on_plan(plan, token_mask)
         if self.weights == "scores":
             weights_TK = self.weigh(logits_TE, experts_TK)

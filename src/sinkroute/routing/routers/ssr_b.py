@@ -33,7 +33,7 @@ def check_balance_tol(balance_tol: float) -> float:
 
 def choose_balanced(plan: Plan, top_k: int, tol: float, token_mask: Tensor | None) -> PlanChoice:
     """Experts with balanced loads for the cost of a plan, best first."""
-    scores_TE = plan.scores.detach()
+    scores_TE = plan.logits.detach()
     experts_TK, bias_E = balanced_topk(scores_TE, top_k, tol, token_mask=token_mask, init=plan.potentials.detach())
     experts_TK = experts_TK.sort(1).values  # so that of equal ones the lower expert comes first
     chosen_TK = (scores_TE + plan.potentials.detach()).gather(1, experts_TK)

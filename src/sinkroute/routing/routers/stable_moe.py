@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from sinkroute._errors import require_count
-from sinkroute._values import holds_values
+from sinkroute.kernels.storage import holds_values
+from sinkroute.kernels.topk import topk
 from sinkroute.routing.beside import checked_ids
 from sinkroute.routing.losses.registry import check_coefficient
 from sinkroute.routing.masked import mean_over_tokens
@@ -34,7 +35,6 @@ from sinkroute.routing.router import CommonOptions, Router
 from sinkroute.routing.routes import Routes
 from sinkroute.routing.scores import weigh
 from sinkroute.routing.state import KeepsDtypes, RouterState, check_table, whole
-from sinkroute.routing.topk import top_experts
 
 __all__ = ["StableGate", "StableMoERouter"]
 
@@ -115,7 +115,7 @@ class StableGate(KeepsDtypes):
     def freeze(self) -> None:
         """From now on every id has the experts that the light router chooses for it now."""
         light_VE = self.embeddings.float() @ self.light_centroids.float().t()
-        chosen_VK = top_experts(light_VE, self.frozen_VK.shape[1])
+        chosen_VK = topk(light_VE, self.frozen_VK.shape[1])
         # What is frozen stays: a data-parallel wrapper may have filled the buffer, which `is_frozen` does not see.
         self.frozen_VK.copy_(torch.where(self.frozen_VK > -0.5, self.frozen_VK, chosen_VK))
         self.is_frozen = True
