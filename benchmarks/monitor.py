@@ -36,7 +36,7 @@ from sinkroute.lab.config import Config, ModelConfig, RouterConfig
 from sinkroute.lab.files import write_json
 from sinkroute.lab.machine import machine
 from sinkroute.lab.models import make_model
-from sinkroute.routing.monitor import Tier
+from sinkroute.routing.watch import Tier
 
 BRANCHES = {
     "softmax step": RouterConfig("ssr-s", {"probability": 0.0}),

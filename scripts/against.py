@@ -66,7 +66,8 @@ def results(checkouts: list[Path], words: list[str]) -> list[dict[str, np.ndarra
         for checkout, file in zip(checkouts, files, strict=True):
             command, environment = asked(checkout, "results", str(file), *words)
             processes.append(subprocess.Popen(command, env=environment))
-        if any([process.wait() for process in processes]):
+        codes = [process.wait() for process in processes]
+        if any(codes):
             raise SystemExit("against: a checkout could not be asked; see above")
         found = []
         for file in files:

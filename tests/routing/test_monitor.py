@@ -700,24 +700,6 @@ def test_each_write_is_a_line_of_json_with_the_metrics(tmp_path, tier):
     assert (lines[2]["mode"], lines[2]["layers"]["first"]["passes"]) == ("eval", 0)
 
 
-@pytest.mark.parametrize(
-    ("before", "kept"),
-    [
-        ('{"step": 1}\n{"step": 2, "la', ['{"step": 1}']),
-        ('{"step": 2, "la', []),
-        ('{"step": 1}\n{"step": 2}', ['{"step": 1}', '{"step": 2}']),
-        ('{"step": 1}\n', ['{"step": 1}']),
-        ("", []),
-    ],
-)
-def test_a_torn_line_is_cut_off_and_whole_ones_stay(tmp_path, before, kept):
-    path = tmp_path / "load.jsonl"
-    path.write_text(before)
-    sinkroute.LoadMonitor(make()).write(path, 3)
-    *others, last = path.read_text().splitlines()
-    assert others == kept and json.loads(last)["step"] == 3 and path.read_text().endswith("\n")
-
-
 def test_what_json_cannot_say_is_null(tmp_path):
     router = Fixed(4, 1)
     router.choice = Routes(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), aux_loss=torch.tensor(math.nan))

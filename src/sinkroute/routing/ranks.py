@@ -65,6 +65,14 @@ class Ranks:
             dist.all_reduce(values, group=group)
         return values
 
+    def gather(self, values: Tensor) -> Tensor:
+        """`values` of every rank, (ranks, *shape); of this one where it is alone."""
+        if (group := self.group) is None:
+            return values[None]
+        found = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(found, values, group=group)
+        return torch.stack(found)
+
     def require_alike(self, sizes: Sequence[int], device: torch.device, what: str) -> None:
         """Refuse sizes that differ between the ranks, on all of them, before a call that would wait for ever.
 
@@ -85,9 +93,7 @@ class Ranks:
             return
         # Of fixed length, or this call would be what it guards against. A hash of 62 bits and a sign fits an int64.
         mine = torch.tensor([len(own), sum(own), hash63("alike", *own)], device=device)
-        found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(found, mine, group=group)
-        rows = [row.tolist() for row in found]
+        rows = self.gather(mine).tolist()
         if any(row != rows[0] for row in rows):
             told = ", ".join(
                 f"{count} with {sum_} numbers on rank {rank}" for rank, (count, sum_, _) in enumerate(rows)

@@ -1,0 +1,214 @@
+"""The hook on one router: it adds what each pass did to sums on the router's device, and makes metrics of the totals.
+
+Nothing is waited for. A forward pass that is repeated for activation checkpointing counts once, and a pass without a
+real token counts nowhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sinkroute.kernels.operations import uncompiled
+from sinkroute.routing.metrics import load_metrics, max_violation, router_entropy
+from sinkroute.routing.router import Router
+from sinkroute.routing.routes import Routes
+from sinkroute.routing.state import recomputing
+
+__all__ = ["Mode", "Tier", "Watch", "called_with"]
+
+Tier = Literal["brief", "detailed"]
+Mode = Literal["train", "eval"]
+
+_SUMS = (
+    "tokens",  # real ones
+    "passes",
+    "places",  # for experts that tokens were offered: K each, or fewer where the method takes fewer
+    "excess",  # experts of a token beyond K
+    "max_vio",
+    "losses",  # passes with an auxiliary loss
+    "aux_loss",
+    "sinkhorn_passes",
+    "assigned_passes",  # whose branch is not "softmax"
+    "assigned_tokens",
+    "max_vio_assigned",
+    "plans",  # passes that told of a plan
+    "plan_error",
+    "plan_passes",
+)
+_DETAILED_SUMS = ("router_entropy", "moved_tokens", "max_vio_topk")
+
+
+def called_with(
+    logits_TE: Tensor, token_mask: Tensor | None = None, *, plain: object = None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits and mask of a call of a router, whether given by position or by name."""
+    return logits_TE, token_mask
+
+
+class _Counts:
+    """What one router did in one mode: one float64 vector on its device, which holds counts exactly up to 2^53.
+
+    Attributes:
+        all_N: the load, the sums and, last, the largest error of a plan.
+        load_E, sums, plan_error_max: views of it.
+    """
+
+    def __init__(self, num_experts: int, names: tuple[str, ...], device: torch.device) -> None:
+        self.num_experts, self.names = num_experts, names
+        # In inference mode it would become a tensor that nothing outside it may add to.
+        with torch.inference_mode(False):
+            self._hold(torch.zeros(num_experts + len(names) + 1, dtype=torch.float64, device=device))
+
+    @uncompiled
+    def move(self, device: torch.device) -> None:
+        with torch.inference_mode(False):  # as above
+            self._hold(self.all_N.to(device))
+
+    def _hold(self, all_N: Tensor) -> None:
+        self.all_N, self.load_E, self.plan_error_max = all_N, all_N[: self.num_experts], all_N[-1]
+        self.sums = {name: all_N[place] for place, name in enumerate(self.names, start=self.num_experts)}
+
+
+class Watch:
+    """A forward hook for one router.
+
+    Attributes:
+        counts: by mode; passes add to them in place.
+        paused: whether passes count nowhere.
+    """
+
+    def __init__(self, router: Router, tier: Tier, device: torch.device) -> None:
+        self.num_experts, self.detailed, self.paused = router.num_experts, tier == "detailed", False
+        names = _SUMS + (_DETAILED_SUMS if self.detailed else ())
+        self.counts = {mode: _Counts(router.num_experts, names, device) for mode in get_args(Mode)}
+
+    def __call__(self, router: Router, args: tuple[Any, ...], kwargs: dict[str, Any], routes: Routes) -> None:
+        if self.paused:
+            return
+        logits_TE, token_mask = called_with(*args, **kwargs)
+        if router.training:
+            self._note_training(router, logits_TE, token_mask, routes)
+        elif not recomputing():
+            self._note(self.counts["eval"], router, logits_TE, token_mask, routes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The hook of a copied or saved model does nothing: the monitor watches the original.
+        return _ignoring, ()
+
+    @uncompiled  # compiled code cannot tell a repetition
+    def _note_training(self, router: Router, logits_TE: Tensor, token_mask: Tensor | None, routes: Routes) -> None:
+        if not recomputing():
+            self._note(self.counts["train"], router, logits_TE, token_mask, routes)
+
+    @torch.no_grad()
+    def _note(
+        self, counts: _Counts, router: Router, logits_TE: Tensor, token_mask: Tensor | None, routes: Routes
+    ) -> None:
+        if len(logits_TE) == 0:
+            return
+        if counts.load_E.device != routes.load.device:
+            counts.move(routes.load.device)
+        sums = counts.sums
+        tokens: int | Tensor = len(logits_TE) if token_mask is None else token_mask.sum()
+        busy = 1 if isinstance(tokens, int) else tokens > 0
+        max_vio = max_violation(routes.load)  # 0 if all is masked, like all else that is added
+        width = routes.experts.shape[1]
+        counts.load_E.add_(routes.load)
+        sums["tokens"].add_(tokens)
+        sums["passes"].add_(busy)
+        sums["places"].add_(tokens * min(width, router.top_k))
+        sums["max_vio"].add_(max_vio)
+        if width > router.top_k:
+            chosen_TK = torch.ones_like(routes.experts) if routes.chosen is None else routes.chosen
+            sums["excess"].add_((chosen_TK.sum(-1) - router.top_k).clamp(min=0).sum())
+        if routes.aux_loss is not None:
+            sums["losses"].add_(busy)
+            sums["aux_loss"].add_(routes.aux_loss)
+        if routes.branch == "sinkhorn":
+            sums["sinkhorn_passes"].add_(busy)
+        if routes.branch != "softmax":
+            sums["assigned_passes"].add_(busy)
+            sums["assigned_tokens"].add_(tokens)
+            sums["max_vio_assigned"].add_(max_vio)
+        if routes.plan_error is not None and routes.plan_passes is not None:
+            error = routes.plan_error * busy
+            sums["plans"].add_(busy)
+            sums["plan_error"].add_(error)
+            sums["plan_passes"].add_(routes.plan_passes * busy)
+            counts.plan_error_max.copy_(torch.maximum(counts.plan_error_max, error))
+        if self.detailed:
+            self._note_logits(sums, router, logits_TE, token_mask, routes)
+
+    def _note_logits(
+        self, sums: dict[str, Tensor], router: Router, logits_TE: Tensor, token_mask: Tensor | None, routes: Routes
+    ) -> None:
+        # As the router reads them.
+        logits_TE = logits_TE[:, : self.num_experts]
+        logits_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+        if token_mask is not None:
+            logits_TE = logits_TE.masked_fill(~token_mask[:, None], 0.0)
+        entropy_T = router_entropy(logits_TE, router.score)
+        sums["router_entropy"].add_((entropy_T if token_mask is None else entropy_T * token_mask).double().sum())
+        if routes.branch == "softmax":
+            return
+        top_TE = _members(router.served_experts(logits_TE), None, logits_TE)
+        differs_T = (top_TE != _members(routes.experts, routes.chosen, logits_TE)).any(-1)
+        if token_mask is not None:
+            top_TE, differs_T = top_TE & token_mask[:, None], differs_T & token_mask
+        sums["moved_tokens"].add_(differs_T.sum())
+        sums["max_vio_topk"].add_(max_violation(top_TE.sum(0)))
+
+    def describe(self, by_rank: Tensor) -> dict[str, Any]:
+        """The metrics of this layer, see `LoadMonitor.metrics`, of the (ranks, N) vectors `all_N` of its counts."""
+        load_E = by_rank[:, : self.num_experts].sum(0).long()
+        totals = by_rank[:, self.num_experts : -1].sum(0).tolist()
+        sums = dict(zip(self.counts["train"].names, totals, strict=True))
+        of_load = load_metrics(load_E)
+        passes, assigned, plans = sums["passes"], sums["assigned_passes"], sums["plans"]
+        kept = int(load_E.sum()) - sums["excess"]
+        metrics: dict[str, Any] = {
+            "tokens": int(sums["tokens"]),
+            "passes": int(passes),
+            "max_vio": sums["max_vio"] / passes if passes else 0.0,
+            "max_vio_global": of_load.pop("max_vio"),
+            **of_load,
+            "dead_share": of_load["dead"] / self.num_experts,
+            "drop_rate": _mean(sums["places"] - kept, sums["places"]),
+            "aux_loss": _mean(sums["aux_loss"], sums["losses"]),
+            "sinkhorn_share": _mean(sums["sinkhorn_passes"], passes),
+            "assigned_share": _mean(assigned, passes),
+            "max_vio_assigned": _mean(sums["max_vio_assigned"], assigned),
+            "plan_error": _mean(sums["plan_error"], plans),
+            "plan_error_max": by_rank[:, -1].amax().item() if plans else None,
+            "plan_passes": _mean(sums["plan_passes"], plans),
+        }
+        if self.detailed:
+            metrics["router_entropy"] = _mean(sums["router_entropy"], sums["tokens"])
+            metrics["disagreement"] = _mean(sums["moved_tokens"], sums["assigned_tokens"])
+            metrics["max_vio_topk"] = _mean(sums["max_vio_topk"], assigned)
+            metrics["gap"] = _mean(sums["max_vio_topk"] - sums["max_vio_assigned"], assigned)
+        metrics["load"] = load_E.tolist()
+        return metrics
+
+
+def _members(experts_TK: Tensor, chosen_TK: Tensor | None, like_TE: Tensor) -> Tensor:
+    """(T, E) bool: whether an expert is in the token's set."""
+    members_TE = torch.zeros_like(like_TE, dtype=torch.bool)
+    if chosen_TK is None:
+        return members_TE.scatter_(1, experts_TK, True)
+    return members_TE.scatter_(1, experts_TK, chosen_TK)
+
+
+def _ignoring() -> Any:
+    return _ignore
+
+
+def _ignore(*_: object) -> None:
+    """The hook of a copied router."""
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
