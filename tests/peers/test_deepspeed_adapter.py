@@ -234,6 +234,10 @@ def test_checkpoints_load_both_ways_and_what_is_removed_leaves_nothing():
     handle.remove()
     assert type(gate) is gates.TopKGate and patched.deepspeed_moe.gate is gate
     assert names == [name for name, _ in patched.named_modules()]
+    assert str(handle).splitlines() == [
+        "ssr-s in 1 of 1 layers of MoE",
+        "  1 × deepspeed_moe.gate  TopKGate  softmax, top 2 of 8",
+    ]
     assert not sinkroute.routing.attached.named_routers(patched)
 
 

@@ -25,7 +25,7 @@ parallel_state = pytest.importorskip("megatron.core.parallel_state")
 parallel_random = pytest.importorskip("megatron.core.tensor_parallel.random")
 dist_checkpointing = pytest.importorskip("megatron.core.dist_checkpointing")
 
-from sinkroute.adapters.megatron import make_router  # noqa: E402
+from sinkroute.adapters.megatron import make_router, patch  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:megatron.*"),
@@ -236,7 +236,7 @@ def test_all_layers_take_their_plan_in_the_same_steps():
                 for name in monitor.layers
             }
             assert len({round(share) for share in plans.values()}) == 1
-    assert monitor.layers == [f"layers.{layer}.balancer" for layer in range(3)]
+    assert monitor.layers == [f"layers.{layer}" for layer in range(3)]
     assert 0 < after[monitor.layers[0]]["sinkhorn_share"] < 1
 
 
@@ -381,7 +381,7 @@ def test_a_layer_trains_and_is_watched(padded):
     with sinkroute.LoadMonitor(layer) as monitor:
         sinkroute.set_step(layer, 0)
         layer(x_LBD, padding_mask=padding_BL)[0].square().sum().backward()
-        metrics = monitor.metrics()["router.balancer"]
+        metrics = monitor.metrics()["router"]
     assert sum(metrics["load"]) == metrics["tokens"] * 2 == (72 if padded else 96)
     assert metrics["max_vio"] < 0.12 and metrics["sinkhorn_share"] == 1
     assert layer.router.weight.grad is not None
@@ -397,7 +397,7 @@ def test_a_layer_is_as_without_sinkroute_when_it_serves_and_a_monitor_sees_it():
         with sinkroute.LoadMonitor(ours) as monitor:
             assert torch.equal(ours(x_LBD)[0], wanted_LBD)
             map_TE = ours.router(x_LBD)[1]
-    load_E = torch.tensor(monitor.metrics("eval")["router.balancer"]["load"])
+    load_E = torch.tensor(monitor.metrics("eval")["router"]["load"])
     assert torch.equal(load_E, 2 * map_TE.sum(0))
 
 
@@ -415,15 +415,52 @@ def test_megatrons_recomputation_repeats_the_choices_and_counts_once(router, mon
             for step in range(4):
                 sinkroute.set_step(layer, step)
                 layer(x_LBD.clone().requires_grad_())[0].square().sum().backward()
-        load = monitor.metrics()["router.balancer"]["load"]
-        results.append((layer.router.weight.grad, load))
-        if layer.router.balancer.state is not None:
+        (metrics,) = monitor.metrics().values()
+        results.append((layer.router.weight.grad, metrics["load"]))
+        if router == "ssr-bias":
             sinkroute.end_step(layer)
-            results[-1] += (layer.router.balancer.state.bias_E.clone(),)
+            results[-1] += (layer.router.router.state.bias_E.clone(),)
             assert results[-1][2].abs().max() > 0
     assert sum(results[1][1]) == 4 * 48 * 2
     for plain, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(torch.as_tensor(recomputed), torch.as_tensor(plain), rtol=0, atol=1e-6)
+
+
+# -- a model that is built already ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("router", ["ssr-b", "ssr-bias"])
+def test_a_patched_layer_routes_as_one_that_was_built_with_the_router(router):
+    x_LBD = torch.randn(24, 2, 12, generator=torch.Generator().manual_seed(0))
+    built, patched = layer_of(make_router(router, probability=0.5)), layer_of()
+    handle = patch(patched, router, probability=0.5)
+    outputs = []
+    for layer in (built, patched):
+        for step in range(3):
+            sinkroute.set_step(layer, step)
+            layer(x_LBD)[0].sum().backward()
+        sinkroute.end_step(layer)
+        outputs.append([layer(x_LBD)[0], layer.router.weight.grad, *layer.state_dict().values()])
+    assert built.state_dict().keys() == patched.state_dict().keys()
+    for one, other in zip(*outputs, strict=True):
+        assert one is other is None or torch.equal(one, other)
+    assert bool(handle.state_dict()) == (router == "ssr-bias")
+
+
+def test_what_is_removed_leaves_nothing():
+    layer, plain = layer_of(), layer_of()
+    handle = patch(layer, "ssr-bias")
+    assert str(handle).splitlines() == [
+        "ssr-bias in 1 of 1 layers of MoELayer",
+        "  1 × router  TopKRouter  softmax, top 2 of 8, renormalised",
+    ]
+    with pytest.raises(ValueError, match=r"remove\(\) first"):
+        patch(layer, "ssr-l")
+    handle.remove()
+    handle.remove()
+    assert type(layer.router) is megatron_router.TopKRouter
+    assert layer.state_dict().keys() == plain.state_dict().keys()
+    assert not sinkroute.routing.attached.named_routers(layer)
 
 
 # -- what is remembered ----------------------------------------------------------------------------------------------
@@ -455,7 +492,7 @@ def test_the_bias_of_loss_free_balancing_is_float32_and_that_of_megatron(score):
         sinkroute.end_step(model)
         finalize._update_router_expert_bias([model_of(theirs)], theirs.config, dist.group.WORLD)
         finalize.reset_model_temporary_tensors(theirs.config, [model_of(theirs)])
-    bias_E = ours.balancer.state.bias_E
+    bias_E = ours.router.state.bias_E
     assert bias_E.dtype == torch.float32 and bias_E.abs().max() > 0.05
     if score == "sigmoid":
         torch.testing.assert_close(bias_E, theirs.expert_bias, rtol=0, atol=1e-7)
@@ -474,26 +511,25 @@ def trained(router="ssr-bias"):
 def test_what_is_remembered_travels_in_the_state_dict():
     ours, fresh = trained(), build("ssr-bias")
     fresh.load_state_dict(ours.state_dict(), strict=True)
-    assert torch.equal(fresh.balancer.state.bias_E, ours.balancer.state.bias_E)
-    assert fresh.balancer.state.bias_E.abs().max() > 0.1
+    assert torch.equal(fresh.router.state.bias_E, ours.router.state.bias_E)
+    assert fresh.router.state.bias_E.abs().max() > 0.1
     assert set(ours.state_dict()) - set(build(None).state_dict()) == {
-        f"balancer.state.{name}"
-        for name in ("bias_E", "saved_steps", "saved_load_E", "saved_potentials", "saved_tokens")
+        f"router.state.{name}" for name in ("bias_E", "saved_steps", "saved_load_E", "saved_potentials", "saved_tokens")
     }
 
 
 def test_a_checkpoint_from_before_loads_strictly_into_a_router_that_remembers():
     ours, theirs = trained(), model_of(build(None))
-    bias_E = ours.balancer.state.bias_E.clone()
+    bias_E = ours.router.state.bias_E.clone()
     model_of(ours).load_state_dict(theirs.state_dict(), strict=True)
     assert torch.equal(ours.weight, theirs.layers[0].weight)
-    assert torch.equal(ours.balancer.state.bias_E, bias_E)
+    assert torch.equal(ours.router.state.bias_E, bias_E)
 
 
 def test_half_a_state_is_refused_when_it_is_loaded_strictly():
     state = trained().state_dict()
-    del state["balancer.state.bias_E"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*balancer\.state\.bias_E"):
+    del state["router.state.bias_E"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*router\.state\.bias_E"):
         build("ssr-bias").load_state_dict(state, strict=True)
 
 
@@ -514,11 +550,11 @@ def test_megatrons_distributed_checkpoints_go_there_and_back(tmp_path, monkeypat
     save(ours, "ours")
     save(theirs, "theirs")
     resumed = load(build("ssr-bias"), "ours")
-    assert torch.equal(resumed.balancer.state.bias_E, ours.balancer.state.bias_E)
+    assert torch.equal(resumed.router.state.bias_E, ours.router.state.bias_E)
     assert torch.equal(load(build(None), "ours").weight, ours.weight)
     assert torch.equal(load(build("ssr-l"), "theirs").weight, theirs.weight)
     begun = load(build("ssr-bias"), "theirs", strict="log_unexpected")
-    assert torch.equal(begun.weight, theirs.weight) and begun.balancer.state.bias_E.abs().max() == 0
+    assert torch.equal(begun.weight, theirs.weight) and begun.router.state.bias_E.abs().max() == 0
 
 
 def test_a_bias_of_our_own_serves_too():
@@ -627,7 +663,7 @@ def routed_on_a_rank():
     sinkroute.set_step(router, 0)
     seen["load"] = run(router, logits_TE)[1].sum(0)
     sinkroute.end_step(router)
-    seen["bias"] = router.balancer.state.bias_E
+    seen["bias"] = router.router.state.bias_E
     noisy = build("ssr-l", pg_collection=own, options={"probability": 0.0, "noise": 8.0})
     seen["noisy"] = run(noisy, torch.zeros(24, 8))[0]
     seen["group"] = torch.tensor(dist.get_process_group_ranks(own.tp_cp))

@@ -233,6 +233,10 @@ def test_checkpoints_load_both_ways_and_what_is_removed_leaves_nothing():
     handle.remove()
     assert type(patched.router) is titan_moe.TokenChoiceTopKRouter
     assert names == [name for name, _ in patched.named_modules()]
+    assert str(handle).splitlines() == [
+        "ssr-s in 1 of 1 layers of MoE",
+        "  1 × router  TokenChoiceTopKRouter  sigmoid, top 2 of 8",
+    ]
     assert not sinkroute.routing.attached.named_routers(patched)
 
 
@@ -280,7 +284,7 @@ def test_a_configured_layer_is_built_on_the_meta_device_and_routes_as_a_patched_
     config = layer_config(route_norm=True)
     root = SimpleNamespace(traverse=config.traverse)
     target = "sinkroute.adapters.torchtitan.route"
-    options = {"method": "ssr-l", "probability": 1.0, "noise": 0.2, "layer": 0}
+    options = {"router": "ssr-l", "probability": 1.0, "noise": 0.2, "layer": 0}
     titan_override.apply_overrides(titan_override.OverrideConfig(imports=[(target, options)]), root)
     with torch.device("meta"):
         ours = config.build()

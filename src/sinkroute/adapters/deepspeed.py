@@ -36,7 +36,8 @@ except ImportError as error:
         "`pip install deepspeed==0.19.8` where torch is installed"
     ) from error
 
-from sinkroute.adapters._fit import Patched, fit_router, holder, put_in, refuse_bias, refuse_loss, serves_as_theirs
+from sinkroute.adapters._fit import fit_router, is_asked, refuse_bias, refuse_loss
+from sinkroute.adapters._patched import Kinds, Patched, holder, outputs_of, put_in
 from sinkroute.kernels.normal import normal_like
 from sinkroute.routing import Router
 from sinkroute.routing.draws import hash63
@@ -92,8 +93,8 @@ class SinkrouteGate(TopKGate):
             `l_aux` is the router's own loss, its coefficient included, and 0 if it has none.
         """
         router = holder(self)
-        if not self.training and serves_as_theirs(router):
-            if router._forward_hooks:  # a monitor: ours would choose the same
+        if not self.training and router.is_plain():
+            if is_asked(router):  # by a monitor: ours would choose the same
                 with torch.no_grad():
                     logits_SE = F.linear(input.float(), self.wg.weight.float())
                     router(logits_SE, None if used_token is None else used_token.reshape(-1) != 0)
@@ -183,18 +184,13 @@ class SinkrouteEPRouter(TokenChoiceTopKRouter):
             ValueError: a bias in their choice, and a method that balances by other means.
         """
         router = holder(self)
-        serves = not self.training and serves_as_theirs(router)
-        if serves and not router._forward_hooks:
+        if not is_asked(router):
             return super().forward(x, expert_bias)
         _check_ranks(router)
-        if serves or (self.training and router.is_plain()):  # serving: a monitor is told
+        if router.is_plain():
             # Their own code, to the last bit; ours counts.
-            logits: list[Tensor] = []
-            hook = self.gate.register_forward_hook(lambda gate, inputs, output: logits.append(output))
-            try:
+            with outputs_of(self.gate) as logits:
                 weights_TK, experts_TK, load_E = super().forward(x, expert_bias)
-            finally:
-                hook.remove()
             router(logits[0].detach(), plain=Routes(experts_TK, weights_TK))
             return weights_TK, experts_TK, load_E
         biases = [bias for bias in (expert_bias, self.e_score_correction_bias) if bias is not None]
@@ -205,18 +201,18 @@ class SinkrouteEPRouter(TokenChoiceTopKRouter):
         return routes.weights, routes.experts, routes.load.int()
 
 
-def patch(model: nn.Module, method: str, **options: Any) -> Patched:
+def patch(model: nn.Module, router: str, **options: Any) -> Patched:
     """Put a sinkroute router into every gate of a model, in place; before or after `deepspeed.initialize`.
 
     Args:
         model: holds `deepspeed.moe.layer.MoE` layers (or gates), or those that AutoEP made of it when it was
             initialised. Its parameters, their names and the `state_dict` stay as they are (a method that remembers
             something adds `router.state.*`).
-        method: a name from `sinkroute.list_routers()`.
-        options: the method's, but for those that the model's gates give: score, norm_topk, groups, route_scale.
+        router: a name from `sinkroute.list_routers()`.
+        options: the router's, but for those that the model's gates give: score, norm_topk, groups, route_scale.
 
     Returns:
-        A handle whose `remove()` undoes it.
+        A handle: `handle.remove()` undoes it all, `print(handle)` shows what was found.
 
     Raises:
         ValueError: no such layer; a gate that is no plain `TopKGate`; a method with a gate or a parameter of its own,
@@ -226,36 +222,30 @@ def patch(model: nn.Module, method: str, **options: Any) -> Patched:
     check_contract()
     replaced = set()
 
-    def fit(path: str, part: Any) -> tuple[type[nn.Module], Router] | None:
-        if type(part) is TopKGate:
-            if part.k == 1 and part.noisy_gate_policy == "RSample":
-                replaced.add('noisy_gate_policy="RSample"')
-            if part.k == 2 and part.top2_2nd_expert_sampling:
-                replaced.add("top2_2nd_expert_sampling=True")
-            # Not over the chosen: DeepSpeed does that over those that get a place.
-            router = fit_router(
-                method, part.wg.out_features, part.k, options, "DeepSpeed's gate", score="softmax", norm_topk=False
-            )
-            return SinkrouteGate, router
-        if type(part) is TokenChoiceTopKRouter:
-            return SinkrouteEPRouter, _fit_autoep(part, method, options)
-        if isinstance(part, (TopKGate, TokenChoiceTopKRouter)):
-            ours = isinstance(part, (SinkrouteGate, SinkrouteEPRouter))
-            cure = "call remove() first" if ours else "patch the model without it"
-            raise ValueError(f"{path} is a {type(part).__name__}, not one of DeepSpeed's own gates; {cure}")
-        return None
+    def fit_gate(path: str, gate: TopKGate) -> Router:
+        if gate.k == 1 and gate.noisy_gate_policy == "RSample":
+            replaced.add('noisy_gate_policy="RSample"')
+        if gate.k == 2 and gate.top2_2nd_expert_sampling:
+            replaced.add("top2_2nd_expert_sampling=True")
+        # Not over the chosen: DeepSpeed does that over those that get a place.
+        owner = "DeepSpeed's gate"
+        return fit_router(router, gate.wg.out_features, gate.k, options, owner, score="softmax", norm_topk=False)
 
-    patched = put_in(model, fit, "DeepSpeed gate (TopKGate, or AutoEP's router)")
+    def fit_autoep(path: str, theirs: TokenChoiceTopKRouter) -> Router:
+        return _fit_autoep(theirs, router, options)
+
+    kinds: Kinds = {TopKGate: (SinkrouteGate, fit_gate), TokenChoiceTopKRouter: (SinkrouteEPRouter, fit_autoep)}
+    patched = put_in(model, router, kinds, "DeepSpeed")
     if replaced:
         warnings.warn(
             f"{' and '.join(sorted(replaced))} of the model's gates is off in training while they are patched: the "
-            f"noise is that of router {method!r}",
+            f"noise is that of router {router!r}",
             stacklevel=2,
         )
     return patched
 
 
-def _fit_autoep(theirs: TokenChoiceTopKRouter, method: str, options: dict[str, Any]) -> Router:
+def _fit_autoep(theirs: TokenChoiceTopKRouter, name: str, options: dict[str, Any]) -> Router:
     scoring = {"score": theirs.score_func, "norm_topk": theirs.route_norm, "route_scale": theirs.route_scale}
     if theirs.num_expert_groups is not None:
         scoring |= {
@@ -263,7 +253,7 @@ def _fit_autoep(theirs: TokenChoiceTopKRouter, method: str, options: dict[str, A
             "top_groups": theirs.num_limited_groups,
             "group_score": theirs.group_score_func.replace("_", "-"),
         }
-    router = fit_router(method, theirs.num_experts, theirs.top_k, options, "AutoEP's router", **scoring)
+    router = fit_router(name, theirs.num_experts, theirs.top_k, options, "AutoEP's router", **scoring)
     refuse_loss(router, "AutoEP")
     if theirs.e_score_correction_bias is not None:
         refuse_bias(router, "e_score_correction_bias")

@@ -19,11 +19,12 @@ import torch
 from megatron.core import __version__ as _version
 from megatron.core.transformer.moe import router as megatron_router
 from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping, compute_routing_scores_for_aux_loss
-from torch import Tensor
+from torch import Tensor, nn
 
 from sinkroute._errors import unknown_name
-from sinkroute.adapters._fit import fit_router, refuse_bias, serves_as_theirs
-from sinkroute.routing import Routes, list_routers
+from sinkroute.adapters._fit import fit_router, is_asked, refuse_bias
+from sinkroute.adapters._patched import Patched, hold, holder, put_in
+from sinkroute.routing import Router, Routes, list_routers
 from sinkroute.routing.ranks import Ranks
 from sinkroute.routing.scores import GroupScore
 
@@ -53,26 +54,38 @@ def make_router(router: str, *, plan_ranks: PlanRanks = "tp_cp", **options: Any)
         layer = get_gpt_layer_with_transformer_engine_spec(num_experts=64, moe_grouped_gemm=True)
         get_submodules(layer.submodules.mlp).router = make_router("ssr-l", probability=1e-3)
     """
-    if router not in list_routers():
-        raise unknown_name("router", router, list_routers())
-    if plan_ranks not in get_args(PlanRanks):
-        raise unknown_name("plan_ranks", plan_ranks, get_args(PlanRanks))
-    for option, cure in (
-        ("process_group", "plan_ranks says whose"),
-        ("layer", "Megatron numbers its layers: leave it out"),
-    ):
-        if option in options:
-            raise ValueError(f"{option}={options[option]!r}: {cure}")
+    _check_arguments(router, plan_ranks, options)
     return functools.partial(TopKRouter, router=router, options=options, plan_ranks=plan_ranks)
+
+
+def patch(model: nn.Module, router: str, *, plan_ranks: PlanRanks = "tp_cp", **options: Any) -> Patched:
+    """Put a sinkroute router into every MoE layer of a built Megatron model, in place.
+
+    Args:
+        model: a chunk of a model, before it is wrapped or after. Its parameters, their names and the `state_dict` stay
+            as they are (a method that remembers something adds `router.state.*`).
+        router, plan_ranks, options: see `make_router`, which does the same while a model is built.
+
+    Returns:
+        A handle: `handle.remove()` undoes it all, `print(handle)` shows what was found.
+
+    Raises:
+        ValueError: no MoE layer; a router that is no plain `TopKRouter`; what `make_router` refuses.
+    """
+    _check_arguments(router, plan_ranks, options)
+
+    def fit(path: str, theirs: megatron_router.TopKRouter) -> Router:
+        return _fit(theirs, router, options, plan_ranks)
+
+    return put_in(model, router, {megatron_router.TopKRouter: (TopKRouter, fit)}, "Megatron")
 
 
 # By this name Megatron-FSDP knows that the weight is the same on all tensor-parallel ranks.
 class TopKRouter(megatron_router.TopKRouter):
     """Megatron's router, with the choice and the weights of one of ours in training. `make_router` builds it.
 
-    Attributes:
-        balancer: our router, a submodule: `set_step`, `end_step`, `LoadMonitor` and `set_inference` find it, and what
-            it remembers is in the `state_dict`. A method that remembers nothing adds no key to that.
+    `set_step`, `end_step`, `LoadMonitor` and `set_inference` find our router. What it remembers is in the `state_dict`,
+    as `router.state.*`; one that remembers nothing adds no key to that.
     """
 
     def __init__(
@@ -85,40 +98,13 @@ class TopKRouter(megatron_router.TopKRouter):
         options: dict[str, Any],
         plan_ranks: PlanRanks,
     ) -> None:
-        if not _version.startswith("0.19."):
-            warnings.warn(
-                f"sinkroute's adapter is tested with Megatron-Core 0.19, this is {_version}; run its tests "
-                "(make test-megatron) before a training",
-                stacklevel=3,
-            )
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        _check(config)
-        plan_group = {"tp_cp": self.tp_cp_group, "tp_dp_cp": self.tp_dp_cp_group}[plan_ranks]
-        self.balancer = fit_router(
-            router,
-            config.num_moe_experts,
-            config.moe_router_topk,
-            options,
-            "Megatron's config",
-            process_group=plan_group,
-            **_said_by(config),
-        )
-        # The layers of one pipeline stage: "all ranks" would add up the loads of different layers.
-        self.balancer.batch_ranks = Ranks(self.tp_dp_cp_group)
-        if config.moe_router_enable_expert_bias:
-            refuse_bias(self.balancer, "moe_router_enable_expert_bias")
-        if self.is_aux_loss_enabled():
-            warnings.warn(
-                f"moe_aux_loss_coeff={config.moe_aux_loss_coeff} with router={router!r}: both balance, and Megatron's "
-                "loss counts the choices of plain top-k; set moe_aux_loss_coeff=0.0 unless this is meant",
-                stacklevel=3,
-            )
+        hold(self, _fit(self, router, options, plan_ranks))
 
     def set_layer_number(self, layer_number: int) -> None:
         """The layer's number, part of the key of the random draws; those of multi-token prediction come after."""
         super().set_layer_number(layer_number)
-        self.balancer.layer = layer_number + (self.config.num_layers if self.is_mtp_layer else 0)
-        self.balancer.layer_is_given = True
+        _number(holder(self), self)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts for tokens.
@@ -133,14 +119,15 @@ class TopKRouter(megatron_router.TopKRouter):
         length, batch = logits.shape[:2]
         padding_T = None if padding_mask is None else padding_mask.reshape(-1)
         real_T = None if padding_T is None else ~padding_T
-        if not self.training and serves_as_theirs(self.balancer):
-            if self.balancer._forward_hooks:  # a monitor: our router would choose the same
+        router = holder(self)
+        if not self.training and router.is_plain():
+            if is_asked(router):  # by a monitor: our router would choose the same
                 with torch.no_grad():
-                    self.balancer(logits.view(-1, self.config.num_moe_experts), real_T)
+                    router(logits.view(-1, self.config.num_moe_experts), real_T)
             return super().routing(logits, padding_mask)
         logits_TE = self.apply_z_loss(logits.view(-1, self.config.num_moe_experts), padding_mask=padding_T)
-        self.balancer.correction_E = self.expert_bias
-        routes = self.balancer(logits_TE, real_T)
+        router.correction_E = self.expert_bias
+        routes = router(logits_TE, real_T)
         probs_TE, map_TE = _dense(routes, logits_TE, padding_T)
         if self.config.moe_expert_capacity_factor is not None:
             probs_TE, map_TE = apply_router_token_dropping(
@@ -185,9 +172,10 @@ class TopKRouter(megatron_router.TopKRouter):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # A checkpoint that was made without sinkroute knows of no state: the router starts with the one it has.
-        ours = self.balancer.state_dict(prefix=f"{prefix}balancer.")
-        if not any(key in state_dict for key in ours):
-            state_dict.update(ours)
+        if "router" in self._modules:
+            ours = self.router.state_dict(prefix=f"{prefix}router.")
+            if not any(key in state_dict for key in ours):
+                state_dict.update(ours)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -202,6 +190,58 @@ def _dense(routes: Routes, logits_TE: Tensor, padding_T: Tensor | None) -> tuple
     probs_TE = torch.zeros_like(logits_TE).scatter(1, experts_TK, routes.weights.to(logits_TE.dtype))
     map_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, experts_TK, True)
     return probs_TE, map_TE
+
+
+def _check_arguments(router: str, plan_ranks: str, options: dict[str, Any]) -> None:
+    if router not in list_routers():
+        raise unknown_name("router", router, list_routers())
+    if plan_ranks not in get_args(PlanRanks):
+        raise unknown_name("plan_ranks", plan_ranks, get_args(PlanRanks))
+    for option, cure in (
+        ("process_group", "plan_ranks says whose"),
+        ("layer", "Megatron numbers its layers: leave it out"),
+    ):
+        if option in options:
+            raise ValueError(f"{option}={options[option]!r}: {cure}")
+
+
+def _fit(host: megatron_router.TopKRouter, name: str, options: dict[str, Any], plan_ranks: PlanRanks) -> Router:
+    """The router for a layer of this configuration, on these ranks."""
+    if not _version.startswith("0.19."):
+        warnings.warn(
+            f"sinkroute's adapter is tested with Megatron-Core 0.19, this is {_version}; run its tests "
+            "(make test-megatron) before a training",
+            stacklevel=4,
+        )
+    config = host.config
+    _check(config)
+    router = fit_router(
+        name,
+        config.num_moe_experts,
+        config.moe_router_topk,
+        options,
+        "Megatron's config",
+        process_group={"tp_cp": host.tp_cp_group, "tp_dp_cp": host.tp_dp_cp_group}[plan_ranks],
+        **_said_by(config),
+    )
+    # The layers of one pipeline stage: "all ranks" would add up the loads of different layers.
+    router.batch_ranks = Ranks(host.tp_dp_cp_group)
+    if config.moe_router_enable_expert_bias:
+        refuse_bias(router, "moe_router_enable_expert_bias")
+    if host.is_aux_loss_enabled():
+        warnings.warn(
+            f"moe_aux_loss_coeff={config.moe_aux_loss_coeff} with router={name!r}: both balance, and Megatron's "
+            "loss counts the choices of plain top-k; set moe_aux_loss_coeff=0.0 unless this is meant",
+            stacklevel=4,
+        )
+    _number(router, host)
+    return router
+
+
+def _number(router: Router, host: megatron_router.TopKRouter) -> None:
+    if host.layer_number is not None:
+        router.layer = host.layer_number + (host.config.num_layers if host.is_mtp_layer else 0)
+        router.layer_is_given = True
 
 
 # -- what Megatron's config says ---------------------------------------------------------------------------------------

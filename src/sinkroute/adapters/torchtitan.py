@@ -33,16 +33,8 @@ except ImportError as error:
         "and triton; install it with `pip install torchtitan==0.3.0 triton`"
     ) from error
 
-from sinkroute.adapters._fit import (
-    Patched,
-    fit_router,
-    hold,
-    holder,
-    put_in,
-    refuse_bias,
-    refuse_loss,
-    serves_as_theirs,
-)
+from sinkroute.adapters._fit import fit_router, is_asked, refuse_bias, refuse_loss
+from sinkroute.adapters._patched import Patched, hold, holder, outputs_of, put_in
 from sinkroute.routing import Router
 from sinkroute.routing.ranks import Ranks
 from sinkroute.routing.routes import Routes
@@ -93,7 +85,7 @@ def check_contract() -> None:
 class SinkrouteRouter(TokenChoiceTopKRouter):
     """torchtitan's router, asking a sinkroute router in training.
 
-    Config: the fields of `TokenChoiceTopKRouter.Config`, and `method` (a name from `sinkroute.list_routers()`) and
+    Config: the fields of `TokenChoiceTopKRouter.Config`, and `router` (a name from `sinkroute.list_routers()`) and
     `options` (its options but for those that the fields give: score, norm_topk, groups, route_scale).
 
     Raises:
@@ -103,12 +95,12 @@ class SinkrouteRouter(TokenChoiceTopKRouter):
 
     @dataclass(kw_only=True, slots=True)
     class Config(TokenChoiceTopKRouter.Config):
-        method: str = "ssr-s"
+        router: str = "ssr-s"
         options: dict[str, Any] = field(default_factory=dict)
 
     def __init__(self, config: SinkrouteRouter.Config) -> None:
         super().__init__(config)
-        hold(self, _fit(self, config.method, config.options))
+        hold(self, _fit(self, config.router, config.options))
 
     def forward(self, x_BLD: Tensor, expert_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """As theirs: (..., D) and (E,) → weights (..., K), experts (..., K), scores (..., E).
@@ -119,21 +111,16 @@ class SinkrouteRouter(TokenChoiceTopKRouter):
             RuntimeError: the layer is compiled, or captured in a CUDA graph.
         """
         router = holder(self)
-        serves = not self.training and serves_as_theirs(router)
-        if self._debug_force_load_balance or (serves and not router._forward_hooks):  # a monitor: it is told
+        if self._debug_force_load_balance or not is_asked(router):
             return super().forward(x_BLD, expert_bias_E)
-        if not serves:
+        if self.training or not router.is_plain():
             _refuse_frozen(x_BLD)
         if expert_bias_E is not None:
             refuse_bias(router, "load_balance_coeff")
-        if serves or (self.training and router.is_plain()):
+        if router.is_plain():
             # Their own code, to the last bit; ours counts.
-            logits: list[Tensor] = []
-            hook = self.gate.register_forward_hook(lambda gate, inputs, output: logits.append(output))
-            try:
+            with outputs_of(self.gate) as logits:
                 weights_BLK, experts_BLK, scores_BLE = super().forward(x_BLD, expert_bias_E)
-            finally:
-                hook.remove()
             plain = Routes(_local(experts_BLK).flatten(0, -2), _local(weights_BLK).flatten(0, -2))
             router(_local(logits[0]).detach().flatten(0, -2), plain=plain)
             return weights_BLK, experts_BLK, scores_BLE
@@ -161,26 +148,26 @@ class SinkrouteRouter(TokenChoiceTopKRouter):
 
 
 @override(target=TokenChoiceTopKRouter.Config, exact=True, description="sinkroute's router")
-def route(config: TokenChoiceTopKRouter.Config, method: str = "ssr-s", **options: Any) -> SinkrouteRouter.Config:
-    """For `--override.imports 'sinkroute.adapters.torchtitan.route={"method": "ssr-l", "probability": 0.001}'`.
+def route(config: TokenChoiceTopKRouter.Config, router: str = "ssr-s", **options: Any) -> SinkrouteRouter.Config:
+    """For `--override.imports 'sinkroute.adapters.torchtitan.route={"router": "ssr-l", "probability": 0.001}'`.
 
     Returns:
         The configuration of a `SinkrouteRouter` in the place of theirs.
     """
-    return derive(config, SinkrouteRouter.Config, method=method, options=options)
+    return derive(config, SinkrouteRouter.Config, router=router, options=options)
 
 
-def patch(model: nn.Module, method: str, **options: Any) -> Patched:
+def patch(model: nn.Module, router: str, **options: Any) -> Patched:
     """Put a sinkroute router into every `MoE` layer of a built model, in place.
 
     Args:
         model: a torchtitan model, or one stage of it. Its parameters, their names and the `state_dict` stay as they are
             (a method that remembers something adds `router.state.*`).
-        method: a name from `sinkroute.list_routers()`.
-        options: the method's, but for those that the model's routers give: score, norm_topk, groups, route_scale.
+        router: a name from `sinkroute.list_routers()`.
+        options: the router's, but for those that the model's routers give: score, norm_topk, groups, route_scale.
 
     Returns:
-        A handle whose `remove()` undoes it.
+        A handle: `handle.remove()` undoes it all, `print(handle)` shows what was found.
 
     Raises:
         ValueError: no such layer; a router that is no plain `TokenChoiceTopKRouter`; a method with a gate or a
@@ -189,40 +176,41 @@ def patch(model: nn.Module, method: str, **options: Any) -> Patched:
             that is parallelized already.
         RuntimeError: a torchtitan whose router is another.
     """
+    biased = {}
+    for path, part in model.named_modules():
+        if isinstance(part, MoE):
+            biased[id(part.router)] = part.load_balance_coeff is not None
+            if not isinstance(part.router, TokenChoiceTopKRouter):
+                raise ValueError(
+                    f"{path}.router is a {type(part.router).__name__}, not torchtitan's TokenChoiceTopKRouter; patch "
+                    "the model without it"
+                )
 
-    def fit(path: str, part: nn.Module) -> tuple[type[nn.Module], Router] | None:
-        if isinstance(part, MoE) and type(part.router) is not TokenChoiceTopKRouter:
-            cure = "call remove() first" if isinstance(part.router, SinkrouteRouter) else "patch the model without it"
-            raise ValueError(
-                f"{path}.router is a {type(part.router).__name__}, not torchtitan's TokenChoiceTopKRouter; {cure}"
-            )
-        if type(part) is not TokenChoiceTopKRouter:
-            return None
-        if part._parallelized and options.get("process_group") is None:
+    def fit(path: str, theirs: TokenChoiceTopKRouter) -> Router:
+        if theirs._parallelized and options.get("process_group") is None:
             raise ValueError(
                 f"process_group=None, but the model is parallelized already, and {path} cannot tell any more which "
                 "ranks hold the same tokens and must draw the same noise; patch it before, configure it, or give "
                 'the group of ranks with other tokens, parallel_dims.get_mesh("loss").get_group()'
             )
-        router = _fit(part, method, options)
-        if biased.get(id(part)):
-            refuse_bias(router, "load_balance_coeff")
+        fitted = _fit(theirs, router, options)
+        if biased.get(id(theirs)):
+            refuse_bias(fitted, "load_balance_coeff")
         # The number of the block, the same in each pipeline stage.
-        if not router.layer_is_given and (block := re.search(r"(?:^|\.)layers\.(\d+)\.", path)):
-            router.layer, router.layer_is_given = int(block[1]), True
-        return SinkrouteRouter, router
+        if not fitted.layer_is_given and (block := re.search(r"(?:^|\.)layers\.(\d+)\.", path)):
+            fitted.layer, fitted.layer_is_given = int(block[1]), True
+        return fitted
 
-    biased = {id(part.router): part.load_balance_coeff is not None for part in model.modules() if isinstance(part, MoE)}
-    return put_in(model, fit, "torchtitan MoE layer")
+    return put_in(model, router, {TokenChoiceTopKRouter: (SinkrouteRouter, fit)}, "torchtitan")
 
 
-def _fit(theirs: TokenChoiceTopKRouter, method: str, options: dict[str, Any]) -> Router:
+def _fit(theirs: TokenChoiceTopKRouter, name: str, options: dict[str, Any]) -> Router:
     check_contract()
     scoring = {"score": theirs.score_func, "norm_topk": theirs.route_norm, "route_scale": theirs.route_scale}
     if theirs.num_expert_groups is not None:
         scoring |= {"groups": theirs.num_expert_groups, "top_groups": theirs.num_limited_groups}
     owner = "torchtitan's router"
-    router = fit_router(method, theirs.num_experts, theirs.top_k, options, owner, **scoring)
+    router = fit_router(name, theirs.num_experts, theirs.top_k, options, owner, **scoring)
     refuse_loss(router, "torchtitan")
     if router.state is not None:
         # torchtitan refuses models with parts that are no `Module` of its own.

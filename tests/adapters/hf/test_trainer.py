@@ -101,6 +101,10 @@ def noted(trainer, name="loss"):
     return {log["step"]: log[name] for log in trainer.state.log_history if name in log}
 
 
+def router_of(handle, layer):
+    return list(handle.routers.values())[layer]
+
+
 def watch(model, note):
     """`note(router, routes)` after every call of a router; the handles of the hooks."""
     routers = named_routers(model).values()
@@ -118,13 +122,13 @@ def test_every_micro_batch_has_the_trainers_step_and_its_own_number(tmp_path):
     # Five batches an epoch: its last step has one micro-batch.
     keys = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0), (3, 1), (4, 0), (4, 1), (5, 0)]
     assert seen == [(layer, *key) for key in keys for layer in (0, 1)]
-    assert [router.total_steps for router in handle.routers] == [6, 6]
+    assert [router.total_steps for router in handle.routers.values()] == [6, 6]
 
 
 def test_a_schedule_over_the_training_spans_what_the_trainer_runs(tmp_path):
     trainer, handle, _ = patched_trainer(tmp_path, mixtral(), options={"probability": "linear(1, 0)"}, max_steps=5)
     trainer.train()
-    assert handle.routers[0].probability_now == pytest.approx(0.2)  # at step 4 of 5
+    assert router_of(handle, 0).probability_now == pytest.approx(0.2)  # at step 4 of 5
 
 
 def test_an_evaluation_sees_the_bias_that_the_step_before_it_left(tmp_path):
@@ -133,7 +137,7 @@ def test_an_evaluation_sees_the_bias_that_the_step_before_it_left(tmp_path):
         eval_steps=1, eval_dataset=texts(2),
     )  # fmt: skip
     seen = []
-    router = handle.routers[0]
+    router = router_of(handle, 0)
     gate = trainer.model.model.layers[0].mlp.gate
     gate.register_forward_hook(lambda *_: seen.append((router.training, gate.e_score_correction_bias.clone())))
     loads = []
@@ -365,7 +369,7 @@ def test_the_best_model_comes_back_with_what_its_routers_remembered(tmp_path):
     best = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "checkpoint-3").state_dict()
     assert all(torch.equal(value, best[name]) for name, value in trainer.model.state_dict().items())
     gate = trainer.model.model.layers[0].mlp.gate
-    torch.testing.assert_close(gate.e_score_correction_bias, handle.routers[0].state.bias_E)
+    torch.testing.assert_close(gate.e_score_correction_bias, router_of(handle, 0).state.bias_E)
 
 
 def test_a_model_in_the_place_of_its_handle_is_refused():
@@ -423,10 +427,10 @@ def train_on_a_rank():
         "parallel": type(trainer.model_wrapped).__name__,
         "wrote": (folder / str(rank) / "checkpoint-3" / STATE_FILE).exists(),
         "loads": torch.stack(loads),
-        "bias": handle.routers[0].state.bias_E,
+        "bias": router_of(handle, 0).state.bias_E,
         "global": noted(trainer, "router/max_vio_global"),
-        "whole": (noted(trainer), noted(trainer, "router/max_vio"), handle.routers[1].state.bias_E),
-        "again": (noted(again), noted(again, "router/max_vio"), again_handle.routers[1].state.bias_E),
+        "whole": (noted(trainer), noted(trainer, "router/max_vio"), router_of(handle, 1).state.bias_E),
+        "again": (noted(again), noted(again, "router/max_vio"), router_of(again_handle, 1).state.bias_E),
     }
 
 

@@ -5,7 +5,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from sinkroute.adapters.hf.patch import Handle, patch
+from sinkroute.adapters.hf.handle import Handle
+from sinkroute.adapters.hf.patch import patch
 
 if TYPE_CHECKING:
     from sinkroute.adapters.hf.trainer import RouterCallback

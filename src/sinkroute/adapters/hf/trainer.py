@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sinkroute.adapters.hf.checkpoints import checkpoint_folder, find_checkpoint, reload_converted
-from sinkroute.adapters.hf.patch import Handle
+from sinkroute.adapters.hf.handle import Handle
 from sinkroute.routing.attached import attached
 from sinkroute.routing.monitor import LoadMonitor
 from sinkroute.routing.step import end_step, set_step
@@ -83,17 +83,14 @@ class RouterCallback(TrainerCallback):
     """
 
     def __init__(self, routed: Handle | nn.Module, *, checkpoint: str | os.PathLike[str] | None = None) -> None:
-        self.routed = routed
+        self.routed, self.model = routed, routed.model if isinstance(routed, Handle) else routed
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        if isinstance(routed, Handle):
-            self.monitor = LoadMonitor(vars(routed)["model"])
-        elif any(attached(part) is not None for part in routed.modules()):
+        if not isinstance(routed, Handle) and any(attached(part) is not None for part in routed.modules()):
             raise ValueError(
                 f"routed is the patched model {type(routed).__name__}, which does not hold the state of its routers; "
                 "give the handle that sinkroute.patch returned"
             )
-        else:
-            self.monitor = LoadMonitor(routed)
+        self.monitor = LoadMonitor(self.model)
         self._micro_batch = 0
         self._is_first = False
 
@@ -125,16 +122,16 @@ class RouterCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._micro_batch = 0
-        set_step(self.routed, state.global_step, total_steps=state.max_steps)
+        set_step(self.model, state.global_step, total_steps=state.max_steps)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._micro_batch += 1
-        set_step(self.routed, state.global_step, self._micro_batch, total_steps=state.max_steps)
+        set_step(self.model, state.global_step, self._micro_batch, total_steps=state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        end_step(self.routed)
+        end_step(self.model)
 
     # -- metrics -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,46 @@
+"""What models of transformers have beside their routers: losses that do not see our choices, kernels that skip them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+__all__ = ["own_coefficients", "refuse_kernels"]
+
+# As models call the coefficient of their own balancing loss.
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
+
+def own_coefficients(model: nn.Module) -> list[tuple[Any, str, float]]:
+    """Owner, name and value of each coefficient, not 0, of the model's own balancing loss.
+
+    Owners are the modules that have it; where there is none, the configurations that are asked for it.
+    """
+    owners: list[Any] = [part for part in model.modules() if any(name in vars(part) for name in _COEFFICIENTS)]
+    if not owners:
+        configs = [part.config for part in model.modules() if hasattr(part, "config")]
+        configs += [text for config in configs if (text := getattr(config, "text_config", None)) is not None]
+        owners = list({id(config): config for config in configs}.values())
+    found = [(owner, name, vars(owner).get(name)) for owner in owners for name in _COEFFICIENTS]
+    return [(owner, name, value) for owner, name, value in found if isinstance(value, (int, float)) and value]
+
+
+def refuse_kernels(model: nn.Module) -> None:
+    """Kernels that compute router and experts in one, past the router.
+
+    Raises:
+        ValueError: the model has them.
+    """
+    method = getattr(getattr(getattr(model, "config", None), "quantization_config", None), "quant_method", None)
+    fused = next((type(part).__name__ for part in model.modules() if "mxfp4" in type(part).__name__.lower()), None)
+    if fused or "mxfp4" in str(method).lower():
+        raise ValueError(
+            f"{type(model).__name__} has mxfp4 experts ({fused or method}), whose kernel routes by itself and never "
+            "calls the router; load it with Mxfp4Config(dequantize=True)"
+        )
+    if getattr(model, "use_kernels", False):
+        raise ValueError(
+            f"{type(model).__name__} runs kernels from the hub (use_kernels=True), some of which route by themselves "
+            "and never call the router; load it with use_kernels=False"
+        )

@@ -1,0 +1,151 @@
+"""A sinkroute router in the place of one of a model's: made for it, tied to its tensors, asked by a hook."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sinkroute.adapters._fit import fit_router, is_asked
+from sinkroute.adapters.hf.contracts import Site
+from sinkroute.adapters.hf.model_pass import ModelPass
+from sinkroute.adapters.hf.scoring import Scoring, Source
+from sinkroute.routing.ranks import distribute
+from sinkroute.routing.registry import ROUTERS, router_options
+from sinkroute.routing.router import Router, Serving
+from sinkroute.routing.routes import Routes
+
+__all__ = ["Seat", "fit_to_site"]
+
+
+class Seat:
+    """The forward hook on one of the model's routers.
+
+    Attributes:
+        router: the sinkroute router.
+        site: where the model's own is.
+        scoring: the rule of that.
+        model_pass: of the model's forward pass.
+    """
+
+    def __init__(self, router: Router, site: Site, scoring: Scoring, model_pass: ModelPass) -> None:
+        self.router, self.site, self.scoring, self.model_pass = router, site, scoring, model_pass
+
+    def prepare(self) -> bool:
+        """Before a pass of the model: whether the router is asked in it. It learns what the model's bias was set to."""
+        self.router.training = self.site.host.training
+        if not is_asked(self.router):
+            return False
+        for link in self.router.links:
+            link.pull()
+        return True
+
+    def __call__(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        router, scoring = self.router, self.scoring
+        router.training, self.model_pass.called = host.training, True
+        if not is_asked(router):
+            return None
+        decision = scoring.contract.read(outputs, self.site)
+        logits_TE = scoring.logits(decision)
+        if router.state is not None and router.state.saved_steps.device != logits_TE.device:
+            router.to(logits_TE.device)  # it is no part of the model, and did not hear that this was moved
+        if scoring.correction is not None:
+            # Detached, or it would be registered as a buffer of the router's too.
+            router.correction_E = scoring.correction.find(self.site).detach().flatten()
+        mask_T = self.model_pass.token_mask(self.site.path, len(logits_TE))
+        if router.moves_gate:
+            router.see(args[0] if args else next(iter(kwargs.values())))  # type: ignore[operator]
+        routes = router(logits_TE, mask_T, plain=Routes(decision.experts_TK, decision.weights_TK))
+        if host.training:
+            self.model_pass.note(routes.aux_loss)
+        if router.is_plain():
+            return None
+        weights_TK = routes.weights
+        if scoring.expert_scale is not None:
+            weights_TK = weights_TK * scoring.expert_scale.find(self.site)[routes.experts]
+        return scoring.contract.write(outputs, weights_TK, routes.experts, self.site)
+
+
+def fit_to_site(name: str, site: Site, scoring: Scoring, options: dict[str, Any]) -> Router:
+    """A router that chooses and weighs by the rule of the one at `site`, tied to what it moves there.
+
+    Raises:
+        ValueError: the model could not serve by what it learns, or has no place for what it needs.
+    """
+    if scoring.correction is not None and name in ROUTERS and "bias_on" in router_options(ROUTERS[name]):
+        options = {"bias_on": scoring.correction_on, **options}
+    router = fit_router(
+        name,
+        scoring.num_experts,
+        scoring.top_k,
+        options,
+        f"{type(site.host).__name__} ({scoring})",
+        any_width=scoring.contract.any_width,
+        may_move_gate=True,
+        **scoring.theirs(),
+    )
+    router.correction_on = scoring.correction_on
+    bias = router.eval().choice_bias()  # with which it serves
+    if router.moves_gate:
+        _bind_gate(name, router, site, scoring)
+    elif bias is not None:
+        if scoring.correction is None or bias.on != scoring.correction_on:
+            able = [known for known, kind in ROUTERS.items() if kind(2, 1).serving() == Serving()]
+            raise ValueError(
+                f"router {name!r} serves with a bias on {bias.on}, which {type(site.host).__name__} has no place for, "
+                f"so that eval() and saved checkpoints would be another model's; take one of {', '.join(able)}"
+            )
+        link = _BiasLink(router, site, scoring.correction)
+        link.pull()
+        router.links.append(link)
+    return router.train(site.host.training)
+
+
+def _bind_gate(name: str, router: Router, site: Site, scoring: Scoring) -> None:
+    """Tell a router that moves the gate which tensor it is."""
+    if scoring.correction is not None:
+        raise ValueError(
+            f"router {name!r} balances the gate, and {type(site.host).__name__} chooses by "
+            f"{scoring.correction.name}, too, which would undo it; take ssr-bias or loss-free, which move that"
+        )
+    moved = scoring.gate_bias or scoring.gate_weight
+    if moved is None:
+        raise ValueError(
+            f"router {name!r} moves a linear gate, and the logits of {type(site.host).__name__} are no linear map of "
+            "its tokens; take ssr-l or ssr-s"
+        )
+    if not moved.find(site).requires_grad:
+        raise ValueError(
+            f"router {name!r} moves {moved.name} of {site.block}, which is frozen; let it be trained and saved "
+            "(PEFT: modules_to_save), or take ssr-l"
+        )
+    router.bind_part(site.host, moved.name)  # type: ignore[operator]
+
+
+class _BiasLink:
+    """The router's bias is the model's own: that is the one which serves, is saved and is loaded."""
+
+    def __init__(self, router: Router, site: Site, source: Source) -> None:
+        self.router, self.site, self.source = router, site, source
+
+    def _ours(self) -> Tensor:
+        added = self.router.choice_bias()
+        assert added is not None and added.bias_E is not None  # or there would be no link
+        return added.bias_E
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        theirs, ours_E = self.source.find(self.site).detach(), self._ours()
+        if theirs.is_meta:
+            return
+        theirs_E: Tensor = (theirs.full_tensor() if hasattr(theirs, "full_tensor") else theirs).flatten()
+        # A model in bf16 holds ours rounded; that is no other value, and the finer one stays.
+        same_E = theirs_E == ours_E.to(theirs_E.device, theirs_E.dtype)
+        ours_E.copy_(torch.where(same_E.to(ours_E.device), ours_E, theirs_E.to(ours_E.device, ours_E.dtype)))
+
+    @torch.no_grad()
+    def push(self) -> None:
+        theirs = self.source.find(self.site)
+        ours = self._ours().to(theirs.device, theirs.dtype).view(theirs.shape)
+        theirs.copy_(distribute(ours, theirs) if hasattr(theirs, "device_mesh") else ours)
