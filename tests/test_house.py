@@ -18,10 +18,6 @@ LINES, COLUMNS = 400, 120
 # A name of two modules on one floor, with what makes them one idea.
 TWICE = {
     "registry": "names of routers, and of losses",
-    "load_balance": "a loss, and the router that is plain top-k with it",
-    "global_load_balance": "a loss, and the router that is plain top-k with it",
-    "gshard": "a loss, and the router that is plain top-k with it",
-    "z_loss": "a loss, and the router that is plain top-k with it",
     "search": "an operation, and what does it on a GPU",
 }
 FORBIDDEN = re.compile(

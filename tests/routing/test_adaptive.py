@@ -85,8 +85,8 @@ def test_it_resumes_with_the_same_steps():
 
 
 def test_text_is_read():
-    assert router("adaptive(high=0.6, low=0.3, floor=0, ceiling=1, decay=0.5)").adaptive == RULE
-    assert router("adaptive").adaptive == Adaptive()
+    assert router("adaptive(high=0.6, low=0.3, floor=0, ceiling=1, decay=0.5)").firing.rule == RULE
+    assert router("adaptive").firing.rule == Adaptive()
 
 
 @pytest.mark.parametrize(

@@ -481,7 +481,7 @@ def test_no_graph_is_kept():
     monitor = sinkroute.LoadMonitor(router, "detailed")
     router(torch.zeros(3, 4))
     del loss, router.choice
-    router._loss_leaves.clear()
+    router._auxiliary.forget()
     gc.collect()
     assert released and monitor.metrics()["router"]["aux_loss"] == 1.0
 

@@ -92,7 +92,7 @@ def test_set_step_that_is_refused_changes_nothing():
     model = TwoRouters()
     with pytest.raises(ValueError):
         sinkroute.set_step(model, 5, micro_batch=-1)
-    assert model.first.step == 0 and not model.first.step_was_set
+    assert model.first.step == 0 and not model.first.clock.told
 
 
 def test_forgetting_set_step_is_told_once_after_64_draws():
@@ -153,9 +153,9 @@ def test_a_global_load_does_not_grow_for_ever():
     sinkroute.set_step(router, 0)
     with pytest.warns(UserWarning, match="the load of its global batch begins anew"):
         pass_through(router, 1000)
-    assert router._step_load_E.sum() <= 65 * 12 and len(router._step_loads) <= 256
+    assert router._auxiliary._load_E.sum() <= 65 * 12 and len(router._auxiliary._loads) <= 256
     sinkroute.set_step(router, 1)
-    assert not router._step_loads
+    assert not router._auxiliary._loads
 
 
 def test_a_step_that_is_set_anew_for_every_micro_batch_may_have_many():
@@ -164,14 +164,14 @@ def test_a_step_that_is_set_anew_for_every_micro_batch_may_have_many():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pass_through(router, 300, step=3)
-    assert router._step_load_E.sum() == 300 * 12
+    assert router._auxiliary._load_E.sum() == 300 * 12
 
 
 def test_a_step_that_never_advances_is_told_too():
     router = sinkroute.create_router("global-load-balance", num_experts=4, top_k=2)
     with pytest.warns(UserWarning, match="trained 4097 times for step 0"):
         pass_through(router, 4100, step=0)
-    assert router._step_load_E.sum() == 4 * 12
+    assert router._auxiliary._load_E.sum() == 4 * 12
 
 
 @pytest.mark.parametrize("losses", [(), "load-balance"])
@@ -189,7 +189,7 @@ def test_micro_batches_without_end_leave_a_bounded_memory():
         for part in range(400):
             sinkroute.set_step(router, 0, part)
             pass_through(router, 1)
-    assert len(router._step_loads) == len(router._loss_leaves) == 256
+    assert len(router._auxiliary._loads) == len(router._auxiliary._leaves) == 256
 
 
 # -- the end of a step -----------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ class serving_mode:
 
     def begin_pass(self, number: int) -> None:
         for router in self.routers:
-            router.micro_batch = number
+            router.clock.micro_batch = number
 
 
 @dataclass

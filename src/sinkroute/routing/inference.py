@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from torch import nn
 
 from sinkroute._errors import unknown_name
@@ -12,7 +10,7 @@ from sinkroute.routing.routers.ssr import Inference, SSRRouter
 
 __all__ = ["INFERENCE_MODES", "set_inference"]
 
-INFERENCE_MODES: tuple[str, ...] = get_args(Inference)
+INFERENCE_MODES = SSRRouter.inference_modes
 
 
 def set_inference(module: nn.Module, mode: Inference) -> None:
@@ -35,8 +33,8 @@ def set_inference(module: nn.Module, mode: Inference) -> None:
     """
     if mode not in INFERENCE_MODES:
         raise unknown_name("mode", mode, INFERENCE_MODES)
-    routers = [router for router in named_routers(module).values() if isinstance(router, SSRRouter)]
-    if not routers and mode != "none":
+    routers = [router for router in named_routers(module).values() if mode in router.inference_modes]
+    if not routers:
         raise ValueError(f"mode={mode!r} is for routers of the SSR family, and {type(module).__name__} holds none")
     for router in routers:
         router.inference = mode

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
+from dataclasses import fields
 from typing import Any
 
 from sinkroute._errors import unknown_name
 from sinkroute.routing.router import Router
-from sinkroute.routing.routers.base import BaseRouter
+from sinkroute.routing.routers.base_layers import BaseRouter
 from sinkroute.routing.routers.expert_choice import ExpertChoiceRouter
-from sinkroute.routing.routers.global_load_balance import GlobalLoadBalanceRouter
-from sinkroute.routing.routers.gshard import GShardRouter
 from sinkroute.routing.routers.hash import HashRouter
-from sinkroute.routing.routers.load_balance import LoadBalanceRouter
 from sinkroute.routing.routers.loss_free import LossFreeRouter
 from sinkroute.routing.routers.noisy import NoisyRouter
 from sinkroute.routing.routers.quantile import QuantileRouter
@@ -26,8 +23,13 @@ from sinkroute.routing.routers.ssr_ec import SSRExpertChoiceRouter
 from sinkroute.routing.routers.ssr_fold import SSRFoldRouter
 from sinkroute.routing.routers.stable_moe import StableMoERouter
 from sinkroute.routing.routers.v_moe_noise import VMoENoiseRouter
+from sinkroute.routing.routers.with_loss import (
+    GlobalLoadBalanceRouter,
+    GShardRouter,
+    LoadBalanceRouter,
+    ZLossRouter,
+)
 from sinkroute.routing.routers.xmoe import XMoERouter
-from sinkroute.routing.routers.z_loss import ZLossRouter
 
 __all__ = ["create_router", "list_routers"]
 
@@ -47,7 +49,7 @@ ROUTERS: dict[str, type[Router]] = {
     "sinkhorn": SinkhornRouter,
     "base": BaseRouter,
     "expert-choice": ExpertChoiceRouter,
-    # Gates of their own.
+    # Gates that no other method has.
     "xmoe": XMoERouter,
     "stable-moe": StableMoERouter,
     "smoe-dropout": SMoEDropoutRouter,
@@ -78,7 +80,7 @@ def create_router(name: str, *, num_experts: int, top_k: int, **options: Any) ->
         name: one of `list_routers()`.
         num_experts: E.
         top_k: K, experts per token, 1 to E.
-        options: the router's own; `help(type(router))` lists them.
+        options: those of the method; `help(type(router))` and `sinkroute routers NAME` list them.
 
     Raises:
         ValueError: an unknown name or option (the message suggests the nearest), or a value out of range.
@@ -100,17 +102,9 @@ def create_router(name: str, *, num_experts: int, top_k: int, **options: Any) ->
 
 
 def router_options(router: type[Router]) -> list[str]:
-    """The keyword options of a router class, its own first.
+    """The names of the options that a router takes by keyword.
 
-    >>> router_options(ROUTERS["z-loss"])[:3]
-    ['coefficient', 'norm_topk', 'score']
+    >>> router_options(ROUTERS["z-loss"])[-1]
+    'coefficient'
     """
-    names: dict[str, None] = {}
-    for cls in router.__mro__:
-        if "__init__" not in vars(cls):
-            continue
-        parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
-        names |= dict.fromkeys(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
-        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
-            break  # nothing is handed on to the class above
-    return list(names)
+    return [each.name for each in fields(router.Options)]

@@ -154,7 +154,7 @@ class Watch:
         sums["router_entropy"].add_((entropy_T if token_mask is None else entropy_T * token_mask).double().sum())
         if routes.branch == "softmax":
             return
-        top_TE = _members(router.served_experts(logits_TE), None, logits_TE)
+        top_TE = _members(router.plain_experts(logits_TE), None, logits_TE)
         differs_T = (top_TE != _members(routes.experts, routes.chosen, logits_TE)).any(-1)
         if token_mask is not None:
             top_TE, differs_T = top_TE & token_mask[:, None], differs_T & token_mask

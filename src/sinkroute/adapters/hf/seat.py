@@ -13,8 +13,9 @@ from sinkroute.adapters.hf.model_pass import ModelPass
 from sinkroute.adapters.hf.scoring import Scoring, Source
 from sinkroute.routing.ranks import distribute
 from sinkroute.routing.registry import ROUTERS, router_options
-from sinkroute.routing.router import Router, Serving
+from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
+from sinkroute.routing.serving import Serving
 
 __all__ = ["Seat", "fit_to_site"]
 
@@ -55,7 +56,7 @@ class Seat:
             router.correction_E = scoring.correction.find(self.site).detach().flatten()
         mask_T = self.model_pass.token_mask(self.site.path, len(logits_TE))
         if router.moves_gate:
-            router.see(args[0] if args else next(iter(kwargs.values())))  # type: ignore[operator]
+            router.see(args[0] if args else next(iter(kwargs.values())))
         routes = router(logits_TE, mask_T, plain=Routes(decision.experts_TK, decision.weights_TK))
         if host.training:
             self.model_pass.note(routes.aux_loss)
@@ -120,7 +121,7 @@ def _bind_gate(name: str, router: Router, site: Site, scoring: Scoring) -> None:
             f"router {name!r} moves {moved.name} of {site.block}, which is frozen; let it be trained and saved "
             "(PEFT: modules_to_save), or take ssr-l"
         )
-    router.bind_part(site.host, moved.name)  # type: ignore[operator]
+    router.bind_part(site.host, moved.name)
 
 
 class _BiasLink:

@@ -11,14 +11,16 @@ served like this: serving falls back to the top-k of each token.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
-from sinkroute._errors import require_numbers
 from sinkroute.kernels.operations import uncompiled
 from sinkroute.routing.expert_side import take_best_tokens
-from sinkroute.routing.router import CommonOptions, Router
+from sinkroute.routing.options import CommonOptions, option
+from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
 from sinkroute.routing.scores import scores
 
@@ -29,11 +31,8 @@ class ExpertChoiceRouter(Router):
     """Each expert takes its best tokens.
 
     In training the routes have as many columns as the most wanted token has experts, K at least; places beyond a
-    token's own experts have weight 0 and are not counted in the load.
-
-    Args:
-        capacity_factor: c, experts that a token gets on average in training. None: `top_k`.
-        common: see `Router`. Here `norm_topk=None` means no: the weights are those of the paper. Without groups.
+    token's experts have weight 0 and are not counted in the load. Here `norm_topk=None` means no: the weights are those
+    of the paper. Without groups.
 
     Raises:
         TypeError, ValueError: `capacity_factor` is no number, 0 or less, or above E.
@@ -45,21 +44,22 @@ class ExpertChoiceRouter(Router):
     ([2, 2], [True, True, True, True])
     """
 
-    def __init__(
-        self, num_experts: int, top_k: int, *, capacity_factor: float | None = None, **common: Unpack[CommonOptions]
-    ) -> None:
-        if common.get("norm_topk") is None:
-            common["norm_topk"] = False
-        super().__init__(num_experts, top_k, **common)
-        self.refuse_groups()
-        if capacity_factor is not None:
-            require_numbers(capacity_factor=capacity_factor)
-            if not 0 < capacity_factor <= num_experts:
-                raise ValueError(
-                    f"capacity_factor must be above 0 and at most num_experts={num_experts}, got {capacity_factor}; "
-                    "it is how many experts a token gets on average"
-                )
-        self.capacity_factor = capacity_factor
+    renormalises = False
+    keeps_groups = False
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CommonOptions):
+        capacity_factor: float | None = option(
+            None, "c, experts that a token gets on average in training. None: top_k", above=0
+        )
+
+    def __init__(self, num_experts: int, top_k: int, **options: Any) -> None:
+        super().__init__(num_experts, top_k, **options)
+        if self.capacity_factor is not None and self.capacity_factor > num_experts:
+            raise ValueError(
+                f"capacity_factor must be above 0 and at most num_experts={num_experts}, got {self.capacity_factor}; "
+                "it is how many experts a token gets on average"
+            )
 
     @uncompiled  # as a whole: one break of the graph, not several
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:

@@ -17,16 +17,16 @@ The gate makes logits of it, 0 for the chosen and −10⁴ for the others, so th
 from __future__ import annotations
 
 import heapq
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
-from sinkroute._errors import require_count
 from sinkroute.routing.beside import checked_ids, kind_of
 from sinkroute.routing.draws import hash63
-from sinkroute.routing.router import CommonOptions, Router
+from sinkroute.routing.options import CommonOptions, option
+from sinkroute.routing.router import Router
 from sinkroute.routing.state import KeepsDtypes, check_table, whole
 
 __all__ = ["HashGate", "HashRouter"]
@@ -132,14 +132,7 @@ class HashGate(KeepsDtypes):
 class HashRouter(Router):
     """Softmax top-k; its gate (`make_gate`) gives logits by a fixed hash of the token's id.
 
-    Given the logits of another gate, it is plain top-k.
-
-    Args:
-        vocab_size: rows of the hash table; ids are taken modulo it.
-        common: see `Router`. Without groups.
-
-    Raises:
-        ValueError: `vocab_size` is not an integer of 1 or more; groups.
+    Given the logits of another gate, it is plain top-k. Without groups.
 
     >>> import sinkroute
     >>> layer = sinkroute.MoE(d_model=8, d_hidden=8, num_experts=4, top_k=2, router="hash")
@@ -150,13 +143,11 @@ class HashRouter(Router):
 
     serves_any_gate = False
 
-    def __init__(
-        self, num_experts: int, top_k: int, *, vocab_size: int = 32_768, **common: Unpack[CommonOptions]
-    ) -> None:
-        super().__init__(num_experts, top_k, **common)
-        self.refuse_groups()
-        require_count("vocab_size", vocab_size, 1)
-        self.vocab_size = vocab_size
+    keeps_groups = False
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CommonOptions):
+        vocab_size: int = option(32_768, "rows of the hash table; ids are taken modulo it", least=1)
 
     def make_gate(self, d_model: int) -> nn.Module:
         """A `HashGate`, which has no parameters."""

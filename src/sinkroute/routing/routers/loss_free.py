@@ -7,25 +7,22 @@ with the load of the whole batch. The bias is part of the served model: it choos
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
-from sinkroute._errors import require_numbers
-from sinkroute.routing.router import CommonOptions, Router, Serving
+from sinkroute.routing.options import CommonOptions, option
+from sinkroute.routing.router import Router
+from sinkroute.routing.serving import Serving
 from sinkroute.routing.state import RouterState
 
 __all__ = ["LossFreeRouter"]
 
 
 class LossFreeRouter(Router):
-    """Top-k of score + bias, the bias moved against the load once per step.
-
-    Args:
-        update_rate: u, by which a bias moves in a step; 0.001 is the published value.
-        common: see `Router`. The paper's models have `score="sigmoid"`.
+    """Top-k of score + bias, the bias moved against the load once per step. The paper's models have `score="sigmoid"`.
 
     Attributes:
         state: holds `bias_E` (E,) float32.
@@ -34,16 +31,17 @@ class LossFreeRouter(Router):
     needs_step = True
     state: RouterState
 
-    def __init__(
-        self, num_experts: int, top_k: int, *, update_rate: float = 1e-3, **common: Unpack[CommonOptions]
-    ) -> None:
-        super().__init__(num_experts, top_k, **common)
-        require_numbers(update_rate=update_rate)
-        if not (update_rate >= 0 and math.isfinite(update_rate)):
-            raise ValueError(
-                f"update_rate must be a finite number of 0 or more, got {update_rate}; 0.001 is the published value"
-            )
-        self.update_rate = update_rate
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CommonOptions):
+        update_rate: float = option(
+            1e-3,
+            "u, by which a bias moves in a step; 0.001 is the published value",
+            least=0,
+            hint="0.001 is the published value",
+        )
+
+    def __init__(self, num_experts: int, top_k: int, **options: Any) -> None:
+        super().__init__(num_experts, top_k, **options)
         self.state = RouterState(num_experts, bias_E=torch.zeros(num_experts, device="cpu"))
 
     def choice_bias(self) -> Serving:

@@ -16,18 +16,17 @@ code; without it a width can underflow to 0, and the load has no gradient.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from sinkroute.routing.gate import LinearGate
 from sinkroute.routing.losses.importance import cv_squared
-from sinkroute.routing.losses.registry import check_coefficient
 from sinkroute.routing.masked import mean_over_tokens
-from sinkroute.routing.router import CommonOptions, Router
+from sinkroute.routing.options import CommonOptions, option
+from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
 
 __all__ = ["NoisyRouter", "smooth_load_loss"]
@@ -39,15 +38,7 @@ class NoisyRouter(Router):
     """Top-k of logits with noise whose width the gate learns, and two losses.
 
     The gate (`make_gate`) gives 2·E numbers per token: E logits, then E raw widths of their noise. Given E numbers, the
-    router takes the raw widths to be 0: a width of ln 2 + 0.01.
-
-    Args:
-        importance_coefficient: of the loss on the experts' total weights; 0.1 is the paper's.
-        load_coefficient: of the loss on the smooth load; 0.1 is the paper's.
-        common: see `Router`. Without groups.
-
-    Raises:
-        TypeError, ValueError: a coefficient that is no number, negative or not finite; groups.
+    router takes the raw widths to be 0: a width of ln 2 + 0.01. Without groups.
 
     >>> import sinkroute
     >>> router = sinkroute.create_router("noisy", num_experts=4, top_k=2)
@@ -60,20 +51,19 @@ class NoisyRouter(Router):
     logit_parts = 2
     needs_step = True
     serves_any_gate = False
+    keeps_groups = False
 
-    def __init__(
-        self,
-        num_experts: int,
-        top_k: int,
-        *,
-        importance_coefficient: float = 0.1,
-        load_coefficient: float = 0.1,
-        **common: Unpack[CommonOptions],
-    ) -> None:
-        super().__init__(num_experts, top_k, **common)
-        self.refuse_groups()
-        self.importance_coefficient = check_coefficient("importance_coefficient", importance_coefficient, 0.1)
-        self.load_coefficient = check_coefficient("load_coefficient", load_coefficient, 0.1)
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CommonOptions):
+        importance_coefficient: float = option(
+            0.1,
+            "of the loss on the experts' total weights; 0.1 is the paper's",
+            least=0,
+            hint="0.1 is the published value",
+        )
+        load_coefficient: float = option(
+            0.1, "of the loss on the smooth load; 0.1 is the paper's", least=0, hint="0.1 is the published value"
+        )
 
     def make_gate(self, d_model: int) -> nn.Module:
         """A bias-free linear map from (T, D) to logits and raw widths, (T, 2·E).
@@ -88,7 +78,7 @@ class NoisyRouter(Router):
             raw_TE = torch.zeros_like(clean_TE)
         width_TE = F.softplus(raw_TE) + _LEAST_WIDTH
         noisy_TE = clean_TE + width_TE * self.draw_normal(clean_TE)
-        routes = self.score_topk(noisy_TE)
+        routes = self.topk(noisy_TE)
         all_weights_TE = torch.zeros_like(noisy_TE).scatter(1, routes.experts, routes.weights)
         importance = cv_squared(mean_over_tokens(all_weights_TE, token_mask))
         load = smooth_load_loss(clean_TE, noisy_TE, width_TE, self.top_k, token_mask)

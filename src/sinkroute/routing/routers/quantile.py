@@ -24,16 +24,17 @@ a micro-batch without real tokens takes no part in the mean.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
-from sinkroute._errors import require_numbers, unknown_name
 from sinkroute.routing.beside import checked_mask
-from sinkroute.routing.router import CommonOptions, Router, Serving
+from sinkroute.routing.options import CommonOptions, option
+from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
+from sinkroute.routing.serving import Serving
 from sinkroute.routing.state import RouterState
 
 __all__ = ["QuantileRouter"]
@@ -44,13 +45,7 @@ _BINS = 1000
 
 
 class QuantileRouter(Router):
-    """Top-k of score + bias, the bias set once per step to what would have balanced the step's batch.
-
-    Args:
-        scope: whose quantile: the mean of those of every `"micro-batch"` on every rank, or that of the whole
-            `"batch"`, which takes `score="sigmoid"`.
-        ema: how much of the old bias stays: b ← ema · b + (1 − ema) · new. 0 is the published value.
-        common: see `Router`. Without groups.
+    """Top-k of score + bias, the bias set once per step to what would have balanced the step's batch. Without groups.
 
     Attributes:
         state: holds `bias_E` (E,) float32.
@@ -67,35 +62,36 @@ class QuantileRouter(Router):
     """
 
     needs_step = True
+    keeps_groups = False
     state: RouterState
 
-    def __init__(
-        self,
-        num_experts: int,
-        top_k: int,
-        *,
-        scope: Scope = "micro-batch",
-        ema: float = 0.0,
-        **common: Unpack[CommonOptions],
-    ) -> None:
-        super().__init__(num_experts, top_k, **common)
-        require_numbers(ema=ema)
-        if not 0 <= ema < 1:
-            raise ValueError(f"ema must be 0 or more and below 1, got {ema}; 0 is the published value")
-        if scope not in get_args(Scope):
-            raise unknown_name("scope", scope, get_args(Scope))
-        if scope == "batch" and self.score != "sigmoid":
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CommonOptions):
+        scope: Scope = option(
+            "micro-batch",
+            'whose quantile: the mean of those of every "micro-batch" on every rank, or that of the whole "batch", '
+            'which takes score="sigmoid"',
+        )
+        ema: float = option(
+            0.0,
+            "how much of the old bias stays: b ← ema · b + (1 − ema) · new. 0 is the published value",
+            least=0,
+            below=1,
+            hint="0 is the published value",
+        )
+
+    def __init__(self, num_experts: int, top_k: int, **options: Any) -> None:
+        super().__init__(num_experts, top_k, **options)
+        if self.scope == "batch" and self.score != "sigmoid":
             raise ValueError(
                 f'scope="batch" counts scores from 0 to 1, each by itself, got score={self.score!r}; '
                 'take score="sigmoid", or scope="micro-batch"'
             )
-        if self.top_groups < self.groups:
-            raise ValueError(
-                f"top_groups={self.top_groups} of groups={self.groups}: quantile balancing asks what a token's choices "
-                "had to beat among all experts; take all groups, or loss-free"
-            )
-        self.scope, self.ema = scope, ema
-        sums = {"quantile_sum": num_experts, "passes": 1} if scope == "micro-batch" else {"counts": num_experts * _BINS}
+        sums = (
+            {"quantile_sum": num_experts, "passes": 1}
+            if self.scope == "micro-batch"
+            else {"counts": num_experts * _BINS}
+        )
         self.state = RouterState(num_experts, sums=sums, bias_E=torch.zeros(num_experts, device="cpu"))
 
     def choice_bias(self) -> Serving:

@@ -7,62 +7,37 @@ does.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from typing_extensions import Unpack
+from dataclasses import dataclass
 
-from sinkroute._errors import require_numbers
+from torch import Tensor
+
 from sinkroute.kernels.operations import uncompiled
-from sinkroute.routing.router import CommonOptions, Router
+from sinkroute.routing.options import option
+from sinkroute.routing.routers.plan import PlanRouter
 from sinkroute.routing.routes import Routes
-from sinkroute.transport import solve
 
 __all__ = ["SinkhornRouter"]
 
 
-class SinkhornRouter(Router):
-    """Experts from the plan on every training step, weights from the scores.
+class SinkhornRouter(PlanRouter):
+    """Experts from the plan on every training step, weights from the scores."""
 
-    Args:
-        reg: ξ of the transport problem. 1.0, no temperature, is what the public implementations use.
-        tol: the relative column error at which the solver stops.
-        max_passes: the solver's limit; None: its own.
-        common: see `Router`. With `process_group`, the plan is that of all its ranks' tokens.
-    """
+    @dataclass(frozen=True, kw_only=True)
+    class Options(PlanRouter.Options):
+        reg: float = option(
+            1.0,
+            "ξ, the entropy regularisation. 1.0, no temperature, is what the public implementations use",
+            above=0,
+            hint="1.0 is the usual value",
+        )
 
-    def __init__(
-        self,
-        num_experts: int,
-        top_k: int,
-        *,
-        reg: float = 1.0,
-        tol: float = 1e-4,
-        max_passes: int | None = None,
-        **common: Unpack[CommonOptions],
-    ) -> None:
-        super().__init__(num_experts, top_k, **common)
-        require_numbers(reg=reg)
-        if not reg > 0:
-            raise ValueError(f"reg must be above 0, got {reg}; 1.0 is the usual value")
-        # No tokens: the solver only checks its numbers, now and not at the first step that needs a plan.
-        solve(torch.empty(0, num_experts, device="cpu"), reg, tol=tol, max_passes=max_passes)
-        self.reg, self.tol, self.max_passes = reg, tol, max_passes
-
-    def withdraw(self, device: torch.device) -> None:
-        if not (self.training and self._withdraw_from_plan(device, self.tol, self.max_passes)):
-            super().withdraw(device)
+    def plans_now(self) -> bool:
+        return self.training
 
     @uncompiled  # the solver's loop ends when the data say so
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
-        plan = solve(
-            logits_TE.detach(),
-            self.reg,
-            token_mask=token_mask,
-            tol=self.tol,
-            max_passes=self.max_passes,
-            process_group=self.process_group.group,
-        )
-        experts_TK = self.choose_in(plan)
+        plan = self.solve_plan(logits_TE.detach(), token_mask)
+        experts_TK = self.choose_by_plan(plan)
         return Routes(
             experts_TK,
             self.weigh(logits_TE, experts_TK),

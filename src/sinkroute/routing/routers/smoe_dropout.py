@@ -11,15 +11,17 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from sinkroute._errors import require_count
 from sinkroute.kernels.topk import topk
 from sinkroute.routing.draws import hash63
-from sinkroute.routing.router import CommonOptions, Router
+from sinkroute.routing.options import CommonOptions, option
+from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
 from sinkroute.routing.schedules import Linear, ScheduleLike, check_bounds, make_schedule
 
@@ -31,17 +33,10 @@ class SMoEDropoutRouter(Router):
 
     In training the routes have `k_now` columns, which is a function of the step alone.
 
-    Args:
-        training_k: experts per token in training, rounded: a number, a schedule (`sinkroute.routing.schedules`) or a
-            function of the step, from 1 to E. None: `"linear(top_k, num_experts)"` over the whole training, whose
-            length `sinkroute.set_step(model, step, total_steps=...)` tells; until then `top_k`, with a warning.
-        serving_top_k: experts per token in `eval()`. None: `top_k`.
-        common: see `Router`. Here `norm_topk=None` means yes for any K: a gate that does not learn needs no gradient.
-            Without groups.
+    Here `norm_topk=None` means yes for any K: a gate that does not learn needs no gradient. Without groups.
 
     Raises:
-        TypeError, ValueError: a number that is none or out of range; in `set_step`, a schedule in `training_k` that is
-            not told how long it is.
+        TypeError, ValueError: in `set_step`, a schedule in `training_k` that is not told how long it is.
 
     >>> import sinkroute
     >>> router = sinkroute.create_router("smoe-dropout", num_experts=8, top_k=2)
@@ -57,26 +52,27 @@ class SMoEDropoutRouter(Router):
     serves_any_gate = False
     _warned = False
 
-    def __init__(
-        self,
-        num_experts: int,
-        top_k: int,
-        *,
-        training_k: ScheduleLike | None = None,
-        serving_top_k: int | None = None,
-        **common: Unpack[CommonOptions],
-    ) -> None:
-        if common.get("norm_topk") is None:
-            common["norm_topk"] = True
-        super().__init__(num_experts, top_k, **common)
-        self.refuse_groups()
-        if serving_top_k is not None:
-            require_count("serving_top_k", serving_top_k, 1, num_experts)
-        self.training_k, self.serving_top_k = training_k, serving_top_k
-        growth = Linear(top_k, num_experts) if training_k is None else training_k
+    renormalises = True
+    keeps_groups = False
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CommonOptions):
+        training_k: ScheduleLike | None = option(
+            None,
+            "experts per token in training, rounded: a number, a schedule (sinkroute.routing.schedules) or a function "
+            'of the step, from 1 to E. None: "linear(top_k, num_experts)" over the whole training, whose length '
+            "sinkroute.set_step(model, step, total_steps=...) tells; until then top_k, with a warning",
+        )
+        serving_top_k: int | None = option(None, "experts per token in eval(), 1 to E. None: top_k", least=1)
+
+    def __init__(self, num_experts: int, top_k: int, **options: Any) -> None:
+        super().__init__(num_experts, top_k, **options)
+        if self.serving_top_k is not None:
+            require_count("serving_top_k", self.serving_top_k, 1, num_experts)
+        growth = Linear(top_k, num_experts) if self.training_k is None else self.training_k
         self._schedule = make_schedule("training_k", growth, least=1, most=num_experts)
         self.k_now = top_k
-        if training_k is not None:
+        if self.training_k is not None:
             with contextlib.suppress(ValueError):  # a schedule that spans the training: set_step says how long that is
                 self.check_step(self.step, None)
                 self.prepare_step()

@@ -12,16 +12,16 @@ the scores, choose by s + b, weigh by s. Ours; not in the paper.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
-from sinkroute._errors import unknown_name
-from sinkroute.routing.router import Serving
-from sinkroute.routing.routers.ssr_kept import SSRKeptOptions, SSRKeptRouter
+from sinkroute.routing.options import option
+from sinkroute.routing.routers.ssr_kept import SSRKeptRouter
 from sinkroute.routing.scores import scores
+from sinkroute.routing.serving import Serving
 from sinkroute.routing.state import RouterState
 
 __all__ = ["SSRBiasRouter"]
@@ -31,35 +31,26 @@ BiasOn = Literal["logits", "scores"]
 
 
 class SSRBiasRouter(SSRKeptRouter):
-    """SSR-L whose potentials stay as a bias of the choice between solves.
-
-    Args:
-        serve_with: the `"bias"` in the choice, or `"plain"`: top-k of the scores alone, whose loads nothing has
-            balanced. `fold_into(gate)` makes the bias a part of the gate.
-        bias_on: what the bias is added to, and what the plan's cost is: the `"logits"`, or their `"scores"`, as in
-            models with a correction bias (DeepSeek-V3). ξ is 0.5 or 0.1 unless told.
-        options: see `SSRKeptRouter`: rate, balance, balance_tol, and those of `SSRRouter`. Without groups.
+    """SSR-L whose potentials stay as a bias of the choice between solves. Without groups.
 
     Attributes:
         state: holds `bias_E` (E,) float32.
     """
 
-    state: RouterState
+    @dataclass(frozen=True, kw_only=True)
+    class Options(SSRKeptRouter.Options):
+        serve_with: ServeWith = option(
+            "bias",
+            'the "bias" in the choice, or "plain": top-k of the scores alone, whose loads nothing has balanced. '
+            "fold_into(gate) makes the bias a part of the gate",
+        )
+        bias_on: BiasOn = option(
+            "logits",
+            'what the bias is added to, and what the plan\'s cost is: the "logits", or their "scores", as in models '
+            "with a correction bias (DeepSeek-V3). ξ is 0.5 or 0.1 unless told",
+        )
 
-    def __init__(
-        self,
-        num_experts: int,
-        top_k: int,
-        *,
-        serve_with: ServeWith = "bias",
-        bias_on: BiasOn = "logits",
-        **options: Unpack[SSRKeptOptions],
-    ) -> None:
-        for name, value, choices in (("serve_with", serve_with, ServeWith), ("bias_on", bias_on, BiasOn)):
-            if value not in get_args(choices):
-                raise unknown_name(name, value, get_args(choices))
-        self.serve_with, self.bias_on = serve_with, bias_on
-        super().__init__(num_experts, top_k, **options)
+    state: RouterState
 
     def state_values(self) -> dict[str, Tensor]:
         return super().state_values() | {"bias_E": torch.zeros(self.num_experts, device="cpu")}

@@ -7,30 +7,28 @@ none, and its weights are the plan's entries, renormalised over those that took 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
-from typing_extensions import Unpack
 
 from sinkroute.routing.expert_side import take_best_tokens
-from sinkroute.routing.routers.ssr import Cost, PlanChoice, SSROptions, SSRRouter, read_cost
+from sinkroute.routing.options import option
+from sinkroute.routing.routers.ssr import Cost, SSRRouter
 from sinkroute.transport import Plan
 
 __all__ = ["SSRExpertChoiceRouter"]
 
 
 class SSRExpertChoiceRouter(SSRRouter):
-    """SSR whose Sinkhorn steps let the experts choose, by the plan's columns.
+    """SSR whose Sinkhorn steps let the experts choose, by the plan's columns. Without groups."""
 
-    Args:
-        cost: `"linear"` or `"softmax"`.
-        options: see `SSRRouter`. Without groups.
-    """
+    keeps_groups = False
 
-    def __init__(self, num_experts: int, top_k: int, *, cost: Cost = "linear", **options: Unpack[SSROptions]) -> None:
-        self.cost = read_cost(cost)
-        super().__init__(num_experts, top_k, **options)
-        self.refuse_groups()
+    @dataclass(frozen=True, kw_only=True)
+    class Options(SSRRouter.Options):
+        cost: Cost = option("linear", '"linear" or "softmax"')
 
-    def choose_on_plan(self, plan: Plan, token_mask: Tensor | None) -> PlanChoice:
+    def choose_on_plan(self, plan: Plan, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         entries_TE = plan.matrix().detach()
         experts_TK, chosen_TK = take_best_tokens(entries_TE, self.top_k, token_mask, self.top_k, self.tie_seed())
-        return PlanChoice(experts_TK, chosen_TK, plan.potentials)
+        return experts_TK, chosen_TK, plan.potentials

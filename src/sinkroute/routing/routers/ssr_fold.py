@@ -14,16 +14,16 @@ have nothing in common. Ours; not in the paper.
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
-from sinkroute._errors import unknown_name
 from sinkroute.routing.gate import LinearGate
+from sinkroute.routing.options import option
 from sinkroute.routing.ranks import distribute
-from sinkroute.routing.routers.ssr_kept import SSRKeptOptions, SSRKeptRouter
+from sinkroute.routing.routers.ssr_kept import SSRKeptRouter
 from sinkroute.routing.routes import Routes
 from sinkroute.routing.state import recomputing
 
@@ -40,22 +40,17 @@ class SSRFoldRouter(SSRKeptRouter):
     What is moved is the gate's: float32 only if the gate is, and subject to the optimiser's weight decay, out of which
     a bias should be kept.
 
-    Args:
-        gate: what `make_gate` makes: one with a `"bias"`, or `"plain"`, as in most models (Mixtral, OLMoE, Qwen).
-        options: see `SSRKeptRouter`.
-
-    Raises:
-        ValueError: another kind of gate.
+    Without groups.
     """
 
     moves_gate = True
     _warned = False
 
-    def __init__(self, num_experts: int, top_k: int, *, gate: Gate = "bias", **options: Unpack[SSRKeptOptions]) -> None:
-        if gate not in get_args(Gate):
-            raise unknown_name("gate", gate, get_args(Gate))
-        self.gate = gate
-        super().__init__(num_experts, top_k, **options)
+    @dataclass(frozen=True, kw_only=True)
+    class Options(SSRKeptRouter.Options):
+        gate: Gate = option(
+            "bias", 'what make_gate makes: one with a "bias", or "plain", as in most models (Mixtral, OLMoE, Qwen)'
+        )
 
     def make_gate(self, d_model: int) -> nn.Module:
         """A linear map, with a bias of 0 or without one, which this router moves.

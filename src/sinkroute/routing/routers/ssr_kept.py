@@ -6,62 +6,46 @@ is remembered is their mean, weighted by tokens, so that all ranks remember the 
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
-from sinkroute._errors import require_numbers, unknown_name
-from sinkroute.routing.routers.ssr import PlanChoice, SSROptions, SSRRouter
-from sinkroute.routing.routers.ssr_b import check_balance_tol, choose_balanced
+from sinkroute.routing.options import option
+from sinkroute.routing.routers.ssr import SSRRouter
+from sinkroute.routing.routers.ssr_b import choose_balanced
 from sinkroute.routing.routes import Routes
 from sinkroute.transport import Plan
 
-__all__ = ["SSRKeptOptions", "SSRKeptRouter"]
+__all__ = ["SSRKeptRouter"]
 
 Balance = Literal["plan", "load"]
 
 
-class SSRKeptOptions(SSROptions, total=False):
-    """The keyword options of routers that keep potentials; see `SSRKeptRouter`."""
-
-    rate: float
-    balance: Balance
-    balance_tol: float
-
-
 class SSRKeptRouter(SSRRouter):
-    """SSR-L that does something with the potentials of a step's plans when the step is over: `keep`.
-
-    Args:
-        rate: how far to move to the new potentials; 1 takes them as they are.
-        balance: what a Sinkhorn step balances: the `"plan"`'s mass, or the `"load"` after the top-k, by the bias that
-            `balanced_topk` finds.
-        balance_tol: MaxVio on Sinkhorn steps with `balance="load"`, at most.
-        options: see `SSRRouter`. Without groups.
-    """
+    """SSR-L that does something with the potentials of a step's plans when the step is over: `keep`. Without groups."""
 
     cost = "linear"
+    keeps_groups = False
 
-    def __init__(
-        self,
-        num_experts: int,
-        top_k: int,
-        *,
-        rate: float = 1.0,
-        balance: Balance = "plan",
-        balance_tol: float = 0.01,
-        **options: Unpack[SSROptions],
-    ) -> None:
-        require_numbers(rate=rate)
-        if not 0 < rate <= 1:
-            raise ValueError(f"rate must be above 0 and at most 1, got {rate}; 1 takes new potentials as they are")
-        if balance not in get_args(Balance):
-            raise unknown_name("balance", balance, get_args(Balance))
-        self.rate, self.balance, self.balance_tol = rate, balance, check_balance_tol(balance_tol)
-        super().__init__(num_experts, top_k, **options)
-        self.refuse_groups()
+    @dataclass(frozen=True, kw_only=True)
+    class Options(SSRRouter.Options):
+        rate: float = option(
+            1.0,
+            "how far to move to the new potentials; 1 takes them as they are",
+            above=0,
+            most=1,
+            hint="1 takes new potentials as they are",
+        )
+        balance: Balance = option(
+            "plan",
+            'what a Sinkhorn step balances: the "plan"\'s mass, or the "load" after the top-k, by the bias that '
+            "balanced_topk finds",
+        )
+        balance_tol: float = option(
+            0.01, 'MaxVio on Sinkhorn steps with balance="load", at most', least=0, hint="0.01 is 1 %"
+        )
 
     def keep(self, potentials_E: Tensor, known: Tensor) -> None:
         """Remember (E,) float64 potentials; `known` is a 0-d bool tensor, False if the step had no plan."""
@@ -70,7 +54,7 @@ class SSRKeptRouter(SSRRouter):
     def state_sums(self) -> dict[str, int]:
         return {"potentials": self.num_experts, "tokens": 1}
 
-    def choose_on_plan(self, plan: Plan, token_mask: Tensor | None) -> PlanChoice:
+    def choose_on_plan(self, plan: Plan, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         if self.balance == "load":
             return choose_balanced(plan, self.top_k, self.balance_tol, token_mask)
         return super().choose_on_plan(plan, token_mask)

@@ -16,24 +16,22 @@ experts. The paper is top-1; for K > 1 the cross-entropy is the mean over a toke
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
-from sinkroute._errors import require_count
 from sinkroute.kernels.storage import holds_values
 from sinkroute.kernels.topk import topk
 from sinkroute.routing.beside import checked_ids
-from sinkroute.routing.losses.registry import check_coefficient
 from sinkroute.routing.masked import mean_over_tokens
+from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.orthogonal import fill_orthogonal
-from sinkroute.routing.router import CommonOptions, Router
+from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
-from sinkroute.routing.scores import weigh
+from sinkroute.routing.scores import Score, weigh
 from sinkroute.routing.state import KeepsDtypes, RouterState, check_table, whole
 
 __all__ = ["StableGate", "StableMoERouter"]
@@ -165,22 +163,10 @@ class StableMoERouter(Router):
     main and light logits. Given main logits alone (which is what the gate makes of tokens without ids, until it is
     frozen), the router stays in stage 1.
 
-    Args:
-        freeze_step: the step with which stage 2 begins. None: after a tenth of the training, as published;
-            `sinkroute.set_step(model, step, total_steps=...)` tells how long that is. Until it does, the router stays
-            in stage 1, with a warning.
-        balance_coefficient, distill_coefficient: of the losses of stage 1; 0.3 are the published values.
-        vocab_size: rows of the light router's table; ids are taken modulo it. Give it the size of the vocabulary, or
-            words share rows.
-        light_dim: width of that table; 50 is the published value.
-        common: see `Router`. Here `score` is `"sigmoid"` unless told, and `norm_topk=None` means no: the weights are
-            those of the paper. Without groups.
+    Here `norm_topk=None` means no: the weights are those of the paper. Without groups.
 
     Attributes:
         state: holds `frozen`, 0-d float32: 1.0 when stage 2 has begun, 0.0 before.
-
-    Raises:
-        TypeError, ValueError: a number that is none or out of range.
     """
 
     logit_parts = 2
@@ -189,30 +175,35 @@ class StableMoERouter(Router):
     state: _StableState
     _warned = False
 
-    def __init__(
-        self,
-        num_experts: int,
-        top_k: int,
-        *,
-        freeze_step: int | None = None,
-        balance_coefficient: float = 0.3,
-        distill_coefficient: float = 0.3,
-        vocab_size: int = 8192,
-        light_dim: int = 50,
-        **common: Unpack[CommonOptions],
-    ) -> None:
-        common.setdefault("score", "sigmoid")
-        if common.get("norm_topk") is None:
-            common["norm_topk"] = False
-        super().__init__(num_experts, top_k, **common)
-        self.refuse_groups()
-        if freeze_step is not None:
-            require_count("freeze_step", freeze_step, 0)
-        require_count("vocab_size", vocab_size, 1)
-        require_count("light_dim", light_dim, 1)
-        self.freeze_step, self.vocab_size, self.light_dim = freeze_step, vocab_size, light_dim
-        self.balance_coefficient = check_coefficient("balance_coefficient", balance_coefficient, 0.3)
-        self.distill_coefficient = check_coefficient("distill_coefficient", distill_coefficient, 0.3)
+    renormalises = False
+    keeps_groups = False
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CommonOptions):
+        freeze_step: int | None = option(
+            None,
+            "the step with which stage 2 begins. None: after a tenth of the training, as published; "
+            "sinkroute.set_step(model, step, total_steps=...) tells how long that is. Until it does, the router stays "
+            "in stage 1, with a warning",
+            least=0,
+        )
+        balance_coefficient: float = option(
+            0.3, "of the first loss of stage 1; 0.3 is the published value", least=0, hint="0.3 is the published value"
+        )
+        distill_coefficient: float = option(
+            0.3, "of the second loss of stage 1; 0.3 is the published value", least=0, hint="0.3 is the published value"
+        )
+        vocab_size: int = option(
+            8192,
+            "rows of the light router's table; ids are taken modulo it. Give it the size of the vocabulary, or words "
+            "share rows",
+            least=1,
+        )
+        light_dim: int = option(50, "width of that table; 50 is the published value", least=1)
+        score: Score = option("sigmoid", "what the model makes of logits; see the other routers")
+
+    def __init__(self, num_experts: int, top_k: int, **options: Any) -> None:
+        super().__init__(num_experts, top_k, **options)
         self.state = _StableState(num_experts, frozen=torch.tensor(0.0, device="cpu"))
         self._gates: list[StableGate] = []  # a list, or the layer's gate would be a module of this router too
 
@@ -262,13 +253,13 @@ class StableMoERouter(Router):
     def serve(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         main_TE, light_TE = logits_TE[:, : self.num_experts], logits_TE[:, self.num_experts :]
         if light_TE.shape[1] == 0:
-            return self.score_topk(main_TE)
+            return self.topk(main_TE)
         # Chosen on the device: whether the routes are frozen is state, and to ask for it would wait.
         experts_TK = self.choose(torch.where(self.state.now(), light_TE, main_TE).detach())
         return Routes(experts_TK, self.weigh(main_TE, experts_TK))
 
     def _balance_loss(self, main_TE: Tensor, experts_TK: Tensor, token_mask: Tensor | None) -> Tensor:
-        load_E = self._count(experts_TK, None if token_mask is None else token_mask[:, None]).to(main_TE.dtype)
+        load_E = self.count(experts_TK, None if token_mask is None else token_mask[:, None]).to(main_TE.dtype)
         mean = load_E.mean().clamp(min=1 / self.num_experts)  # that of one choice: without any, the excess is 0
         excess_TK = ((load_E - load_E.mean()) / mean)[experts_TK]
         scores_TK = weigh(main_TE, experts_TK, self.score, normalise=False)

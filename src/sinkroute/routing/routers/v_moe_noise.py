@@ -14,16 +14,16 @@ expert j if the noise were drawn again. Serving is plain top-k of z.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from sinkroute.routing.losses.importance import cv_squared
-from sinkroute.routing.losses.registry import check_coefficient
 from sinkroute.routing.masked import mean_over_tokens
-from sinkroute.routing.router import CommonOptions, Router
+from sinkroute.routing.options import CommonOptions, option
+from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
 
 __all__ = ["VMoENoiseRouter"]
@@ -32,35 +32,31 @@ __all__ = ["VMoENoiseRouter"]
 class VMoENoiseRouter(Router):
     """Top-k of logits with Gaussian noise of standard deviation 1/E, and two losses.
 
-    Args:
-        importance_coefficient: of the loss on the experts' total scores; 0.005 is the published value.
-        load_coefficient: of the loss on the smooth load; 0.005 is the published value.
-        common: see `Router`. V-MoE has `norm_topk=False`. Without groups.
-
-    Raises:
-        TypeError, ValueError: a coefficient that is no number, negative or not finite; groups.
+    V-MoE has `norm_topk=False`. Without groups.
     """
 
     needs_step = True
+    keeps_groups = False
+    own_losses: ClassVar = {"importance": "importance_coefficient"}
 
-    def __init__(
-        self,
-        num_experts: int,
-        top_k: int,
-        *,
-        importance_coefficient: float = 0.005,
-        load_coefficient: float = 0.005,
-        **common: Unpack[CommonOptions],
-    ) -> None:
-        super().__init__(num_experts, top_k, **common)
-        self.refuse_groups()
-        self.importance_coefficient = check_coefficient("importance_coefficient", importance_coefficient, 0.005)
-        self.load_coefficient = check_coefficient("load_coefficient", load_coefficient, 0.005)
-        self.add_loss("importance", importance_coefficient)
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CommonOptions):
+        importance_coefficient: float = option(
+            0.005,
+            "of the loss on the experts' total scores; 0.005 is the published value",
+            least=0,
+            hint="0.005 is the published value",
+        )
+        load_coefficient: float = option(
+            0.005,
+            "of the loss on the smooth load; 0.005 is the published value",
+            least=0,
+            hint="0.005 is the published value",
+        )
 
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         noisy_TE = logits_TE + self.draw_normal(logits_TE) / self.num_experts
         threshold_T1 = torch.topk(noisy_TE, self.top_k, dim=-1).values[:, -1:]
         chance_TE = torch.special.ndtr((logits_TE - threshold_T1) * self.num_experts)
         load = cv_squared(mean_over_tokens(chance_TE, token_mask))
-        return replace(self.score_topk(noisy_TE), aux_loss=self.load_coefficient * load)
+        return replace(self.topk(noisy_TE), aux_loss=self.load_coefficient * load)

@@ -13,15 +13,16 @@ not normalised, and there is no temperature. What is here is the paper's.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
-from sinkroute._errors import require_count, require_numbers
+from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.orthogonal import fill_orthogonal
-from sinkroute.routing.router import CommonOptions, Router
+from sinkroute.routing.router import Router
 
 __all__ = ["CosineGate", "XMoERouter"]
 
@@ -76,16 +77,6 @@ class XMoERouter(Router):
     The cosines are in the gate (`make_gate`). Given the logits of another gate, the router is plain top-k with the
     load-balancing loss: `"load-balance"` with this coefficient.
 
-    Args:
-        dim: of the gate's projection. None: half of E, rounded up, and 2 at least: on a line a cosine is 1 or −1 and
-            learns nothing.
-        temperature: τ at first; 0.3 is the published value.
-        coefficient: of the loss; 0.01 is the published value.
-        common: see `Router`.
-
-    Raises:
-        TypeError, ValueError: a number that is none, or out of range.
-
     >>> import sinkroute
     >>> gate = sinkroute.create_router("xmoe", num_experts=16, top_k=2).make_gate(d_model=64)
     >>> gate.project.weight.shape, bool((gate(torch.randn(10, 64)).abs() <= 1 / 0.3 + 1e-4).all())
@@ -93,28 +84,25 @@ class XMoERouter(Router):
     """
 
     serves_any_gate = False
+    own_losses: ClassVar = {"load-balance": "coefficient"}
 
-    def __init__(
-        self,
-        num_experts: int,
-        top_k: int,
-        *,
-        dim: int | None = None,
-        temperature: float = 0.3,
-        coefficient: float = 0.01,
-        **common: Unpack[CommonOptions],
-    ) -> None:
-        super().__init__(num_experts, top_k, **common)
-        require_numbers(temperature=temperature)
-        if dim is not None:
-            require_count("dim", dim, 1)
-        if not (temperature >= _LEAST_TEMPERATURE and math.isfinite(temperature)):
-            raise ValueError(
-                f"temperature must be a finite number of {_LEAST_TEMPERATURE:g} or more, got {temperature}; "
-                "0.3 is the published value"
-            )
-        self.dim, self.temperature, self.coefficient = dim, temperature, coefficient
-        self.add_loss("load-balance", coefficient)
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CommonOptions):
+        dim: int | None = option(
+            None,
+            "of the gate's projection. None: half of E, rounded up, and 2 at least: on a line a cosine is 1 or −1 and "
+            "learns nothing",
+            least=1,
+        )
+        temperature: float = option(
+            0.3,
+            "τ at first; 0.3 is the published value",
+            least=_LEAST_TEMPERATURE,
+            hint="0.3 is the published value",
+        )
+        coefficient: float = option(
+            0.01, "of the loss; 0.01 is the published value", least=0, hint="0.01 is the published value"
+        )
 
     def make_gate(self, d_model: int) -> nn.Module:
         """A `CosineGate`."""

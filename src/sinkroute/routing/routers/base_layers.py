@@ -12,12 +12,15 @@ looks at the whole batch: while training, a token's expert depends on later toke
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
-from typing_extensions import Unpack
 
 from sinkroute.kernels.operations import uncompiled
-from sinkroute.routing.router import CommonOptions, Router
+from sinkroute.routing.options import CommonOptions, option
+from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
+from sinkroute.routing.scores import Score
 from sinkroute.transport import balanced_topk
 
 __all__ = ["BaseRouter"]
@@ -26,9 +29,7 @@ __all__ = ["BaseRouter"]
 class BaseRouter(Router):
     """Experts by balanced assignment, weights by the sigmoid of the logits.
 
-    Args:
-        common: see `Router`. Here `score` is `"sigmoid"` unless told, and `norm_topk=None` means no: the weights are
-            those of the paper. Without groups.
+    Here `norm_topk=None` means no: the weights are those of the paper. Without groups.
 
     >>> import torch, sinkroute
     >>> router = sinkroute.create_router("base", num_experts=2, top_k=1)
@@ -37,12 +38,12 @@ class BaseRouter(Router):
     ([0, 0, 1, 1], [2, 2])
     """
 
-    def __init__(self, num_experts: int, top_k: int, **common: Unpack[CommonOptions]) -> None:
-        common.setdefault("score", "sigmoid")
-        if common.get("norm_topk") is None:
-            common["norm_topk"] = False
-        super().__init__(num_experts, top_k, **common)
-        self.refuse_groups()
+    renormalises = False
+    keeps_groups = False
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CommonOptions):
+        score: Score = option("sigmoid", "what the model makes of logits; see the other routers")
 
     @uncompiled  # which tokens move is known from the data only
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:

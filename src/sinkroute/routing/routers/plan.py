@@ -1,0 +1,69 @@
+"""What routers share that route a whole batch by a transport plan, on some steps or on all."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sinkroute.routing.options import CommonOptions, option
+from sinkroute.routing.router import Router
+from sinkroute.transport import Plan, solve
+
+__all__ = ["PlanRouter"]
+
+
+class PlanRouter(Router):
+    """A router that solves for plans. With `process_group`, a plan is that of all its ranks' tokens."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CommonOptions):
+        reg: float | None = option(
+            None, "ξ, the entropy regularisation", above=0, hint="try 0.5 (ssr-l) or 0.1 (ssr-s)"
+        )
+        tol: float = option(1e-4, "the relative column error at which the solver stops", above=0)
+        max_passes: int | None = option(None, "the solver's limit; None: what the solver has", least=1)
+
+    def plans_now(self) -> bool:
+        """Whether a pass in this mode and step solves for a plan."""
+        raise NotImplementedError
+
+    def solve_plan(
+        self,
+        cost_TE: Tensor,
+        token_mask: Tensor | None,
+        init_E: Tensor | None = None,
+        differentiable: bool = False,
+    ) -> Plan:
+        """The plan of the tokens of all ranks of `process_group`, for a cost that is linear to the solver."""
+        return solve(
+            cost_TE,
+            self.reg,
+            token_mask=token_mask,
+            tol=self.tol,
+            max_passes=self.max_passes,
+            init=init_E,
+            differentiable=differentiable,
+            process_group=self.process_group.group,
+        )
+
+    def choose_by_plan(self, plan: Plan) -> Tensor:
+        """(T, K) int64: the K largest entries of each row of a plan, in its best groups."""
+        if self.top_groups == self.groups:
+            if self.tie_seed() is None:
+                return plan.topk(self.top_k)[1]
+            # Before the division by reg, after which distinct entries may underflow to ties.
+            return self.choose((plan.cost + plan.potentials).detach())
+        return self.choose(plan.matrix().detach())  # groups are judged by the sums of entries
+
+    def withdraw(self, device: torch.device) -> None:
+        group = self.process_group.group if self.plans_now() else None
+        if group is not None:
+            nothing = torch.empty(0, self.num_experts, dtype=torch.int64, device=device)
+            with contextlib.suppress(TypeError):  # integers are refused, and solve tells the others
+                solve(nothing, tol=self.tol, max_passes=self.max_passes, process_group=group)
+            if device.type == "cpu":  # the other ranks know now, and call no more
+                return
+        super().withdraw(device)
