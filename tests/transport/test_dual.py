@@ -11,8 +11,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from sinkroute.kernels import native
-from sinkroute.transport import dual as dual_module
+from sinkroute.kernels import native, tuning
 from sinkroute.transport import solve
 
 GRID = list(itertools.product([1.0, 0.5, 0.1, 0.05, 0.01], [1.0, 4.0], [0.0, 2.0], ["linear", "softmax"]))
@@ -96,7 +95,7 @@ def test_where_descent_stalls_the_solution_is_followed_down_from_a_larger_reg(mo
     logits_TE[:1800] = logits_TE[0]
     plan = solve(logits_TE, 0.001, tol=1e-3)
     assert plan.converged and plan.passes <= 100 and error_float64(plan) <= 1e-3
-    monkeypatch.setattr(dual_module, "ANNEAL", math.inf)
+    monkeypatch.setattr(tuning, "ANNEAL", math.inf)
     assert not solve(logits_TE, 0.001, tol=1e-3).converged
 
 

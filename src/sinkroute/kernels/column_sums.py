@@ -127,7 +127,8 @@ class NativePass:
         self._threads = threads_for(rows.logits_TE)
         self._workspace = np.empty(c.column_sums_workspace(tokens, self._experts))
         # Looking an address up takes a microsecond, as long as the arithmetic of a small problem's step.
-        self._potentials_E, self._sums_2E = np.empty(self._experts), np.empty((2, self._experts))
+        self._potentials_E: np.ndarray = np.empty(self._experts)
+        self._sums_2E: np.ndarray = np.empty((2, self._experts))
         self._addresses = [x.ctypes.data for x in (self._potentials_E, self._sums_2E, self._workspace)]
 
     def column_sums(self, potentials_E: np.ndarray, reg: float, precision: float) -> np.ndarray:
@@ -135,7 +136,7 @@ class NativePass:
         self._potentials_E[:] = potentials_E
         potentials, sums, workspace = self._addresses
         self._c.column_sums(self._rows, potentials, reg, precision, sums, workspace, self._threads)
-        return self._sums_2E.copy()
+        return np.array(self._sums_2E)
 
     def column_ranks(self, ranks_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `Pass`."""

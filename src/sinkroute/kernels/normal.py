@@ -31,7 +31,8 @@ def normal_like(reference: Tensor, seed: Tensor) -> Tensor:
     >>> bool((normal_like(torch.zeros(3), seed) == normal_like(torch.ones(3), seed)).all())
     True
     """
-    return torch.ops.sinkroute.normal_like(reference, seed)
+    noise: Tensor = torch.ops.sinkroute.normal_like(reference, seed)
+    return noise
 
 
 def _normal_like(reference: Tensor, seed: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         if not torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        return torch.compiler.disable(function)(*args, **kwargs)
+        left_alone: Callable[P, T] = torch.compiler.disable(function)
+        return left_alone(*args, **kwargs)
 
     return wrapper

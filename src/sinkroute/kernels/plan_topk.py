@@ -24,9 +24,10 @@ def plan_topk(rows: Rows, potentials_E: Tensor, reg: float, k: int, normalise: b
     [[0], [1]]
     """
     args = (rows.logits_TE, rows.cost, rows.token_mask, rows.token_mass, potentials_E, reg, k, normalise)
-    if not readable(*args):
-        return torch.ops.sinkroute.plan_topk(*args)
-    return _plan_topk(*args)
+    if readable(*args):
+        return _plan_topk(*args)
+    weights_TK, experts_TK = torch.ops.sinkroute.plan_topk(*args)
+    return weights_TK, experts_TK
 
 
 def _plan_topk(

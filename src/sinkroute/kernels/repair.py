@@ -79,7 +79,7 @@ def repair(rows: Rows, choice: Choice, lower_E: Tensor, upper_E: Tensor, *, roun
         )
     if state < 0:
         raise MemoryError(f"no memory for the lists of {choice.experts_TK.numel()} choices; route fewer at a time")
-    return progress.moves
+    return int(progress.moves)
 
 
 class _Repair:
@@ -168,11 +168,12 @@ class _Repair:
 
     def taking(self, expert: int, slots_N: np.ndarray) -> np.ndarray:
         """What it costs to take the expert from these slots."""
-        return (self.cost_TK.flat[slots_N] + self.bias_E[expert] - self.level_T[slots_N // self.k]).clip(min=0)
+        cost_N: np.ndarray = self.cost_TK.flat[slots_N] + self.bias_E[expert] - self.level_T[slots_N // self.k]
+        return cost_N.clip(min=0)
 
     def giving_E(self, token: int) -> np.ndarray:
         """What it costs to give the token each expert; inf for those that it has or must not have."""
-        cost_E = (self.level_T[token] - (self.row(token) + self.bias_E)).clip(min=0)
+        cost_E: np.ndarray = (self.level_T[token] - (self.row(token) + self.bias_E)).clip(min=0)
         cost_E[self.experts_TK[token]] = math.inf
         return cost_E
 

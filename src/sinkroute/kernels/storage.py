@@ -12,7 +12,7 @@ takes one asks here, and nothing else does:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 __all__ = ["address", "has_tangent", "holds_values", "is_traced", "is_watched", "plain", "readable"]
 
+T = TypeVar("T")
 _TRACERS = torch._C._TorchDispatchModeKey
 _NO_DISPATCH = Tensor.__torch_dispatch__  # what a subclass has that is memory with another name
 # Subclasses that hold no numbers but know what an operation's result would be.
@@ -112,7 +113,7 @@ def has_tangent(x: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
-def plain(name: str, x: Any, beside: Tensor | None = None) -> Any:
+def plain(name: str, x: T, beside: Tensor | None = None) -> T:
     """The argument `name` as a tensor whose numbers lie in memory where it has any; what is no tensor as it came.
 
     Wrappers that torch opens by itself stay closed: fake tensors, those of the meta device and of `torch.func`.
@@ -138,6 +139,10 @@ def plain(name: str, x: Any, beside: Tensor | None = None) -> Any:
     # What the compiler traces are tensors of its own; it knows what they stand for.
     if not isinstance(x, Tensor) or torch.compiler.is_compiling():
         return x
+    return cast(T, _plain(name, x, beside))
+
+
+def _plain(name: str, x: Tensor, beside: Tensor | None) -> Tensor:
     kind: Any = type(x)
     if (kind is Tensor or kind is nn.Parameter) and _in_memory(x):
         return x
@@ -145,9 +150,9 @@ def plain(name: str, x: Any, beside: Tensor | None = None) -> Any:
         raise TypeError(f"{name} is on the meta device and holds no numbers, the rest does; pass {name} with numbers")
     if kind not in (Tensor, nn.Parameter):
         if kind.__torch_dispatch__ is _NO_DISPATCH:
-            return plain(name, x.as_subclass(Tensor))
+            return _plain(name, x.as_subclass(Tensor), None)
         if kind.__name__ == "AsyncCollectiveTensor":
-            return plain(name, x.clone() if x.requires_grad else kind.wait(x))
+            return _plain(name, x.clone() if x.requires_grad else kind.wait(x), None)
         if kind.__name__ in _HOLLOW:
             return x
         cure = _CURES.get(kind.__name__, "pass the plain tensor that it stands for").format(name=name)

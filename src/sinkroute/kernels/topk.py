@@ -46,7 +46,8 @@ def topk(values_TE: Tensor, k: int, ties: Tensor | None = None) -> Tensor:
     """
     values_TE = values_TE.detach()
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and values_TE.device.type == "cpu":
-        return torch.ops.sinkroute.topk(values_TE, k, ties)
+        experts_TK: Tensor = torch.ops.sinkroute.topk(values_TE, k, ties)
+        return experts_TK
     return _topk(values_TE, k, ties)
 
 

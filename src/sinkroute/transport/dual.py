@@ -31,20 +31,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from sinkroute.kernels import tuning
 from sinkroute.kernels.column_sums import make_pass
 from sinkroute.kernels.search import search_on_device
-from sinkroute.kernels.tuning import (
-    ANNEAL,
-    ANNEAL_PASSES,
-    ANNEAL_TOLERANCE,
-    FAR_ABOVE,
-    FAR_BELOW,
-    MEMORY,
-    PATIENCE,
-    REACH,
-    SAMPLE_AT_LEAST,
-    SAMPLE_PER_EXPERT,
-)
 from sinkroute.transport.problem import Problem, Solution, refuse_bad_logits
 
 __all__ = ["dual"]
@@ -106,24 +95,26 @@ class _Search:
     def run(self, tol: float, init_E: np.ndarray | None) -> None:
         reg, self.precision = self.problem.reg, 0.02 * tol
         if init_E is not None:
-            self.descend(level(self.of_active(init_E)), reg, tol, patience=PATIENCE, give_up_at=FAR_ABOVE)
+            self.descend(level(self.of_active(init_E)), reg, tol, patience=tuning.PATIENCE, give_up_at=tuning.FAR_ABOVE)
             if self.best_error <= tol or self.spent >= self.budget:
                 return
         start_A, spread = self.start()
-        self.descend(start_A, reg, tol, patience=PATIENCE)
+        self.descend(start_A, reg, tol, patience=tuning.PATIENCE)
         if self.best_error <= tol:
             return
-        stages = max(0, math.ceil(math.log(max(spread / reg, 1), ANNEAL)) - 1) if math.isfinite(spread) else 0
+        stages = max(0, math.ceil(math.log(max(spread / reg, 1), tuning.ANNEAL)) - 1) if math.isfinite(spread) else 0
         point_A = start_A
         for stage in range(stages, 0, -1):
-            point_A = self.descend(point_A, reg * ANNEAL**stage, ANNEAL_TOLERANCE, passes=ANNEAL_PASSES)
+            point_A = self.descend(
+                point_A, reg * tuning.ANNEAL**stage, tuning.ANNEAL_TOLERANCE, passes=tuning.ANNEAL_PASSES
+            )
         self.descend(point_A if stages else self.best_A, reg, tol)
 
     def honest_error(self) -> float:
         """The error of the best potentials, or what arithmetic cannot tell from balance, if that is more."""
         least_share = float(np.minimum.reduce(self.target_A) / add(self.target_A))
         # Beyond |g| / ξ ≈ 1e11 float64 cannot place (C + g) / ξ; exponentials have a floor of 2e-19.
-        rounding = 4 * np.finfo(np.float64).eps * float(largest(self.best_A)) / self.problem.reg
+        rounding = 4 * np.finfo(np.float64).eps * largest(self.best_A) / self.problem.reg
         error = max(self.best_error, min(rounding, 1 / least_share), 3e-19 / least_share)
         return math.inf if math.isnan(error) or math.isnan(self.best_error) else error
 
@@ -148,7 +139,7 @@ class _Search:
         self.spent += 1
         sums_2E = self.over_ranks(self.rows.column_sums(self.of_all_experts(point_A), reg, self.precision))
         ratios_A, squares_A = self.of_active(sums_2E) / self.target_A
-        error = float(largest(ratios_A - 1))
+        error = largest(ratios_A - 1)
         # NaN is taken too if it is all there is: it tells of bad logits.
         if reg == self.problem.reg and (error < self.best_error or not math.isfinite(self.best_error)):
             self.best_error, self.best_A = error, point_A
@@ -160,7 +151,7 @@ class _Search:
         """The better of two guesses, and how far apart the costs of an expert are: the ξ at which all is easy."""
         problem = self.problem
         tokens, experts = problem.logits_TE.shape
-        step = max(1, tokens // max(SAMPLE_AT_LEAST, SAMPLE_PER_EXPERT * experts))
+        step = max(1, tokens // max(tuning.SAMPLE_AT_LEAST, tuning.SAMPLE_PER_EXPERT * experts))
         sample = problem.every(step)
         rows = make_pass(sample)
         real = sample.count()
@@ -189,7 +180,7 @@ class _Search:
             sums_2E = self.over_ranks(rows.column_sums(self.of_all_experts(guess_A), problem.reg, 0.02))
             ratios_A = self.of_active(sums_2E)[0] / self.target_A
             ratios_A *= len(ratios_A) / add(ratios_A * self.weight_A)
-            distances.append(float(largest(np.log(np.maximum(ratios_A, 1e-30)))))
+            distances.append(largest(np.log(np.maximum(ratios_A, 1e-30))))
         return guesses[int(distances[1] <= distances[0])], spread
 
     # -- descent --------------------------------------------------------------------------------------------------
@@ -217,11 +208,11 @@ class _Search:
         if not (most <= give_up_at and least >= 1 / give_up_at):
             return point_A
         gradient_A = (now.ratios_A - 1) * self.weight_A
-        pairs: deque[tuple[np.ndarray, np.ndarray, float]] = deque(maxlen=MEMORY)
-        reach = REACH * reg
+        pairs: deque[tuple[np.ndarray, np.ndarray, float]] = deque(maxlen=tuning.MEMORY)
+        reach = tuning.REACH * reg
         halved, halved_at = now.error, self.spent
         while now.error > tol and self.spent + 1 <= last and self.spent - halved_at < patience:
-            if least < FAR_BELOW or most > FAR_ABOVE:
+            if least < tuning.FAR_BELOW or most > tuning.FAR_ABOVE:
                 direction_A = -reg * np.log(np.maximum(now.ratios_A, 1e-30))
             else:
                 curvature_A = np.maximum(now.curvature_A, 1e-3 * np.maximum(now.ratios_A, 1e-30)) * self.weight_A
@@ -234,7 +225,7 @@ class _Search:
                 slope = float(gradient_A @ direction_A)
                 if not slope < 0:
                     break
-            length = float(largest(direction_A))
+            length = largest(direction_A)
             cut = length > reach
             if cut:
                 direction_A *= reach / length
@@ -268,21 +259,22 @@ class _Search:
 add = np.add.reduce
 
 
-def largest(x_A: np.ndarray) -> np.floating:
+def largest(x_A: np.ndarray) -> float:
     """max |x|, NaN if one is."""
-    return np.maximum.reduce(np.abs(x_A))
+    return float(np.maximum.reduce(np.abs(x_A)))
 
 
 def level(x_A: np.ndarray) -> np.ndarray:
     """Without the part that moves all potentials alike, which changes nothing."""
-    return x_A - add(x_A) / len(x_A)
+    without_A: np.ndarray = x_A - add(x_A) / len(x_A)
+    return without_A
 
 
 def lbfgs_direction(
     gradient_A: np.ndarray, pairs: deque[tuple[np.ndarray, np.ndarray, float]], inverse_A: np.ndarray
 ) -> np.ndarray:
     """−H ∇F by the two-loop recursion, from H₀ = γ diag(inverse) with γ from the newest pair."""
-    q_A = gradient_A.copy()
+    q_A: np.ndarray = gradient_A.copy()
     weights = []
     for step_A, change_A, bend in reversed(pairs):
         weight = float(step_A @ q_A) / bend

@@ -47,7 +47,8 @@ def potentials_of_logits(logits_TE: Tensor, potentials_E: Tensor, problem: Probl
     again, at the price of T × E temporaries. With `problem.reduce`, backward is a collective of all ranks, takes the
     loss to be the sum over the ranks, and cannot be differentiated again (NotImplementedError).
     """
-    return _Potentials.apply(logits_TE, potentials_E, problem)
+    result_E: Tensor = _Potentials.apply(logits_TE, potentials_E, problem)  # type: ignore[no-untyped-call]
+    return result_E
 
 
 class _Potentials(torch.autograd.Function):

@@ -173,20 +173,9 @@ def solve(
             if here:
                 found = _found(problem, name, tol, max_passes, init_E)
             else:
-                found = Solution(
-                    *torch.ops.sinkroute.solve(
-                        alone.logits_TE,
-                        plain("token_mask", token_mask),
-                        plain("token_mass", token_mass),
-                        mass_E,
-                        init_E,
-                        problem.reg,
-                        cost,
-                        name,
-                        tol,
-                        max_passes,
-                    )
-                )
+                masks = plain("token_mask", token_mask), plain("token_mass", token_mass)
+                asked = (alone.logits_TE, name, problem.reg, cost, *masks, mass_E, init_E, tol, max_passes)
+                found = Solution(*torch.ops.sinkroute.solve(*asked))
         with_gradient = wants_gradient and logits_TE.requires_grad
         potentials_E = found.potentials_E
         if with_gradient:
@@ -226,47 +215,34 @@ def _leave(logits_TE: object, reduce: Reduction, name: str, tol: object, max_pas
 
 def _solve(
     logits_TE: Tensor,
+    method: str,
+    reg: float,
+    cost: str,
     token_mask: Tensor | None,
     token_mass: Tensor | None,
     expert_mass: Tensor | None,
-    init_E: Tensor | None,
-    reg: float,
-    cost: str,
-    name: str,
+    init: Tensor | None,
     tol: float,
     max_passes: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     problem = make_problem(logits_TE, reg, cost, token_mask, token_mass, expert_mass)
-    found = _found(problem, name, tol, max_passes, starting_potentials(problem, init_E))
-    passes = torch.as_tensor(found.passes, device=logits_TE.device).to(torch.int64)
-    potentials_E, error, _ = _solution_like(logits_TE, token_mask, token_mass, expert_mass, init_E, reg, cost, name)
-    return found.potentials_E.to(potentials_E.dtype), found.column_error.to(error.dtype), passes
+    found = _found(problem, method, tol, max_passes, starting_potentials(problem, init))
+    results = found.potentials_E, found.column_error, torch.as_tensor(found.passes, device=logits_TE.device)
+    return tuple(x.to(like.dtype) for x, like in zip(results, _solution_like(logits_TE, method), strict=True))
 
 
-def _solution_like(
-    logits_TE: Tensor,
-    token_mask: Tensor | None,
-    token_mass: Tensor | None,
-    expert_mass: Tensor | None,
-    init_E: Tensor | None,
-    reg: float,
-    cost: str,
-    name: str,
-    tol: float = 0,
-    max_passes: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _solution_like(logits_TE: Tensor, method: str, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     wide = wide_dtype(logits_TE.device)
-    own = wide if name == "dual" else working_dtype(logits_TE.dtype)
     return (
-        logits_TE.new_empty(logits_TE.shape[1], dtype=own),
+        logits_TE.new_empty(logits_TE.shape[1], dtype=wide if method == "dual" else working_dtype(logits_TE.dtype)),
         logits_TE.new_empty((), dtype=wide),
         logits_TE.new_empty((), dtype=torch.int64),
     )
 
 
 define(
-    "solve(Tensor logits, Tensor? token_mask, Tensor? token_mass, Tensor? expert_mass, Tensor? init, float reg, "
-    "str cost, str method, float tol, int? max_passes) -> (Tensor, Tensor, Tensor)",
+    "solve(Tensor logits, str method, float reg, str cost, Tensor? token_mask, Tensor? token_mass, "
+    "Tensor? expert_mass, Tensor? init, float tol, int? max_passes) -> (Tensor, Tensor, Tensor)",
     _solve,
     _solution_like,
 )

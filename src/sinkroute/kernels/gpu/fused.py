@@ -8,7 +8,7 @@ than the memory. So g travels as two float32, and what float32 loses of C + g is
 (Dekker's Fast2Sum). For float64 logits the same code runs in float64.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # Kernels are Triton, which only looks like Python; their types come with the call.
 from __future__ import annotations
 
@@ -196,7 +196,8 @@ def _topk(
 
 def block_of(numbers: int) -> int:
     """`numbers` rounded up to a power of 2, at least 2."""
-    return max(2, triton.next_power_of_2(numbers))
+    power: int = triton.next_power_of_2(numbers)
+    return max(2, power)
 
 
 def programs_of(device: torch.device) -> int:

@@ -9,7 +9,7 @@ below) and float64 numbers. `begin` and `step` are one program each. What they c
 `transport.dual`.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # Kernels are Triton, which only looks like Python; their types come with the call.
 from __future__ import annotations
 
