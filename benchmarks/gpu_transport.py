@@ -145,7 +145,7 @@ def measure(tokens: int, experts: int, dtype: torch.dtype, benchmark: Benchmark)
     """All figures of one size; see the table."""
     from gpu_read import read
     from sinkroute.kernels.gpu.fused import FusedPass
-    from sinkroute.kernels.gpu.search import search
+    from sinkroute.kernels.gpu.launch import search
     from sinkroute.transport import solve
     from sinkroute.transport.checks import make_problem
 

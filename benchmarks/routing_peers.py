@@ -2,7 +2,7 @@
 
     .venv-megatron/bin/python benchmarks/routing_peers.py megatron 4096x16x2 SECONDS SEED
 
-Each package pins what another forbids and has an environment of its own (`make test-peers` builds them); transformers
+Each package pins what another forbids and has its environment (`make test-peers` builds them); transformers
 comes with the project. Prints a line of JSON: times relative to our plain top-k, `*` marking what is not ours.
 `benchmarks/routing.py` runs all that are there.
 

@@ -18,7 +18,6 @@ LINES, COLUMNS = 400, 120
 # A name of two modules on one floor, with what makes them one idea.
 TWICE = {
     "registry": "names of routers, and of losses",
-    "search": "an operation, and what does it on a GPU",
 }
 FORBIDDEN = re.compile(
     r"\bof (its|their|his|her|your|our|my|one's) own\b|\bnone of\b|nobody's business|no business of|\bwhich see\b",
@@ -26,7 +25,7 @@ FORBIDDEN = re.compile(
 )
 # To be mended by those who are at work there; empty when they are done.
 LONG_TO_COME = {"sinkroute.routing.router", "sinkroute.routing.routers.ssr", "sinkroute.adapters.hf.patch"}
-WIDE_TO_COME = {"transport.md", "huggingface.md", "megatron.md", "torchtitan.md", "deepspeed.md", "export.md"}
+WIDE_TO_COME = {"huggingface.md", "megatron.md", "torchtitan.md", "deepspeed.md", "export.md"}
 
 
 @cache

@@ -2,7 +2,7 @@
 
     python -m benchmarks.transport [--quick] [--only 65536x256 ...] [--methods auto ...] [--faults]
 
-It needs an environment of its own with the peers (benchmarks/requirements.txt): `make bench-transport`.
+It needs a separate environment with the peers (benchmarks/requirements.txt): `make bench-transport`.
 
 What is compared is time to the same *true* error, computed in float64 afterwards from what came back:
 

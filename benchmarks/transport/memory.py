@@ -1,4 +1,4 @@
-"""Memory that a call needs on top of its logits: the peak of resident memory in a process of its own.
+"""Memory that a call needs on top of its logits: the peak of resident memory in a fresh process.
 
     python -m benchmarks.transport.memory TOKENS EXPERTS COST METHOD SEED
 

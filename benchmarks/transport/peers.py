@@ -1,6 +1,6 @@
 """The peers: from a cost (T, E) to the plan that a public solver finds, in as many iterations as it is told.
 
-Each is called as its documentation says, and at its best: uniform marginals, no stopping test of its own where one can
+Each is called as its documentation says, and at its best: uniform marginals, no stopping test of the peer where one can
 be turned off. Adding a peer is adding a function and a line of `PEERS`.
 """
 

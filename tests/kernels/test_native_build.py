@@ -29,7 +29,7 @@ ALONE = (
 
 @pytest.fixture
 def place(monkeypatch, tmp_path):
-    """A machine of one's own: its folders, a compiler that keeps a diary, and little to compile."""
+    """A machine for one test: its folders, a compiler that keeps a diary, and little to compile."""
     names = "cache", "temporary", "sources", "diary"
     cache, temporary, sources, diary = (tmp_path / name for name in names)
     for folder in (cache, temporary, sources):

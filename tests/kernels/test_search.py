@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 
 from sinkroute.kernels import backend  # noqa: E402, the interpreter first
 from sinkroute.kernels import search as search_module  # noqa: E402
-from sinkroute.kernels.gpu import search as gpu  # noqa: E402
+from sinkroute.kernels.gpu import launch as gpu  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
@@ -238,7 +238,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
-from sinkroute.kernels.gpu.search import search
+from sinkroute.kernels.gpu.launch import search
 from sinkroute.kernels.gpu.fused import fused_topk
 from sinkroute.kernels.rows import Rows
 from sinkroute.transport.checks import make_problem

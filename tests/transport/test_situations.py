@@ -11,7 +11,7 @@ from sinkroute.kernels.topk import topk
 
 
 def answers(logits_TE, seed=3):
-    """All that is computed from logits on a way of its own."""
+    """All that is computed from logits, each on another way."""
     wanted_TE = logits_TE.detach().clone().requires_grad_()
     solve(wanted_TE, differentiable=True).matrix().square().sum().backward()
     router = create_router("ssr-s", num_experts=logits_TE.shape[1], top_k=2, probability=1.0, noise=0.3)

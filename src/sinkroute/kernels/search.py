@@ -36,7 +36,7 @@ def search_on_device(
     if not triton_for(rows.logits_TE):
         return None
     try:
-        from sinkroute.kernels.gpu.search import search
+        from sinkroute.kernels.gpu.launch import search
 
         return search(rows, target_E, positive_E, reg, tol=tol, max_passes=max_passes, init_E=init_E, reduce=reduce)
     except Exception as error:  # whatever it is that Triton lacks on this machine

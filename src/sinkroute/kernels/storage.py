@@ -136,7 +136,7 @@ def plain(name: str, x: T, beside: Tensor | None = None) -> T:
     Traceback (most recent call last):
     TypeError: logits_TE is a tensor of layout torch.sparse_coo, not numbers in memory; pass logits_TE.to_dense()
     """
-    # What the compiler traces are tensors of its own; it knows what they stand for.
+    # What the compiler traces are tensors that it made; it knows what they stand for.
     if not isinstance(x, Tensor) or torch.compiler.is_compiling():
         return x
     return cast(T, _plain(name, x, beside))

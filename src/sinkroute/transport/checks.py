@@ -41,7 +41,7 @@ def make_problem(
 ) -> Problem:
     """Check the arguments of `solve` (see there for their meaning and for what is raised) and hold them.
 
-    The logits are not looked at here: that would be a pass of its own. Solvers call `refuse_bad_logits` when they find
+    The logits are not looked at here: that would be another pass. Solvers call `refuse_bad_logits` when they find
     that something is wrong, or first of all.
     """
     return over_all_ranks(check_problem(logits_TE, reg, cost, token_mask, token_mass, expert_mass), reduce)

@@ -58,7 +58,7 @@ def _find() -> build.Found:
 def _let_children_live(kernels: ctypes.CDLL) -> None:
     """End the threads of OpenMP before the process is forked.
 
-    A child has none of its parent's threads, but the GNU runtime in it counts on them: the first loop on several
+    A child lacks the threads of its parent, but the GNU runtime in it counts on them: the first loop on several
     threads, of these kernels or of torch, would wait for ever. Both start their threads anew where they need them.
     """
     soft = 1  # omp_pause_soft

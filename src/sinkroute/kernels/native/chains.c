@@ -207,7 +207,7 @@ static inline int32_t within_reach(const State *a, const float *c, int64_t first
 }
 
 /* Distances from the experts that give, up to that of experts that can take `wanted` choices in all, or up to what room
- * there is. Returns it; -1 where none of them can be reached; NAN without memory. */
+ * there is. Returns it; -1 where no such expert can be reached; NAN without memory. */
 static double distances(State *a, int64_t wanted) {
     int64_t experts = a->experts, padded = a->padded, open = 0;
     double end = a->room, last = -1;
