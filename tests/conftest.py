@@ -62,3 +62,27 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | str:
         return process.wait(timeout=max(seconds, 0))
     except subprocess.TimeoutExpired:
         return "still running"
+
+
+@pytest.fixture
+def newcomer(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a router that keeps a bias on the scores, and that nothing but the registry knows."""
+    from sinkroute.routing.registry import ROUTERS
+    from sinkroute.routing.router import Router, Serving
+    from sinkroute.routing.state import RouterState
+
+    class Newcomer(Router):
+        def __init__(self, num_experts: int, top_k: int, **options: Any) -> None:
+            super().__init__(num_experts, top_k, **options)
+            self.state = RouterState(num_experts, bias_E=torch.zeros(num_experts, device="cpu"))
+
+        def choice_bias(self) -> Serving:
+            assert self.state is not None
+            return Serving(self.state.bias_E, "scores")
+
+        def finish_step(self, load_E: torch.Tensor, sums: dict[str, torch.Tensor]) -> None:
+            assert self.state is not None
+            self.state.bias_E -= 0.1 * (load_E / load_E.double().mean() - 1)
+
+    monkeypatch.setitem(ROUTERS, "newcomer", Newcomer)
+    return "newcomer"

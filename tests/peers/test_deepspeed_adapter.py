@@ -366,7 +366,7 @@ def test_autoeps_router_is_its_own_in_eval_and_balanced_by_a_plan_in_training():
 @pytest.mark.parametrize(
     ("make", "method", "options", "reason"),
     [
-        (make_gate, "xmoe", {}, "gate of its own"),
+        (make_gate, "xmoe", {}, "brings a gate"),
         (make_gate, "ssr-l", {"noise": "learned"}, "parameter"),
         (make_gate, "ssr-ec", {}, "does not give every token top_k=2 experts"),
         (make_gate, "ssr-l", {"score": "sigmoid"}, "score='sigmoid' is read from DeepSpeed's gate"),

@@ -327,7 +327,7 @@ def test_layers_are_numbered_by_their_block_in_whatever_stage_they_are():
     [
         ("load-balance", {}, "auxiliary loss"),
         ("ssr-l", {"losses": ["z-loss"]}, "auxiliary loss"),
-        ("xmoe", {}, "gate of its own"),
+        ("xmoe", {}, "brings a gate"),
         ("ssr-l", {"noise": "learned"}, "parameter"),
         ("expert-choice", {}, "does not give every token top_k=2 experts"),
         ("ssr-ec", {}, "does not give every token top_k=2 experts"),

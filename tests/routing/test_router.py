@@ -392,7 +392,7 @@ def test_a_correction_is_no_part_of_a_router():
 
 def test_those_that_need_a_bias_or_a_gate_of_their_own_say_so():
     serving = {name: make(name, {}).serving() for name in sinkroute.list_routers()}
-    gates = {"noisy", "xmoe", "stable-moe", "smoe-dropout", "hash"}
+    gates = {"xmoe", "stable-moe", "smoe-dropout", "hash"}
     assert {name for name, how in serving.items() if how is None} == gates
     assert {name for name, how in serving.items() if how and not how.plain} == {"loss-free", "quantile", "ssr-bias"}
     assert make("ssr-bias", {"serve_with": "plain"}).serving().plain

@@ -11,7 +11,7 @@ from sinkroute.routing import Router, create_router
 from sinkroute.routing.ranks import Ranks
 from sinkroute.routing.routes import Routes
 
-__all__ = ["fit_router", "is_asked", "refuse_bias", "refuse_loss"]
+__all__ = ["fit_router", "has_gate", "is_asked", "refuse_bias", "refuse_loss"]
 
 # What the framework's router says itself.
 _THEIRS = ("num_experts", "top_k", "norm_topk", "score", "groups", "top_groups", "group_score", "route_scale")
@@ -51,10 +51,10 @@ def fit_router(
     # Models are built on the meta device; what a router remembers is not.
     with torch.device("cpu"):
         router = create_router(name, num_experts=num_experts, top_k=top_k, **theirs, **options)
-        if type(router).make_gate is not Router.make_gate and not (may_move_gate and router.moves_gate):
+        if has_gate(router) or (router.moves_gate and not may_move_gate):
             raise ValueError(
-                f"router {name!r} has a gate of its own, and {owner} keeps its gate; take a method that reads "
-                'the logits of any gate, such as "ssr-l"'
+                f"router {name!r} {'brings' if has_gate(router) else 'moves'} a gate, and {owner} keeps its gate; take "
+                'a method that reads the logits of any gate, such as "ssr-l"'
             )
         if next(router.parameters(), None) is not None:
             raise ValueError(
@@ -67,6 +67,11 @@ def fit_router(
                 'method in which tokens choose, such as "ssr-b"'
             )
     return router
+
+
+def has_gate(router: Router) -> bool:
+    """Whether the method makes logits in its way, by a gate that it brings."""
+    return type(router).make_gate is not Router.make_gate and not router.moves_gate
 
 
 def trials(router: Router) -> list[Routes]:

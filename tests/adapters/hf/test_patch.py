@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import sinkroute
+from sinkroute.adapters._fit import has_gate
 from sinkroute.routing.attached import named_routers
 
 pytest.importorskip("transformers")
@@ -19,6 +20,7 @@ from .zoo import FAMILIES, recompute
 
 FAMILY = {family.name: family for family in FAMILIES}
 QUIET = {"noise": 0.0}
+ALL = {name: sinkroute.create_router(name, num_experts=4, top_k=2).eval() for name in sinkroute.list_routers()}
 # 2 sequences of 12 tokens; 3 at the end of the second, or at the beginning of the first, are padding.
 RIGHT, LEFT = torch.ones(2, 12, dtype=torch.long), torch.ones(2, 12, dtype=torch.long)
 RIGHT[1, -3:] = 0
@@ -107,7 +109,7 @@ def test_what_the_model_decides_is_no_option(option):
         sinkroute.patch(make(), "ssr-l", **option)
 
 
-@pytest.mark.parametrize("router", ["loss-free", "quantile", "ssr-bias"])
+@pytest.mark.parametrize("router", [name for name, router in ALL.items() if router.choice_bias() is not None])
 def test_a_router_that_serves_with_a_bias_is_refused_where_there_is_none(router):
     model = make()
     with pytest.raises(ValueError, match=f"{router}.*MixtralTopKRouter.*take one of .*ssr-l"):
@@ -115,9 +117,9 @@ def test_a_router_that_serves_with_a_bias_is_refused_where_there_is_none(router)
     assert named_routers(model) == {}
 
 
-@pytest.mark.parametrize("router", ["noisy", "xmoe", "stable-moe", "smoe-dropout", "hash"])
-def test_a_router_with_a_gate_of_its_own_is_refused(router):
-    with pytest.raises(ValueError, match=f"{router}.*MixtralTopKRouter"):
+@pytest.mark.parametrize("router", [name for name, router in ALL.items() if has_gate(router)])
+def test_a_router_that_brings_a_gate_is_refused(router):
+    with pytest.raises(ValueError, match=f"{router}' brings a gate, and MixtralTopKRouter"):
         sinkroute.patch(make(), router)
 
 
@@ -193,6 +195,30 @@ def test_loss_free_balancing_moves_the_models_own_bias_and_eval_uses_it():
     now = model.eval()(**text("deepseek_v3")).logits
     assert torch.equal(now, moved.eval()(**text("deepseek_v3")).logits)
     assert not torch.equal(now, answer)
+
+
+def test_a_new_router_that_keeps_a_bias_moves_the_models_own_without_an_edit_here(newcomer):
+    model, handle = make("minimax_m2", newcomer)
+    loads(model, **text("minimax_m2"))
+    sinkroute.end_step(model)
+    twin = make("minimax_m2")
+    for ours, theirs, router in zip(model.model.layers, twin.model.layers, handle.routers.values(), strict=True):
+        assert router.state.bias_E.any()
+        assert torch.equal(ours.mlp.e_score_correction_bias, router.state.bias_E)
+        theirs.mlp.e_score_correction_bias.copy_(router.state.bias_E)
+    assert torch.equal(model.eval()(**text("minimax_m2")).logits, twin.eval()(**text("minimax_m2")).logits)
+    with pytest.raises(ValueError, match="newcomer.* serves with a bias on scores, which MixtralTopKRouter has no place"):
+        make("mixtral", newcomer)
+
+
+def test_quantile_balancing_is_taken_where_it_adds_to_scores_as_the_model_does():
+    with pytest.raises(ValueError, match="serves with a bias on logits, which MiniMaxM2TopKRouter has no place for"):
+        make("minimax_m2", "quantile")
+    model, _ = make("minimax_m2", "quantile", scope="batch")
+    before = served(model, "minimax_m2")
+    loads(model.train(), **text("minimax_m2"))
+    sinkroute.end_step(model)
+    assert sum(served(model, "minimax_m2")) < 0.5 * sum(before)
 
 
 def test_a_bias_that_is_loaded_later_is_the_one_that_is_moved():

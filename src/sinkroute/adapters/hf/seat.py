@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sinkroute.adapters._fit import fit_router, is_asked
+from sinkroute.adapters._fit import fit_router, has_gate, is_asked
 from sinkroute.adapters.hf.contracts import Site
 from sinkroute.adapters.hf.model_pass import ModelPass
 from sinkroute.adapters.hf.scoring import Scoring, Source
@@ -92,7 +92,8 @@ def fit_to_site(name: str, site: Site, scoring: Scoring, options: dict[str, Any]
         _bind_gate(name, router, site, scoring)
     elif bias is not None:
         if scoring.correction is None or bias.on != scoring.correction_on:
-            able = [known for known, kind in ROUTERS.items() if kind(2, 1).serving() == Serving()]
+            tried = {known: kind(2, 1) for known, kind in ROUTERS.items()}
+            able = [known for known, other in tried.items() if other.serving() == Serving() and not has_gate(other)]
             raise ValueError(
                 f"router {name!r} serves with a bias on {bias.on}, which {type(site.host).__name__} has no place for, "
                 f"so that eval() and saved checkpoints would be another model's; take one of {', '.join(able)}"

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 import sinkroute
 from sinkroute.lab.config import to_mapping
+from sinkroute.lab.export.agreement import Agreement
 from sinkroute.lab.trained import TrainedRun
-
-if TYPE_CHECKING:
-    from sinkroute.lab.export.folder import Export
 
 __all__ = ["write_card"]
 
@@ -63,11 +61,11 @@ Against the model in the lab, both in float32 on {symbols:,} random bytes:
 """
 
 
-def write_card(run: TrainedRun, export: Export, path: Path) -> None:
-    """Write the card of an export of this run."""
+def write_card(run: TrainedRun, architecture: str, agreement: Agreement, path: Path) -> None:
+    """Write the card of an export of this run as that class of transformers."""
     corpus = json.loads((run.folder / "corpus.json").read_text(encoding="utf-8"))
     config = to_mapping(run.config)
-    config["data"].pop("path")  # of the machine, and nobody else's business
+    config["data"].pop("path")  # of the machine
     sizes = run.config.model
     path.write_text(
         _CARD.format(
@@ -76,12 +74,12 @@ def write_card(run: TrainedRun, export: Export, path: Path) -> None:
             experts=sizes.experts,
             top_k=sizes.top_k,
             **run.model.count_parameters()._asdict(),
-            architecture=export.architecture,
+            architecture=architecture,
             length=run.config.data.length,
             router=run.config.router.name,
             measures=_measures(run),
-            **vars(export.agreement),
-            checkpoint=export.checkpoint,
+            **vars(agreement),
+            checkpoint=run.checkpoint.name,
             steps=run.config.train.steps,
             corpus=corpus["name"],
             sha256=corpus["sha256"],

@@ -79,7 +79,7 @@ def export_run(run: TrainedRun, output: Path) -> Export:
         draft.mkdir()
         model.save_pretrained(draft)
         make_tokenizer(length).save_pretrained(draft)
-        write_card(run, export, draft / "README.md")
+        write_card(run, export.architecture, agreement, draft / "README.md")
         mark = {
             "architecture": export.architecture,
             "checkpoint": export.checkpoint,

@@ -50,7 +50,6 @@ class NoisyRouter(Router):
 
     logit_parts = 2
     needs_step = True
-    serves_any_gate = False
     keeps_groups = False
 
     @dataclass(frozen=True, kw_only=True)
