@@ -1,6 +1,6 @@
 """Our routers and the peers' own modules, on the same logits: choices, weights and the gradient must agree.
 
-Every peer pins what another forbids, so each has an environment of its own: `make test-peers`. In others its tests
+Every peer pins what another forbids, so each has another environment: `make test-peers`. In others its tests
 skip.
 """
 

@@ -1,11 +1,11 @@
-"""A pytest plugin: the router tests of a checkout of Megatron-LM on the CPU, with our router in place of its own.
+"""A pytest plugin: the router tests of a checkout of Megatron-LM on the CPU, with our router in place of Megatron's.
 
     MEGATRON_REPO=.../Megatron-LM ROUTER=ssr-l OPTIONS='{"probability": 0.0, "noise": 0.0}' \
         python -m pytest -p megatron_on_the_cpu --noconftest .../tests/unit_tests/transformer/moe/test_routers.py
 
 ROUTER left out: with Megatron's own, to see what passes anyhow. Stand-ins: tensors stay where they are instead of going
 to a GPU; groups of one rank talk by gloo, those of several are fakes that say nothing; the test helpers, whose imports
-want the whole training framework, are small ones of our own.
+want the whole training framework, are small stand-ins here.
 """
 
 import contextlib

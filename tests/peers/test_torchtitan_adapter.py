@@ -405,7 +405,7 @@ def test_ranks_with_the_same_tokens_draw_the_same_noise(mesh, expert_parallel):
     )
     moe.router.parallelize(dims)
     (router,) = sinkroute.routing.attached.named_routers(moe).values()
-    # With expert parallelism each of them has tokens of its own.
+    # With expert parallelism each of them has other tokens.
     assert repr(router.batch_ranks) == ("'world'" if expert_parallel else "None")
 
 

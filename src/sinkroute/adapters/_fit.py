@@ -39,7 +39,7 @@ def fit_router(
         theirs: options that the framework's router decides.
 
     Raises:
-        ValueError: an option that the framework's router decides; a method with a gate or a parameter of its own, or
+        ValueError: an option that the framework's router decides; a method that brings a gate or a parameter, or
             for which K experts for each token is not the rule.
     """
     for option in options:

@@ -215,8 +215,8 @@ def patch(model: nn.Module, router: str, **options: Any) -> Patched:
         A handle: `handle.remove()` undoes it all, `print(handle)` shows what was found.
 
     Raises:
-        ValueError: no such layer; a gate that is no plain `TopKGate`; a method with a gate or a parameter of its own,
-            in which experts choose, or (AutoEP) with an auxiliary loss, which nothing adds to the training loss.
+        ValueError: no such layer; a gate that is no plain `TopKGate`; a method that brings a gate or a parameter, in
+            which experts choose, or (AutoEP) with an auxiliary loss, which nothing adds to the training loss.
         RuntimeError: a DeepSpeed whose gates are others.
     """
     check_contract()

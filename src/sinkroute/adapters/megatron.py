@@ -3,7 +3,7 @@
 `make_router` builds what `MoESubmodules(router=...)` takes: Megatron's own `TopKRouter` with another `routing`. In
 training one of our routers chooses and weighs, by the scores, groups and scale that Megatron's config tells. The gate,
 its input jitter, the z-loss and the other losses, capacity and the expert bias stay Megatron's. In `eval()` Megatron
-routes as ever, unless the method has a bias of its own.
+routes as ever, unless the method serves with a bias.
 
 Written for and tested with Megatron-Core 0.19. docs/megatron.md says what is kept and what is refused.
 """
@@ -46,7 +46,7 @@ def make_router(router: str, *, plan_ranks: PlanRanks = "tp_cp", **options: Any)
 
     Raises:
         ValueError: an unknown name, or an option that Megatron decides. When the layer is built: an unknown option, a
-            method with a gate of its own or without `moe_router_topk` experts for each token, and what contradicts the
+            method that brings a gate or does not give each token `moe_router_topk` experts, and what contradicts the
             config (docs/megatron.md).
 
     ::
@@ -307,7 +307,7 @@ def _check(config: Any) -> None:
         )
     if config.transformer_impl == "inference_optimized":
         raise ValueError(
-            'transformer_impl="inference_optimized" has a router of its own; train with "transformer_engine" or '
+            'transformer_impl="inference_optimized" has another router; train with "transformer_engine" or '
             '"local" and serve the checkpoint with Megatron\'s InferenceTopKRouter'
         )
     modules = {module.name for module in config.cuda_graph_modules or ()}

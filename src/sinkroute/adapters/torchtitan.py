@@ -170,9 +170,9 @@ def patch(model: nn.Module, router: str, **options: Any) -> Patched:
         A handle: `handle.remove()` undoes it all, `print(handle)` shows what was found.
 
     Raises:
-        ValueError: no such layer; a router that is no plain `TokenChoiceTopKRouter`; a method with a gate or a
-            parameter of its own, with an auxiliary loss (nothing in torchtitan adds it to the training loss), in which
-            experts choose, or which has a rule of its own beside `load_balance_coeff`; no `process_group` for a model
+        ValueError: no such layer; a router that is no plain `TokenChoiceTopKRouter`; a method that brings a gate
+            or a parameter, with an auxiliary loss (nothing in torchtitan adds it to the training loss), in which
+            experts choose, or with another rule than top-k beside `load_balance_coeff`; no `process_group` for a model
             that is parallelized already.
         RuntimeError: a torchtitan whose router is another.
     """
@@ -213,7 +213,7 @@ def _fit(theirs: TokenChoiceTopKRouter, name: str, options: dict[str, Any]) -> R
     router = fit_router(name, theirs.num_experts, theirs.top_k, options, owner, **scoring)
     refuse_loss(router, "torchtitan")
     if router.state is not None:
-        # torchtitan refuses models with parts that are no `Module` of its own.
+        # torchtitan refuses models with parts that are not its `Module`.
         for part in router.modules():
             part.__class__ = _as_titan_module(type(part))  # type: ignore[arg-type]
     return router

@@ -277,7 +277,7 @@ def test_weights_of_any_choice_are_those_of_the_models_own_rule(family):
         router.is_plain = lambda: False
         router.route = lambda logits_TE, mask: Routes(forced_TK, router.weigh(logits_TE, forced_TK))
         ours = seat(host, args, kwargs, unforced)
-    if scoring.contract.name == "sorted":  # with places in an order of its own, among equals
+    if scoring.contract.name == "sorted":  # with places in another order, among equals
         theirs, ours = (scoring.contract.read(outputs, seat.site) for outputs in (theirs, ours))
     for one, other in zip(theirs, ours, strict=True):
         if one is not None:

@@ -35,7 +35,7 @@ class Chooser(nn.Linear):
 
 
 class Square(Chooser):
-    """One whose weights are of a rule of its own."""
+    """One whose weights follow a rule that is not known."""
 
     def forward(self, x_TD):
         logits_TE, weights_TK, experts_TK = super().forward(x_TD)
@@ -43,7 +43,7 @@ class Square(Chooser):
 
 
 class Worst(Chooser):
-    """One whose choice is of a rule of its own."""
+    """One whose choice follows a rule that is not known."""
 
     def forward(self, x_TD):
         logits_TE, weights_TK, experts_TK = super().forward(-x_TD)
@@ -84,7 +84,7 @@ def test_where_there_are_no_experts_there_is_no_router():
     assert found(block) == ({}, {})
 
 
-@pytest.mark.parametrize(("kind", "why"), [(Square, "weights follow none"), (Worst, "follows none of the known rules")])
+@pytest.mark.parametrize(("kind", "why"), [(Square, "weights follow no"), (Worst, "follows no known rule")])
 def test_a_router_of_another_rule_is_left_alone_with_a_reason(kind, why):
     known, refused = found(Block(kind(16, 8)))
     assert known == {} and why in refused["chooser"]

@@ -147,7 +147,7 @@ def test_random_choices_are_of_no_rule():
             logits, weights, experts = super().forward(hidden)
             return logits, weights, (experts + 1) % 8
 
-    with pytest.raises(Unknown, match="follows none of the known rules"):
+    with pytest.raises(Unknown, match="follows no known rule"):
         read(Random())
 
 

@@ -417,7 +417,7 @@ def train_on_a_rank():
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     folder = Path(os.environ[FOLDER])
     loads = []
-    # Each rank in a folder of its own shows who writes; then both go on from the first's.
+    # Another folder for each rank shows who writes; then both go on from the first's.
     trainer, handle, _ = saving(folder / str(rank), "loss-free", max_steps=5, ddp_find_unused_parameters=False)
     watch(trainer.model, lambda _, routes: loads.append(routes.load))
     trainer.train()

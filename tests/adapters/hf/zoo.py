@@ -204,7 +204,7 @@ def _redraw(model: nn.Module) -> None:
 
 
 def _tokens() -> Tensor:
-    """Token ids above those with a meaning of their own."""
+    """Token ids above those that mean something."""
     return torch.randint(3, VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(2))
 
 
@@ -227,7 +227,7 @@ def _patches() -> dict[str, Tensor]:
 
 
 def _text_and_image() -> dict[str, Tensor]:
-    """Tokens of which every third stands for a piece of an image, which has experts and a router of its own."""
+    """Tokens of which every third stands for a piece of an image, which has other experts and another router."""
     return {"input_ids": _tokens(), "moe_mm_token_type_ids": (torch.arange(LENGTH) % 3 == 0).int().expand(BATCH, -1)}
 
 
@@ -417,7 +417,7 @@ UNBUILDABLE: dict[str, str] = {
     "Qwen3OmniMoeTextTopKRouter": "no module of transformers makes one: only an output recorder names it",
 }
 
-# Found by router_classes() and yet no choice of experts of their own.
+# Found by router_classes(), and yet they choose no experts themselves.
 NOT_ROUTERS: dict[str, str] = {
     "DbrxFFN": "takes the top k of the logits of DbrxRouter, which is listed",
     "GraniteDoclingDensityRouter": "estimates one number per image, to set its resolution; there are no experts",

@@ -272,7 +272,7 @@ class Skipping:
 
 
 class Mixed:
-    """SparseMixer (arXiv 2409.12136) gives weights about 1 and a gradient of its own. The choice is ours, then it goes
+    """SparseMixer (arXiv 2409.12136) gives weights about 1 and computes their gradient itself. The choice is ours, then it goes
     by the chosen experts alone: the weights of a plan are not used."""
 
     name = "mixed"

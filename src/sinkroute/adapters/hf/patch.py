@@ -1,6 +1,6 @@
 """A router of sinkroute in the place of a transformers model's own, in training; `eval()` stays the model's.
 
-The model's router goes on computing its logits; a forward hook puts our choice and weights in the place of its own.
+The model's router goes on computing its logits; a forward hook replaces its choice and weights by ours.
 Nothing is added to the model's parameters, buffers, modules or `state_dict`, and what records `router_logits` goes on.
 """
 

@@ -8,7 +8,7 @@ from torch import nn
 
 __all__ = ["own_coefficients", "refuse_kernels"]
 
-# As models call the coefficient of their own balancing loss.
+# As models call the coefficient of the balancing loss that they compute.
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 

@@ -33,7 +33,7 @@ class NotARouter(Exception):
 
 
 class Unknown(Exception):
-    """A router, but none of the known rules is its own."""
+    """A router, but by no known rule."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def read_scoring(site: Site) -> Scoring:
 
     Raises:
         NotARouter: its outputs are of no known form.
-        Unknown: none of the known rules is its own; the message says what was seen.
+        Unknown: it follows no known rule; the message says what was seen.
     """
     host = _random_copy(site.host)
     trial = Site(site.path, host, site.parent)
@@ -228,7 +228,7 @@ def _recognise(
     ]
     if not chooses:
         raise Unknown(
-            f"its choice ({_described(returned_TE)} to {_described(experts_TK)}) follows none of the known rules"
+            f"its choice ({_described(returned_TE)} to {_described(experts_TK)}) follows no known rule"
         )
     for candidate in chooses:
         for score, norm_topk in itertools.product(get_args(Score), (True, False)):
@@ -244,7 +244,7 @@ def _recognise(
                     scale = float((ratio_TK / value_E[experts_TK]).mean())
                     scale = 1.0 if abs(scale - 1) < _TOLERANCE else scale
                     return _with(weighed, route_scale=scale, expert_scale=source)
-    raise Unknown("its choice is plain top-k, its weights follow none of the known rules")
+    raise Unknown("its choice is plain top-k, its weights follow no known rule")
 
 
 def _gate(returned_TE: Tensor, tokens_TD: Tensor, host: nn.Module) -> dict[str, Source]:

@@ -110,7 +110,7 @@ class RouterCallback(TrainerCallback):
     ) -> None:
         if args.report_to and not self._is_first:
             warnings.warn(
-                f"the callbacks of report_to={args.report_to} come before RouterCallback and get none of its metrics; "
+                f"the callbacks of report_to={args.report_to} come before RouterCallback and miss its metrics; "
                 "call RouterCallback(handle).attach(trainer) instead of passing it in callbacks=[...]",
                 stacklevel=2,
             )
@@ -218,14 +218,14 @@ class RouterCallback(TrainerCallback):
         """The checkpoint that the trainer resumes from.
 
         Raises:
-            ValueError: it is none of those that are known.
+            ValueError: it is not among those that are known.
         """
         known = [self.checkpoint, args.resume_from_checkpoint, checkpoint_folder(args, state)]
         folders = [Path(folder) for folder in known if isinstance(folder, (str, Path))]
         folder = find_checkpoint(folders, state)
         if folder is None:
             raise ValueError(
-                f"the run is resumed at step {state.global_step} from none of {', '.join(map(str, folders))}; tell "
+                f"the run is resumed at step {state.global_step} from a folder other than {', '.join(map(str, folders))}; tell "
                 "where: RouterCallback(handle, checkpoint=...)"
             )
         return folder

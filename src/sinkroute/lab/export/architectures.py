@@ -1,7 +1,7 @@
 """Which class of transformers computes what a model of the lab computes, and what its tensors are called there.
 
 All have the lab's blocks: pre-norm RMSNorm, causal attention with rotary positions and no biases, experts
-down(silu(gate) · up), an output layer of its own. What routes decides between
+down(silu(gate) · up), an output layer that shares no weights. What routes decides between
 
     Mixtral        softmax, renormalised
     Qwen2-MoE      softmax, renormalised or not; an expert that all tokens visit, times a sigmoid
