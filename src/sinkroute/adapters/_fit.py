@@ -76,12 +76,12 @@ def has_gate(router: Router) -> bool:
 
 def trials(router: Router) -> list[Routes]:
     """What the router gives in training for a few tokens, on each of its branches; it is left as it was."""
-    trial: Any = copy.deepcopy(router).train()
+    trial = copy.deepcopy(router).train()
     trial.process_group = trial.batch_ranks = Ranks(None)  # others are not asked
     with torch.device("cpu"):
         logits_TE = torch.zeros(router.num_experts, router.num_experts)
         routes = [trial(logits_TE)]
-        if hasattr(trial, "sinkhorn_now"):
+        if trial.sinkhorn_now is not None:
             trial.sinkhorn_now = not trial.sinkhorn_now
             routes.append(trial(logits_TE))
     return routes

@@ -272,8 +272,8 @@ class Skipping:
 
 
 class Mixed:
-    """SparseMixer (arXiv 2409.12136) gives weights about 1 and computes their gradient itself. The choice is ours, then it goes
-    by the chosen experts alone: the weights of a plan are not used."""
+    """SparseMixer (arXiv 2409.12136) gives weights about 1 and computes their gradient itself. The choice is ours, then
+    it goes by the chosen experts alone: the weights of a plan are not used."""
 
     name = "mixed"
     any_width = False

@@ -44,8 +44,8 @@ class Handle(Patched):
     def aux_loss(self) -> Tensor | None:
         """The routers' own losses of the last training pass, coefficients included, or None.
 
-        They are in `outputs.loss` already if the model computed one (it was given `labels`); add them to a loss that you
-        compute yourself.
+        They are in `outputs.loss` already if the model computed one (it was given `labels`); add them to a loss
+        that you compute yourself.
         """
         return self._pass.aux_loss()
 

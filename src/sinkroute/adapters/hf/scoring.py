@@ -227,9 +227,7 @@ def _recognise(
         if _same_sets(selection_TE.topk(top_k, dim=-1).indices, experts_TK)
     ]
     if not chooses:
-        raise Unknown(
-            f"its choice ({_described(returned_TE)} to {_described(experts_TK)}) follows no known rule"
-        )
+        raise Unknown(f"its choice ({_described(returned_TE)} to {_described(experts_TK)}) follows no known rule")
     for candidate in chooses:
         for score, norm_topk in itertools.product(get_args(Score), (True, False)):
             if candidate.correction_on == "scores" and candidate.correction and score != candidate.score:

@@ -225,7 +225,7 @@ class RouterCallback(TrainerCallback):
         folder = find_checkpoint(folders, state)
         if folder is None:
             raise ValueError(
-                f"the run is resumed at step {state.global_step} from a folder other than {', '.join(map(str, folders))}; tell "
-                "where: RouterCallback(handle, checkpoint=...)"
+                f"the run is resumed at step {state.global_step} from a folder that is not among "
+                f"{', '.join(map(str, folders))}; tell where: RouterCallback(handle, checkpoint=...)"
             )
         return folder
