@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import sinkroute
 from sinkroute.kernels import native
+from sinkroute.kernels.native import build, functions
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +83,30 @@ def test_a_user_without_a_home_and_a_name_is_served(compiler):
     assert done.stdout.startswith("True")
     if compiler == "cc" and native.load() is not None:
         assert f"{folder}/sinkroute-54321/kernels-" in done.stdout
+
+
+def test_the_table_declares_what_the_sources_define():
+    text = "".join(path.read_text() for path in sorted(build.SOURCES.glob("*.c")))
+    defined = {
+        name: re.sub(r"\s+", " ", arguments).split(", ")
+        for name, arguments in re.findall(r"^(?:void|int64_t) (\w+)\(([^)]*)\) \{", text, re.MULTILINE)
+    }
+    declared = functions.FUNCTIONS
+    assert set(declared) <= set(defined)  # the sources call some of each other's functions
+    for name, (_, *arguments) in declared.items():
+        kinds = ["pointer" if "*" in argument else argument.split()[-2] for argument in defined[name]]
+        said = {ctypes.c_int64: "int64_t", ctypes.c_double: "double", ctypes.c_float: "float"}
+        assert [said.get(argument, "pointer") for argument in arguments] == kinds, name
+
+
+def test_the_backend_is_chosen_in_one_place_only():
+    package = Path(sinkroute.__file__).parent
+    choosers = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"\bnative\.load\(|find_spec\(.triton", path.read_text())
+    }
+    assert choosers == {"kernels/backend.py"}
 
 
 @pytest.mark.skipif(native.load() is None, reason="no compiler here")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sinkroute.kernels import native
 
-__all__ = ["c_for", "leave_triton", "threads_for", "triton_for"]
+__all__ = ["c_for", "c_on", "leave_triton", "threads_for", "triton_for"]
 
 C_EXPERTS = 4096  # at most: the rows of the C kernels lie on the stack
 TRITON_EXPERTS = 1024
@@ -28,9 +28,14 @@ _triton_failed = False
 
 def c_for(values_TE: Tensor) -> ctypes.CDLL | None:
     """The C kernels, where they can read these rows; None where torch has to do the work."""
-    if values_TE.device.type != "cpu" or values_TE.dtype not in native.DTYPES or values_TE.shape[1] > C_EXPERTS:
+    if values_TE.dtype not in native.DTYPES or values_TE.shape[1] > C_EXPERTS:
         return None
-    return native.load() if values_TE.stride(1) == 1 or values_TE.shape[1] == 1 else None
+    return c_on(values_TE.device) if values_TE.stride(1) == 1 or values_TE.shape[1] == 1 else None
+
+
+def c_on(device: torch.device) -> ctypes.CDLL | None:
+    """The C kernels, for what is on a CPU."""
+    return native.load() if device.type == "cpu" else None
 
 
 def threads_for(values: Tensor) -> int:

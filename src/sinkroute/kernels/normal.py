@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sinkroute.kernels import native
-from sinkroute.kernels.backend import threads_for
+from sinkroute.kernels.backend import c_on, threads_for
 from sinkroute.kernels.operations import define
 from sinkroute.kernels.storage import address
 
@@ -36,7 +35,7 @@ def normal_like(reference: Tensor, seed: Tensor) -> Tensor:
 
 
 def _normal_like(reference: Tensor, seed: Tensor) -> Tensor:
-    if reference.device.type == "cpu" and (c := native.load()) is not None:
+    if (c := c_on(reference.device)) is not None:
         noise = torch.empty(reference.shape, dtype=torch.float32, device="cpu")
         c.normal(int(seed), noise.numel(), address(noise), threads_for(noise))
         return noise.to(reference.dtype)

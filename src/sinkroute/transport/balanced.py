@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -199,18 +199,8 @@ def _balanced_topk(
     return choice.experts_TK, bias_E, passes, moves
 
 
-def _operation(
-    logits_TE: Tensor,
-    k: int,
-    tol: float,
-    cost: str,
-    token_mask: Tensor | None,
-    expert_mass: Tensor | None,
-    init: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    found = _balanced_topk(logits_TE, k, tol, cost, token_mask, expert_mass, init)
-    passes, moves = (torch.tensor(count, device=logits_TE.device) for count in found[2:])
-    return found[0], found[1], passes, moves
+def _operation(logits_TE: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.as_tensor(x, device=logits_TE.device) for x in _balanced_topk(logits_TE, *args))
 
 
 def _shape(logits_TE: Tensor, k: int, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -91,10 +91,7 @@ def starting_potentials(problem: Problem, init: Tensor | None) -> Tensor | None:
     if not isinstance(init, Tensor):
         raise TypeError(f"init must be a tensor of shape (E,), got {type(init).__name__}; pass plan.potentials")
     _refuse_complex("init", init)
-    if init.shape != problem.target_E.shape:
-        raise ValueError(
-            f"init has shape {tuple(init.shape)} but there are {len(problem.target_E)} experts; it must be (E,)"
-        )
+    _check_length("init", init, len(problem.target_E), "experts", "(E,)")
     given_E = init.detach().to(problem.target_E)
     largest = torch.finfo(problem.dtype).max / 64
     return torch.where(given_E.abs() <= largest, given_E, 0)
@@ -103,6 +100,11 @@ def starting_potentials(problem: Problem, init: Tensor | None) -> Tensor | None:
 def _refuse_complex(name: str, x: Tensor) -> None:
     if x.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {x.dtype}; pass {name}.real")
+
+
+def _check_length(name: str, x: Tensor, length: int, of: str, wanted: str) -> None:
+    if x.shape != (length,):
+        raise ValueError(f"{name} has shape {tuple(x.shape)} but there are {length} {of}; it must be {wanted}")
 
 
 def check_number(name: str, value: object) -> None:
@@ -153,11 +155,7 @@ def _checked_mask(token_mask: Tensor | None, logits_TE: Tensor) -> Tensor | None
     if not isinstance(token_mask, Tensor) or token_mask.dtype != torch.bool:
         kind = token_mask.dtype if isinstance(token_mask, Tensor) else type(token_mask).__name__
         raise TypeError(f"token_mask must be a bool tensor (True = real token), got {kind}; call token_mask.bool()")
-    if token_mask.shape != logits_TE.shape[:1]:
-        raise ValueError(
-            f"token_mask has shape {tuple(token_mask.shape)} but there are {logits_TE.shape[0]} tokens; "
-            "it must be (T,): flatten it like the logits"
-        )
+    _check_length("token_mask", token_mask, logits_TE.shape[0], "tokens", "(T,): flatten it like the logits")
     return token_mask.to(logits_TE.device)
 
 
@@ -169,10 +167,7 @@ def _checked_token_mass(
     if not isinstance(token_mass, Tensor):
         raise TypeError(f"token_mass must be a tensor of shape (T,), got {type(token_mass).__name__}")
     _refuse_complex("token_mass", token_mass)
-    if token_mass.shape != logits_TE.shape[:1]:
-        raise ValueError(
-            f"token_mass has shape {tuple(token_mass.shape)} but there are {logits_TE.shape[0]} tokens; it must be (T,)"
-        )
+    _check_length("token_mass", token_mass, logits_TE.shape[0], "tokens", "(T,)")
     if not token_mass.dtype.is_floating_point or token_mass.dtype.itemsize == 1:
         token_mass = token_mass.to(dtype)  # of some of these torch finds no largest
     if token_mass.device.type == "cpu" and holds_values(token_mass) and token_mass.numel():
@@ -218,11 +213,7 @@ def _checked_mass(expert_mass: Tensor | Sequence[float] | None, logits_TE: Tenso
     mass_E = as_masses(expert_mass, logits_TE)
     # Before any arithmetic: a quotient in bfloat16 would be another target.
     mass_E = mass_E.detach().to(wide_dtype(mass_E.device))
-    if mass_E.shape != (experts,):
-        raise ValueError(
-            f"expert_mass has shape {tuple(mass_E.shape)} but there are {experts} experts; it must be (E,), one "
-            "relative capacity for each expert"
-        )
+    _check_length("expert_mass", mass_E, experts, "experts", "(E,), one relative capacity for each expert")
     if (
         mass_E.device.type == "cpu"
         and holds_values(mass_E)

@@ -13,7 +13,7 @@ import torch
 from sinkroute.kernels.rows import Rows as RowsOfTensors
 from sinkroute.kernels.storage import address
 
-__all__ = ["DTYPES", "Progress", "Rows", "declare"]
+__all__ = ["DTYPES", "FUNCTIONS", "Progress", "Rows", "declare"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -67,7 +67,7 @@ _INT, _FLOAT, _DOUBLE, _AT = ctypes.c_int64, ctypes.c_float, ctypes.c_double, ct
 _ROWS, _PROGRESS = ctypes.POINTER(Rows), ctypes.POINTER(Progress)
 
 # Name: what comes back, then the arguments as the C source names them.
-_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+FUNCTIONS: dict[str, tuple[Any, ...]] = {
     # tokens, experts
     "column_sums_workspace": (_INT, _INT, _INT),
     # rows, potentials, reg, precision, sums, workspace, threads
@@ -91,6 +91,6 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
 
 def declare(kernels: ctypes.CDLL) -> None:
     """Tell ctypes what every function takes and gives; an `AttributeError` says that one is missing."""
-    for name, (result, *arguments) in _FUNCTIONS.items():
+    for name, (result, *arguments) in FUNCTIONS.items():
         function = getattr(kernels, name)
         function.argtypes, function.restype = arguments, result
