@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from sinkroute.cli import main
+from sinkroute.routing import list_routers
 
 SMALL = """
 data: {name: text, path: PATH, length: 32}
@@ -387,3 +388,17 @@ def test_a_full_disk_is_told_as_such(
     assert code == 1
     assert "the disk is full" in err
     assert ("continues from the last checkpoint" in err) is continues
+
+
+def test_routers_lists_the_ways_of_routing_and_the_options_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["routers"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in list_routers())
+    assert main(["routers", "ssr-fold"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f" {name} " in shown for name in ("probability", "rate", "gate", "norm_topk"))
+
+
+def test_routers_answers_a_wrong_name_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["routers", "ssr_l"]) != 0
+    assert "did you mean 'ssr-l'" in capsys.readouterr().err

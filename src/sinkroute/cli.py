@@ -522,6 +522,39 @@ def _compare(arguments: list[str], console: Console) -> int:
     return run_compare(tyro.cli(CompareCommand, args=arguments, prog="sinkroute compare"), console)
 
 
+# -- routers -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RoutersCommand:
+    """The ways of routing, or what one of them can be told."""
+
+    name: tyro.conf.Positional[str | None] = None
+    """A router: its options, with their defaults and what they mean."""
+
+
+def _routers(arguments: list[str], console: Console) -> int:
+    from sinkroute.routing.options import described
+    from sinkroute.routing.registry import ROUTERS, router_class
+
+    command = tyro.cli(RoutersCommand, args=arguments, prog="sinkroute routers")
+    table = Table(show_lines=command.name is not None)
+    if command.name is None:
+        for column in ("router", "what it does"):
+            table.add_column(column)
+        for name, router in ROUTERS.items():
+            table.add_row(escape(name), escape((router.__doc__ or "").partition("\n")[0]))
+    else:
+        for column in ("option", "default", "what it means"):
+            table.add_column(column, overflow="fold")
+        for option in described(router_class(command.name).Options):
+            table.add_row(
+                f"{escape(option.name)}\n[dim]{escape(option.kind)}[/]", escape(option.default), escape(option.about)
+            )
+    console.print(table)
+    return 0
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str], Console], int], str, str]] = {
     "demo": (_demo, "[CONFIG]", "SSR and its rivals side by side on Wikipedia text, in minutes"),
     "train": (_train, "CONFIG", "train, evaluate and attack one model; continues what was interrupted"),
@@ -531,6 +564,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str], Console], int], str, str]] = {
     "inspect": (_inspect, "MODEL --text FILE", "the expert load of a Hugging Face checkpoint on a text"),
     "models": (_models, "[NAME...]", "the training presets, with exact parameter counts"),
     "report": (_report, "RUN...", "a self-contained HTML page about runs"),
+    "routers": (_routers, "[NAME]", "the ways of routing; of one, its options with their defaults"),
     "bench": (_bench, "", "what each router costs in time and memory, relative to plain top-k"),
 }
 

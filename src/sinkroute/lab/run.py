@@ -21,7 +21,6 @@ from sinkroute.lab.models import SparseModel, make_model
 from sinkroute.lab.tasks import Task, make_task
 from sinkroute.lab.training import Diverged, Progress, prepare_folder, train
 from sinkroute.routing import set_inference
-from sinkroute.routing.routers.ssr import SSRRouter
 
 __all__ = ["evaluate_split", "execute"]
 
@@ -100,7 +99,7 @@ def _check_inference(config: Config) -> None:
         return
     with torch.device("meta"):
         router = make_model(config).moe_layers[0].router
-    if not isinstance(router, SSRRouter):
+    if not set(config.eval.inference) <= set(router.inference_modes):
         raise ValueError(
             f"eval.inference={list(config.eval.inference)} is for routers of the SSR family, and "
             f"{config.router.name!r} serves in one way only; leave eval.inference empty for it"

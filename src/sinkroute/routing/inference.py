@@ -34,7 +34,7 @@ def set_inference(module: nn.Module, mode: Inference) -> None:
     if mode not in INFERENCE_MODES:
         raise unknown_name("mode", mode, INFERENCE_MODES)
     routers = [router for router in named_routers(module).values() if mode in router.inference_modes]
-    if not routers:
+    if not routers and mode != "none":
         raise ValueError(f"mode={mode!r} is for routers of the SSR family, and {type(module).__name__} holds none")
     for router in routers:
         router.inference = mode

@@ -91,14 +91,26 @@ def create_router(name: str, *, num_experts: int, top_k: int, **options: Any) ->
     >>> routes.experts.shape, routes.weights.shape, int(routes.load.sum())
     (torch.Size([100, 2]), torch.Size([100, 2]), 200)
     """
-    if name not in ROUTERS:
-        raise unknown_name("router", name, ROUTERS)
-    router = ROUTERS[name]
+    router = router_class(name)
     known = router_options(router)
     for option in options:
         if option not in known:
             raise unknown_name(f"option of router {name!r}:", option, known)
     return router(num_experts, top_k, **options)
+
+
+def router_class(name: str) -> type[Router]:
+    """The class of a router by its name.
+
+    Raises:
+        ValueError: an unknown name; the message suggests the nearest.
+
+    >>> router_class("softmax").__name__
+    'SoftmaxRouter'
+    """
+    if name not in ROUTERS:
+        raise unknown_name("router", name, ROUTERS)
+    return ROUTERS[name]
 
 
 def router_options(router: type[Router]) -> list[str]:
