@@ -548,9 +548,8 @@ def _routers(arguments: list[str], console: Console) -> int:
         for column in ("option", "default", "what it means"):
             table.add_column(column, overflow="fold")
         for option in described(router_class(command.name).Options):
-            table.add_row(
-                f"{escape(option.name)}\n[dim]{escape(option.kind)}[/]", escape(option.default), escape(option.about)
-            )
+            named = f"{escape(option.name)}\n[dim]{escape(option.kind)}[/]"
+            table.add_row(named, escape(option.default), escape(option.about))
     console.print(table)
     return 0
 

@@ -231,9 +231,10 @@ from sinkroute.transport import balanced_topk
 torch.set_num_threads(1)
 logits_TE = 6 * torch.randn(4096, 2048, generator=torch.Generator().manual_seed(0))
 balanced_topk(logits_TE[:64, :64], 8)
-threading.Timer(0.5, lambda: (sent.append(time.process_time()), signal.raise_signal(signal.SIGINT))).start()
 sent = []
+timer = threading.Timer(0.5, lambda: (sent.append(time.process_time()), signal.raise_signal(signal.SIGINT)))
 try:
+    timer.start()
     while True:
         balanced_topk(logits_TE, 8, cost="softmax")
 except KeyboardInterrupt:

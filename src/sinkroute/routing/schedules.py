@@ -129,7 +129,8 @@ class Exponential(_Ramp):
             raise ValueError(f"start and end of an exponential schedule must be above 0, got {self.start}, {self.end}")
 
     def between(self, done: float) -> float:
-        return self.start ** (1 - done) * self.end**done
+        value: float = self.start ** (1 - done) * self.end**done
+        return value
 
 
 @dataclass(frozen=True)
