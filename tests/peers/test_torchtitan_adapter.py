@@ -197,14 +197,31 @@ def test_torchtitans_bias_joins_the_choice_between_plans_and_its_hook_moves_it()
     assert most[-1] < 0.8 * most[0], "the bias has balanced nothing"
 
 
-@pytest.mark.parametrize("method", ["loss-free", "quantile", "ssr-bias", "sinkhorn"])
-def test_a_method_with_a_rule_of_its_own_is_refused_beside_torchtitans_bias(method):
-    with pytest.raises(ValueError, match="load_balance_coeff"):
+@pytest.mark.parametrize("method", sinkroute.list_routers())
+def test_a_method_with_another_rule_is_refused_beside_torchtitans_bias(method):
+    try:
+        (router,) = adapter.patch(make_layer(), method).routers.values()
+    except ValueError:
+        pytest.skip("it is refused without a bias too")
+    if router.takes_correction():
         adapter.patch(make_layer(coeff=1e-3), method)
-    adapter.patch(make_layer(), method)
+    else:
+        with pytest.raises(ValueError, match="load_balance_coeff"):
+            adapter.patch(make_layer(coeff=1e-3), method)
 
 
-def test_a_method_with_a_rule_of_its_own_is_refused_beside_the_bias_of_a_configured_layer():
+def test_a_new_router_that_keeps_a_bias_serves_with_it(newcomer):
+    moe = make_layer()
+    (router,) = adapter.patch(moe, newcomer).routers.values()
+    plain = moe.eval().router(tokens())[1]
+    sinkroute.set_step(moe.train(), 0)
+    moe(tokens())
+    sinkroute.end_step(moe)
+    router.state.bias_E *= 10
+    assert not torch.equal(moe.eval().router(tokens())[1].sort().values, plain.sort().values)
+
+
+def test_a_method_with_another_rule_is_refused_beside_the_bias_of_a_configured_layer():
     config = layer_config(coeff=1e-3)
     config.router = adapter.route(config.router, "loss-free")
     moe = config.build()

@@ -110,19 +110,25 @@ def test_the_file_has_the_tensors_that_mixtral_checkpoints_have(make_run: Any, t
     assert not list((tmp_path / "hf").glob("*.py")) + list((tmp_path / "hf").glob("*.bin"))
 
 
-# What serves by more than the top-k of a linear gate's scores, as it is with default options.
-REFUSED = {"xmoe", "stable-moe", "smoe-dropout", "hash", "quantile", "ssr-bias"}
-
-
 @pytest.mark.parametrize("router", list_routers())
 def test_every_router_is_exported_or_refused_by_name(make_run: Any, tmp_path: Path, router: str) -> None:
     run = make_run(router)
-    if router in REFUSED:
+    # By its default options.
+    serving = run.model.moe_layers[0].router.serving()
+    if serving is None or (serving.on == "logits" and not serving.plain):
         with pytest.raises(ExportError, match=f"router '{router}' cannot be exported: "):
             export_run(run, tmp_path / "hf")
         assert not (tmp_path / "hf").exists()
     else:
         assert export_run(run, tmp_path / "hf").agreement.logit_difference < 1e-4
+
+
+def test_a_new_router_that_keeps_a_bias_is_exported_without_an_edit_here(
+    make_run: Any, tmp_path: Path, newcomer: str
+) -> None:
+    exported = export_run(make_run(newcomer), tmp_path / "hf")
+    assert exported.architecture == ERNIE
+    assert exported.agreement.logit_difference < 1e-4
 
 
 def test_ssr_bias_is_exported_where_it_serves_without_its_bias(make_run: Any, tmp_path: Path) -> None:
@@ -157,12 +163,12 @@ def test_ssr_fold_is_refused_once_its_gate_has_a_bias(make_run: Any, tmp_path: P
     ("router", "options", "sizes", "message"),
     [
         ("softmax", {}, {"activation": "gelu"}, r"model.activation='gelu' .* train with \"swiglu\""),
-        ("ssr-s", {"inference": "sinkhorn"}, {}, r"with inference='sinkhorn': .* is inference=\"none\""),
+        ("ssr-s", {"inference": "sinkhorn"}, {}, r"with inference='sinkhorn': .*; inference=\"none\" can be exported"),
         ("ssr-s", {"groups": 4, "top_groups": 2}, {}, r"groups=4 with a softmax .* DeepSeek-V2"),
         ("ssr-s", {**SIGMOID, "groups": 4, "top_groups": 2, "group_score": "max"}, {}, r"group_score='max'"),
         ("loss-free", {"norm_topk": False}, {}, "not renormalised cannot be exported"),
-        ("quantile", SIGMOID, {}, r"its bias is added to the logits, .* scope=\"batch\""),
-        ("ssr-bias", {}, {}, r"its bias is added to the logits, .* serve_with=\"plain\""),
+        ("quantile", SIGMOID, {}, r"its bias is added to the logits, .*; scope=\"batch\" can"),
+        ("ssr-bias", {}, {}, r"its bias is added to the logits, .*; serve_with=\"plain\" or bias_on=\"scores\" can"),
     ],
 )
 def test_what_no_architecture_computes_is_refused_with_the_reason(

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sinkroute.lab.config import Config, ModelConfig
-from sinkroute.lab.export.serving import ExportError, Serving, serving_rule
+from sinkroute.lab.export.serving import ExportError, ServingRule, serving_rule
 from sinkroute.lab.export.tokenizer import NEWLINE, PAD
 from sinkroute.lab.models import Decoder, SparseModel
 from sinkroute.moe.experts import Experts
@@ -50,7 +50,7 @@ class Architecture:
     """
 
     model_type: str
-    settings: Callable[[ModelConfig, Serving], dict[str, Any]]
+    settings: Callable[[ModelConfig, ServingRule], dict[str, Any]]
     shared_width: Callable[[ModelConfig], int]
     shared: str = "shared_experts"
     shared_gate: bool = False
@@ -123,7 +123,7 @@ GLM4_MOE = Architecture(
 )
 
 
-def choose_architecture(sizes: ModelConfig, rule: Serving) -> Architecture:
+def choose_architecture(sizes: ModelConfig, rule: ServingRule) -> Architecture:
     """The class that computes such a model.
 
     Raises:
@@ -167,18 +167,14 @@ def convert(decoder: SparseModel, config: Config) -> PreTrainedModel:
     Raises:
         ExportError: no class computes it.
     """
-    if not isinstance(decoder, Decoder):
+    sizes = config.model
+    if not isinstance(decoder, Decoder) or not isinstance(sizes, ModelConfig):
         raise ExportError(
             f'model.name={config.model.name!r} cannot be exported: only the compact decoder, "decoder", has an '
             "architecture in transformers"
         )
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = config.model
-    if not isinstance(decoder, Decoder) or not isinstance(sizes, ModelConfig):
-        raise ExportError(
-            f"only the compact decoder has an architecture in transformers; this run's model is of kind {sizes.name!r}"
-        )
     rules = [serving_rule(layer, config.router.name) for layer in decoder.moe_layers]
     architecture = choose_architecture(sizes, rules[0])
     hf_config = AutoConfig.for_model(
@@ -217,7 +213,7 @@ def convert(decoder: SparseModel, config: Config) -> PreTrainedModel:
 
 
 def _block(
-    decoder: Decoder, number: int, rule: Serving, sizes: ModelConfig, architecture: Architecture
+    decoder: Decoder, number: int, rule: ServingRule, sizes: ModelConfig, architecture: Architecture
 ) -> dict[str, Tensor]:
     block: Any = decoder.blocks[number]
     query, key, value = block.attention.qkv.weight.chunk(3)

@@ -7,22 +7,20 @@ Whatever does not follow this rule is refused with the reason: an export that is
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeGuard, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
 from sinkroute._errors import SinkrouteError
 from sinkroute.moe import MoE
 from sinkroute.routing import Router
-from sinkroute.routing.routers.loss_free import LossFreeRouter
-from sinkroute.routing.routers.quantile import QuantileRouter
-from sinkroute.routing.routers.ssr import SSRRouter
-from sinkroute.routing.routers.ssr_bias import SSRBiasRouter
 from sinkroute.routing.scores import Score
+from sinkroute.routing.serving import Serving
 
-__all__ = ["ExportError", "Serving", "serving_rule"]
+__all__ = ["ExportError", "ServingRule", "serving_rule"]
 
 
 class ExportError(SinkrouteError):
@@ -30,7 +28,7 @@ class ExportError(SinkrouteError):
 
 
 @dataclass(frozen=True)
-class Serving:
+class ServingRule:
     """The rule of one layer.
 
     Attributes:
@@ -51,7 +49,7 @@ class Serving:
     top_groups: int
 
 
-def serving_rule(layer: MoE, name: str) -> Serving:
+def serving_rule(layer: MoE, name: str) -> ServingRule:
     """The rule of a layer in `eval()`.
 
     Args:
@@ -89,63 +87,48 @@ def serving_rule(layer: MoE, name: str) -> Serving:
         )
     # Some gates give more numbers than logits: what follows is for training.
     gate_ED = gate.weight.detach()[: router.num_experts]
-    return Serving(gate_ED, bias_E, router.score, router.norm_topk, router.route_scale, groups, top_groups)
-
-
-def _loss_free_bias(router: LossFreeRouter, name: str) -> Tensor | None:
-    return router.state.bias_E
-
-
-def _quantile_bias(router: QuantileRouter, name: str) -> Tensor | None:
-    if router.scope == "batch":
-        return router.state.bias_E
-    raise ExportError(_LOGIT_BIAS.format(name=name, cure='scope="batch" adds it to scores, and can be exported'))
-
-
-def _ssr_bias(router: SSRBiasRouter, name: str) -> Tensor | None:
-    _no_inference_mode(router, name)
-    if router.serve_with == "plain" or not router.state.bias_E.any():
-        return None
-    if router.bias_on == "scores":
-        return router.state.bias_E
-    raise ExportError(
-        _LOGIT_BIAS.format(
-            name=name,
-            cure='bias_on="scores" can be exported; serve_with="plain" leaves it out, and loads are unbalanced then',
-        )
-    )
-
-
-def _no_inference_mode(router: SSRRouter, name: str) -> None:
-    if router.inference != "none":
-        raise ExportError(
-            f"router {name!r} cannot be exported with inference={router.inference!r}: Hugging Face's models serve by "
-            'plain top-k, which is inference="none"'
-        )
-
-
-_LOGIT_BIAS = (
-    "router {name!r} cannot be exported: in serving its bias is added to the logits, for the choice alone, and the "
-    "correction bias of Hugging Face's models to the scores; {cure}"
-)
-
-# The routers whose `serve` is not the plain top-k of the base class, and what they add to the scores.
-_SERVING_BIAS: dict[type[Router], Callable[[Any, str], Tensor | None]] = {
-    LossFreeRouter: _loss_free_bias,
-    QuantileRouter: _quantile_bias,
-    SSRBiasRouter: _ssr_bias,
-    SSRRouter: _no_inference_mode,
-}
+    return ServingRule(gate_ED, bias_E, router.score, router.norm_topk, router.route_scale, groups, top_groups)
 
 
 def _bias_of_choice(router: Router, name: str) -> Tensor | None:
-    for known, bias in _SERVING_BIAS.items():
-        # A subclass that overrides how it serves is not known, whatever it descends from.
-        same = type(router).serve is known.serve
-        if isinstance(router, known) and same:
-            return bias(router, name)
-    if type(router).serve is Router.serve:
-        return None
-    raise ExportError(
-        f"router {name!r} cannot be exported: it serves by a rule of its own, no top-k of a linear gate's scores"
-    )
+    """(E,) what is added to the scores before the choice, or None.
+
+    Raises:
+        ExportError: the router serves by another rule.
+    """
+    serving = router.serving()
+    if _is_known(serving):
+        return serving.bias_E
+    if serving is not None:
+        assert serving.bias_E is not None
+        if not serving.bias_E.any():
+            return None
+        reason = (
+            ": in serving its bias is added to the logits, for the choice alone, and the correction bias of Hugging "
+            "Face's models to the scores"
+        )
+    elif router.inference != "none":
+        reason = f" with inference={router.inference!r}: Hugging Face's models serve by plain top-k"
+    else:
+        reason = ": it serves by another rule than the top-k of a linear gate's scores"
+    cures = " or ".join(_cures(router)) or 'a method that serves by that rule, such as "ssr-s",'
+    raise ExportError(f"router {name!r} cannot be exported{reason}; {cures} can be exported")
+
+
+def _is_known(serving: Serving | None) -> TypeGuard[Serving]:
+    """Whether Hugging Face's models serve so: by nothing but the scores, or by a bias that is added to them."""
+    return serving is not None and (serving.plain or serving.on == "scores")
+
+
+def _cures(router: Router) -> Iterator[str]:
+    """The values of one option with which the method would serve by a known rule."""
+    kind: Any = type(router)
+    if _is_known(kind(router.num_experts, router.top_k, **vars(router.options)).serving()):
+        yield 'inference="none"'  # it was set later, by sinkroute.set_inference
+        return
+    for option, words in get_type_hints(kind.Options).items():
+        for word in get_args(words) if get_origin(words) is Literal else ():
+            with contextlib.suppress(ValueError):  # one that does not go with the others
+                options = replace(router.options, **{option: word})
+                if _is_known(kind(router.num_experts, router.top_k, **vars(options)).serving()):
+                    yield f'{option}="{word}"'
