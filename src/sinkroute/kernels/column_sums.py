@@ -8,7 +8,6 @@ in parts the same operations are several times faster, and the memory does not g
 from __future__ import annotations
 
 import ctypes
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,22 +24,6 @@ FLOOR = -43.0
 NUMBERS_TO_KEEP = 1 << 20
 
 
-class Pass(Protocol):
-    """Passes over the rows that this process holds."""
-
-    def column_sums(self, potentials_E: np.ndarray, reg: float, precision: float) -> np.ndarray:
-        """(2, E) float64: Σ_i m_i p_ij and Σ_i m_i p_ij², with p_ij = softmax_j((C_ij + g_j) / reg).
-
-        potentials_E: (E,) float64. `precision`: what an entry near its row's maximum may be off by, relatively: the
-        shift is float32, off by about 1.2e-7 |C + g| / reg, where that is less, else float64, which takes longer.
-        Exponentials are of the working dtype.
-        NaN where a logit is NaN or +inf, or a whole row −inf.
-        """
-
-    def column_ranks(self, ranks_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(E,) float64 each: the mean of a column's finite costs, and its `ranks_E[j]`-th largest cost (from 1)."""
-
-
 def make_pass(rows: Rows) -> Pass:
     """Passes over these rows by the fastest backend.
 
@@ -49,11 +32,11 @@ def make_pass(rows: Rows) -> Pass:
     [0.619, 1.381]
     """
     c = c_for(rows.logits_TE)
-    return TorchPass(rows) if c is None else NativePass(rows, c)
+    return Pass(rows) if c is None else NativePass(rows, c)
 
 
-class TorchPass:
-    """`Pass` by torch: any device and dtype. All is float64 for float64 logits."""
+class Pass:
+    """Passes over the rows that this process holds, by torch: any device and dtype; float64 for float64 logits."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
@@ -66,7 +49,13 @@ class TorchPass:
         )
 
     def column_sums(self, potentials_E: np.ndarray, reg: float, precision: float) -> np.ndarray:
-        """See `Pass`."""
+        """(2, E) float64: Σ_i m_i p_ij and Σ_i m_i p_ij², with p_ij = softmax_j((C_ij + g_j) / reg).
+
+        potentials_E: (E,) float64. `precision`: what an entry near its row's maximum may be off by, relatively: the
+        shift is float32, off by about 1.2e-7 |C + g| / reg, where that is less, else float64, which takes longer.
+        Exponentials are of the working dtype.
+        NaN where a logit is NaN or +inf, or a whole row −inf.
+        """
         rows = self._rows
         g_E = torch.from_numpy(potentials_E).to(rows.logits_TE.device, self._wide)
         largest = np.abs(potentials_E[np.isfinite(potentials_E)]).max(initial=0)
@@ -95,7 +84,10 @@ class TorchPass:
         return sums_2E.cpu().double().numpy()
 
     def column_ranks(self, ranks_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `Pass`. Makes a matrix of all rows: meant for a sample."""
+        """(E,) float64 each: the mean of a column's finite costs, and its `ranks_E[j]`-th largest cost (from 1).
+
+        The reference makes a matrix of all rows: meant for a sample.
+        """
         cost_SE = self._rows.cost_TE()
         if self._rows.token_mask is not None:
             cost_SE = cost_SE[self._rows.token_mask]
@@ -111,8 +103,8 @@ class TorchPass:
         return means_E.cpu().double().numpy(), quantiles_E.cpu().double().numpy()
 
 
-class NativePass:
-    """`Pass` by C: float32, bfloat16 or float16 logits on a CPU, columns next to each other.
+class NativePass(Pass):
+    """The same by C: float32, bfloat16 or float16 logits on a CPU, columns next to each other.
 
     The sums do not depend on the number of threads.
     """
@@ -123,7 +115,7 @@ class NativePass:
             cost_TE = torch.empty(rows.logits_TE.shape, dtype=torch.float32, device="cpu")
             c.costs(native.Rows.of(rows), address(cost_TE))
             rows = Rows(cost_TE, "linear", rows.token_mask, rows.token_mass)
-        self._rows, self._kept = native.Rows.of(rows), rows  # the kernels see addresses only
+        self._rows, self._described = rows, native.Rows.of(rows)  # the rows are held: the kernels see addresses only
         self._threads = threads_for(rows.logits_TE)
         self._workspace = np.empty(c.column_sums_workspace(tokens, self._experts))
         # Looking an address up takes a microsecond, as long as the arithmetic of a small problem's step.
@@ -132,16 +124,14 @@ class NativePass:
         self._addresses = [x.ctypes.data for x in (self._potentials_E, self._sums_2E, self._workspace)]
 
     def column_sums(self, potentials_E: np.ndarray, reg: float, precision: float) -> np.ndarray:
-        """See `Pass`."""
         self._potentials_E[:] = potentials_E
         potentials, sums, workspace = self._addresses
-        self._c.column_sums(self._rows, potentials, reg, precision, sums, workspace, self._threads)
+        self._c.column_sums(self._described, potentials, reg, precision, sums, workspace, self._threads)
         return np.array(self._sums_2E)
 
     def column_ranks(self, ranks_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `Pass`."""
         ranks_E = np.ascontiguousarray(ranks_E, dtype=np.int64)
         means_E, quantiles_E = np.empty((2, self._experts))
         lists = np.empty(int(ranks_E.sum()), dtype=np.float32)
-        self._c.column_ranks(self._rows, *(x.ctypes.data for x in (ranks_E, means_E, quantiles_E, lists)))
+        self._c.column_ranks(self._described, *(x.ctypes.data for x in (ranks_E, means_E, quantiles_E, lists)))
         return means_E, quantiles_E

@@ -32,6 +32,7 @@ from sinkroute.kernels.choose import Choice, choose
 from sinkroute.kernels.column_sums import make_pass
 from sinkroute.kernels.operations import define, uncompiled
 from sinkroute.kernels.repair import repair
+from sinkroute.kernels.rows import working_dtype
 from sinkroute.kernels.storage import plain, readable
 from sinkroute.transport.checks import (
     as_masses,
@@ -168,31 +169,8 @@ def _balanced_topk(
         init_E = starting_potentials(problem, init)
         _check(problem, k, tol)
         target_E = k * problem.target_E
-        lower_E, upper_E = _bounds(target_E, tol)
-        if not target_E.any():
-            start_E = torch.zeros_like(target_E).masked_fill(~problem.positive_E, -math.inf)
-            choice, passes = choose(problem, k, start_E, target_E), 1
-        else:
-            choice, passes = _search(problem, k, target_E, init_E)
-        # A load above its target raises the sum where the price is low, as all want the expert, and one below where
-        # it is high. Only there may the repair leave it, unless too much is forbidden for that.
-        wanted_E = problem.centre(choice.bias_E) < 0
-        floor_E, ceiling_E = _bounds(target_E, 0)
-        one_sided = torch.where(wanted_E, floor_E, lower_E), torch.where(wanted_E, upper_E, ceiling_E)
-        # To whole numbers, the best of them, where no other loads are allowed.
-        rounds = bool((upper_E > lower_E).any() & (upper_E - lower_E <= 1).all())
-        choice, moves = _repaired(problem, choice, *one_sided, rounds)
-        if not _within(choice.loads_E, lower_E, upper_E):
-            choice, more = _repaired(problem, choice, lower_E, upper_E, rounds)
-            moves += more
-        loads_E = choice.loads_E
-        if (loads_E > upper_E).any():
-            worst = int((loads_E - upper_E).argmax())
-            raise ValueError(
-                f"tol={tol} cannot be kept: expert {worst} has a load of {int(loads_E[worst])} and may have "
-                f"{int(upper_E[worst])}, but its tokens are allowed (logits above −inf) no expert with room; raise tol "
-                "or expert_mass, or allow more"
-            )
+        choice, passes = _search(problem, k, target_E, init_E)
+        choice, moves = _into_bounds(problem, choice, target_E, tol)
         largest = torch.finfo(problem.dtype).max
         bias_E = problem.centre(choice.bias_E).clamp(-largest, largest).to(problem.dtype)
         bias_E = bias_E.masked_fill(~problem.positive_E, -math.inf)
@@ -205,7 +183,7 @@ def _operation(logits_TE: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def _shape(logits_TE: Tensor, k: int, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count = logits_TE.new_empty((), dtype=torch.int64)
-    bias_E = logits_TE.new_empty(logits_TE.shape[1], dtype=torch.promote_types(logits_TE.dtype, torch.float32))
+    bias_E = logits_TE.new_empty(logits_TE.shape[1], dtype=working_dtype(logits_TE.dtype))
     return logits_TE.new_empty(logits_TE.shape[0], k, dtype=torch.int64), bias_E, count, torch.empty_like(count)
 
 
@@ -268,6 +246,9 @@ def _within(loads_E: Tensor, lower_E: Tensor, upper_E: Tensor) -> bool:
 
 def _search(problem: Problem, k: int, target_E: Tensor, init_E: Tensor | None) -> tuple[Choice, int]:
     """A choice of nearly the right loads, and how often all tokens were looked at."""
+    if not target_E.any():
+        start_E = torch.zeros_like(target_E).masked_fill(~problem.positive_E, -math.inf)
+        return choose(problem, k, start_E, target_E), 1
     limit_E = None
     if init_E is not None:
         bias_E = _plausible(problem, init_E)
@@ -316,6 +297,31 @@ def _descend(
             break
         bias_E = at.bias_E + share_E * at.step_E
     return best, passes
+
+
+def _into_bounds(problem: Problem, choice: Choice, target_E: Tensor, tol: float) -> tuple[Choice, int]:
+    """The choice with every load within tol of its target, and the moves that took; an error where none can be."""
+    lower_E, upper_E = _bounds(target_E, tol)
+    # A load above its target raises the sum where the price is low, as all want the expert, and one below where it is
+    # high. Only there may the repair leave it, unless too much is forbidden for that.
+    wanted_E = problem.centre(choice.bias_E) < 0
+    floor_E, ceiling_E = _bounds(target_E, 0)
+    one_sided = torch.where(wanted_E, floor_E, lower_E), torch.where(wanted_E, upper_E, ceiling_E)
+    # To whole numbers, the best of them, where no other loads are allowed.
+    rounds = bool((upper_E > lower_E).any() & (upper_E - lower_E <= 1).all())
+    choice, moves = _repaired(problem, choice, *one_sided, rounds)
+    if not _within(choice.loads_E, lower_E, upper_E):
+        choice, more = _repaired(problem, choice, lower_E, upper_E, rounds)
+        moves += more
+    above_E = choice.loads_E - upper_E
+    if (above_E > 0).any():
+        worst = int(above_E.argmax())
+        raise ValueError(
+            f"tol={tol} cannot be kept: expert {worst} has a load of {int(choice.loads_E[worst])} and may have "
+            f"{int(upper_E[worst])}, but its tokens are allowed (logits above −inf) no expert with room; raise tol "
+            "or expert_mass, or allow more"
+        )
+    return choice, moves
 
 
 def _repaired(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor, rounds: bool) -> tuple[Choice, int]:
