@@ -53,7 +53,8 @@ def load_entropy(load: Tensor) -> Tensor:
     if experts == 1:
         return torch.ones(load.shape[:-1], dtype=torch.float64, device=load.device)
     share = _relative(load) / experts
-    return torch.special.entr(share).sum(-1).div(math.log(experts)).clamp(0, 1)
+    entropy: Tensor = torch.special.entr(share).sum(-1)
+    return entropy.div(math.log(experts)).clamp(0, 1)
 
 
 def coefficient_of_variation(load: Tensor) -> Tensor:
@@ -99,7 +100,8 @@ def router_entropy(logits_TE: Tensor, score: Score = "softmax") -> Tensor:
     [0.6931, 0.0]
     """
     p_TE = torch.softmax(log_scores(logits_TE, score), dim=-1)
-    return torch.special.entr(p_TE).sum(-1)
+    entropy_T: Tensor = torch.special.entr(p_TE).sum(-1)
+    return entropy_T
 
 
 def routing_fluctuation(experts_a: Tensor, experts_b: Tensor) -> Tensor:

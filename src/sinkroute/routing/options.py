@@ -5,7 +5,7 @@ A field holds its type, its default, what it means and its bounds. From these co
 
     @dataclass(frozen=True, kw_only=True)
     class Options(Router.Options):
-        update_rate: float = option(1e-3, "u, by which a bias moves in a step", least=0, hint="0.001 is published")
+        update_rate: float = option(1e-3, "u, by which a bias moves in a step", least=0, published=True)
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def option(
     above: float | None = None,
     most: float | None = None,
     below: float | None = None,
+    published: bool = False,
     hint: str = "",
 ) -> Any:
     """A field of options.
@@ -43,8 +44,12 @@ def option(
         default: the value where the user gives none.
         about: what it means.
         least, above, most, below: bounds of a number, the second and the fourth not included.
+        published: whether the default is that of the paper, which the texts then say.
         hint: what is usual, for the error that refuses a value.
     """
+    if published:
+        hint = f"{default:g} is the published value"
+        about = f"{about}; {hint}"
     return field(
         default=default,
         metadata={"about": about, "least": least, "above": above, "most": most, "below": below, "hint": hint},
@@ -105,8 +110,7 @@ class CommonOptions:
     )
     seed: int = option(0, "of all random draws")
     layer: int | None = option(
-        None,
-        "part of the key of the random draws; None: sinkroute.set_step numbers the routers of a model in order",
+        None, "part of the key of the random draws; None: sinkroute.set_step numbers the routers of a model in order"
     )
 
     def __post_init__(self) -> None:

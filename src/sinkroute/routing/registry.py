@@ -23,12 +23,7 @@ from sinkroute.routing.routers.ssr_ec import SSRExpertChoiceRouter
 from sinkroute.routing.routers.ssr_fold import SSRFoldRouter
 from sinkroute.routing.routers.stable_moe import StableMoERouter
 from sinkroute.routing.routers.v_moe_noise import VMoENoiseRouter
-from sinkroute.routing.routers.with_loss import (
-    GlobalLoadBalanceRouter,
-    GShardRouter,
-    LoadBalanceRouter,
-    ZLossRouter,
-)
+from sinkroute.routing.routers.with_loss import GlobalLoadBalanceRouter, GShardRouter, LoadBalanceRouter, ZLossRouter
 from sinkroute.routing.routers.xmoe import XMoERouter
 
 __all__ = ["create_router", "list_routers"]

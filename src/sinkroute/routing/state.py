@@ -89,7 +89,7 @@ class KeepsDtypes(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsDtypes:
         before = dict(self._buffers)
         with torch.inference_mode(False):  # or what is moved in inference mode could not be written to outside it
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             for name, value in before.items():
                 now = self._buffers[name]
                 if value is not None and now is not None and now.dtype != value.dtype:
@@ -218,7 +218,7 @@ class RouterState(nn.Module):
     @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RouterState:
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in before.items():
             assert value is not None
             # Of what fn does, only the move: no other dtype, no emptiness.

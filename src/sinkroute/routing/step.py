@@ -83,8 +83,7 @@ def end_step(module: nn.Module) -> None:
     routers = _routers(module, "end_step")
     if any(router.state is not None and router.state.current == -1 for router in routers):
         warnings.warn(
-            "end_step has no step to end: call sinkroute.set_step(model, step) before every training step",
-            stacklevel=2,
+            "end_step has no step to end: call sinkroute.set_step(model, step) before every training step", stacklevel=2
         )
     _end_step(routers)
 

@@ -112,7 +112,7 @@ class AuxiliaryLosses:
             leaves = (leaf for part, leaf in reversed(self._leaves) if part == micro_batch)
             found = next((leaf for leaf in leaves if leaf.is_leaf and leaf.grad is not None), None)
             if found is not None:
-                weights_TK = _AddGradient.apply(weights_TK, loss, found.grad)
+                weights_TK = _AddGradient.apply(weights_TK, loss, found.grad)  # type: ignore[no-untyped-call]
                 found.grad = None  # this one has been passed on
         return loss, weights_TK
 

@@ -33,12 +33,7 @@ class LossFreeRouter(Router):
 
     @dataclass(frozen=True, kw_only=True)
     class Options(CommonOptions):
-        update_rate: float = option(
-            1e-3,
-            "u, by which a bias moves in a step; 0.001 is the published value",
-            least=0,
-            hint="0.001 is the published value",
-        )
+        update_rate: float = option(1e-3, "u, by which a bias moves in a step", least=0, published=True)
 
     def __init__(self, num_experts: int, top_k: int, **options: Any) -> None:
         super().__init__(num_experts, top_k, **options)

@@ -55,14 +55,9 @@ class NoisyRouter(Router):
     @dataclass(frozen=True, kw_only=True)
     class Options(CommonOptions):
         importance_coefficient: float = option(
-            0.1,
-            "of the loss on the experts' total weights; 0.1 is the paper's",
-            least=0,
-            hint="0.1 is the published value",
+            0.1, "of the loss on the experts' total weights", least=0, published=True
         )
-        load_coefficient: float = option(
-            0.1, "of the loss on the smooth load; 0.1 is the paper's", least=0, hint="0.1 is the published value"
-        )
+        load_coefficient: float = option(0.1, "of the loss on the smooth load", least=0, published=True)
 
     def make_gate(self, d_model: int) -> nn.Module:
         """A bias-free linear map from (T, D) to logits and raw widths, (T, 2·E).

@@ -31,11 +31,7 @@ class PlanRouter(Router):
         raise NotImplementedError
 
     def solve_plan(
-        self,
-        cost_TE: Tensor,
-        token_mask: Tensor | None,
-        init_E: Tensor | None = None,
-        differentiable: bool = False,
+        self, cost_TE: Tensor, token_mask: Tensor | None, init_E: Tensor | None = None, differentiable: bool = False
     ) -> Plan:
         """The plan of the tokens of all ranks of `process_group`, for a cost that is linear to the solver."""
         return solve(

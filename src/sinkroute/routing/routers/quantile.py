@@ -73,11 +73,7 @@ class QuantileRouter(Router):
             'which takes score="sigmoid"',
         )
         ema: float = option(
-            0.0,
-            "how much of the old bias stays: b ← ema · b + (1 − ema) · new. 0 is the published value",
-            least=0,
-            below=1,
-            hint="0 is the published value",
+            0.0, "how much of the old bias stays: b ← ema · b + (1 − ema) · new", least=0, below=1, published=True
         )
 
     def __init__(self, num_experts: int, top_k: int, **options: Any) -> None:
@@ -113,10 +109,7 @@ class QuantileRouter(Router):
             return {"counts": self._bin_counts(needed_TE, token_mask)}
         quantile_E = balancing_quantile(needed_TE, self.top_k / self.num_experts, token_mask)
         known = quantile_E.isfinite().all()  # not without a real token
-        return {
-            "quantile_sum": torch.where(known, quantile_E.double(), 0.0),
-            "passes": known.double().view(1),
-        }
+        return {"quantile_sum": torch.where(known, quantile_E.double(), 0.0), "passes": known.double().view(1)}
 
     def finish_step(self, load_E: Tensor, sums: dict[str, Tensor]) -> None:
         old_E = self.state.bias_E.double()

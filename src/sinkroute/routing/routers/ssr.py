@@ -94,8 +94,7 @@ class SSRRouter(PlanRouter):
             "only, and the gate learns from its scores at those experts, as in S-BASE",
         )
         draw: DrawScope = option(
-            "step",
-            'open: one draw per "step" for all layers, as "training steps" says, or per "layer" and micro-batch',
+            "step", 'open: one draw per "step" for all layers, as "training steps" says, or per "layer" and micro-batch'
         )
         inference: Inference = option(
             "none",
@@ -126,7 +125,7 @@ class SSRRouter(PlanRouter):
             self.reset_parameters()
         self.state = self.make_state()
         self.probability_now = 0.0
-        self.register_load_state_dict_post_hook(_prepare_again)
+        self.register_load_state_dict_post_hook(_prepare_again)  # type: ignore[no-untyped-call]
         _prepare_again(self)
 
     def reset_parameters(self) -> None:

@@ -187,12 +187,8 @@ class StableMoERouter(Router):
             "in stage 1, with a warning",
             least=0,
         )
-        balance_coefficient: float = option(
-            0.3, "of the first loss of stage 1; 0.3 is the published value", least=0, hint="0.3 is the published value"
-        )
-        distill_coefficient: float = option(
-            0.3, "of the second loss of stage 1; 0.3 is the published value", least=0, hint="0.3 is the published value"
-        )
+        balance_coefficient: float = option(0.3, "of the first loss of stage 1", least=0, published=True)
+        distill_coefficient: float = option(0.3, "of the second loss of stage 1", least=0, published=True)
         vocab_size: int = option(
             8192,
             "rows of the light router's table; ids are taken modulo it. Give it the size of the vocabulary, or words "

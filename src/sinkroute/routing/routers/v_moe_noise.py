@@ -42,17 +42,9 @@ class VMoENoiseRouter(Router):
     @dataclass(frozen=True, kw_only=True)
     class Options(CommonOptions):
         importance_coefficient: float = option(
-            0.005,
-            "of the loss on the experts' total scores; 0.005 is the published value",
-            least=0,
-            hint="0.005 is the published value",
+            0.005, "of the loss on the experts' total scores", least=0, published=True
         )
-        load_coefficient: float = option(
-            0.005,
-            "of the loss on the smooth load; 0.005 is the published value",
-            least=0,
-            hint="0.005 is the published value",
-        )
+        load_coefficient: float = option(0.005, "of the loss on the smooth load", least=0, published=True)
 
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         noisy_TE = logits_TE + self.draw_normal(logits_TE) / self.num_experts

@@ -23,9 +23,7 @@ class LoadBalanceRouter(Router):
 
     @dataclass(frozen=True, kw_only=True)
     class Options(CommonOptions):
-        coefficient: float = option(
-            0.01, "of the loss; 0.01 is the published value (section 2.2)", least=0, hint="0.01 is the published value"
-        )
+        coefficient: float = option(0.01, "of the loss (section 2.2)", least=0, published=True)
 
 
 class GShardRouter(Router):
@@ -43,10 +41,7 @@ class GShardRouter(Router):
     @dataclass(frozen=True, kw_only=True)
     class Options(CommonOptions):
         coefficient: float = option(
-            0.01,
-            "of the loss, whose scale makes perfect balance cost 1 · coefficient; 0.01 is the usual value",
-            least=0,
-            hint="0.01 is the published value",
+            0.01, "of the loss, whose scale makes perfect balance cost 1 · coefficient", least=0, published=True
         )
 
 
@@ -61,9 +56,7 @@ class GlobalLoadBalanceRouter(Router):
 
     @dataclass(frozen=True, kw_only=True)
     class Options(CommonOptions):
-        coefficient: float = option(
-            0.01, "of the loss; 0.01 is the published value (section 4.1)", least=0, hint="0.01 is the published value"
-        )
+        coefficient: float = option(0.01, "of the loss (section 4.1)", least=0, published=True)
 
 
 class ZLossRouter(Router):
@@ -73,9 +66,4 @@ class ZLossRouter(Router):
 
     @dataclass(frozen=True, kw_only=True)
     class Options(CommonOptions):
-        coefficient: float = option(
-            1e-3,
-            "of the loss; 0.001 is the published value (section 3.3)",
-            least=0,
-            hint="0.001 is the published value",
-        )
+        coefficient: float = option(1e-3, "of the loss (section 3.3)", least=0, published=True)

@@ -94,15 +94,8 @@ class XMoERouter(Router):
             "learns nothing",
             least=1,
         )
-        temperature: float = option(
-            0.3,
-            "τ at first; 0.3 is the published value",
-            least=_LEAST_TEMPERATURE,
-            hint="0.3 is the published value",
-        )
-        coefficient: float = option(
-            0.01, "of the loss; 0.01 is the published value", least=0, hint="0.01 is the published value"
-        )
+        temperature: float = option(0.3, "τ at first", least=_LEAST_TEMPERATURE, published=True)
+        coefficient: float = option(0.01, "of the loss", least=0, published=True)
 
     def make_gate(self, d_model: int) -> nn.Module:
         """A `CosineGate`."""
