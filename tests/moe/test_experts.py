@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from sinkroute.moe import experts as experts_module
-from sinkroute.moe.experts import ACTIVATIONS, Experts, can_group, grouped_linear, loop_linear
+from sinkroute.moe.experts import ACTIVATIONS, Experts
+from sinkroute.moe.linear import can_group, grouped_linear, loop_linear
 
 
 def random(*shape, seed=0, dtype=torch.float32):

@@ -62,13 +62,16 @@ def plan_dispatch(experts_TK: Tensor, num_experts: int, chosen_TK: Tensor | None
 
 def dispatch(x_TD: Tensor, plan: Dispatch) -> Tensor:
     """The rows of (T, D) copied K times and sorted by expert, without those left out: (R, D)."""
-    return apply(_Dispatch, x_TD, plan.order_R, plan.place_R, plan.top_k)
+    x_RD: Tensor = apply(_Dispatch, x_TD, plan.order_R, plan.place_R, plan.top_k)
+    return x_RD
 
 
 def combine(y_RD: Tensor, weights_TK: Tensor, plan: Dispatch) -> Tensor:
     """The weighted sum of each token's K results: (T, D), in the dtype of `y_RD`. What was left out counts as 0."""
-    y_RD = apply(_Combine, y_RD, plan.order_R, plan.place_R, weights_TK.numel())
-    y_TKD = y_RD.unflatten(0, weights_TK.shape)
+    # (R, D) → (T·K, D) → (T, K, D)
+    copies_RD: Tensor = apply(_Combine, y_RD, plan.order_R, plan.place_R, weights_TK.numel())
+    y_TKD: Tensor = copies_RD.unflatten(0, weights_TK.shape)
+    # (T, K, D) → (T, D)
     return (y_TKD * weights_TK.to(y_RD.dtype)[..., None]).sum(1)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Never
 
 from sinkroute.kernels.storage import holds_values, plain
 from sinkroute.moe.dispatch import combine, dispatch, plan_dispatch
@@ -16,7 +17,7 @@ from sinkroute.routing import Router, Routes, create_router
 from sinkroute.routing.beside import checked_ids, checked_mask, kind_of
 from sinkroute.routing.gate import LinearGate
 
-__all__ = ["MoE", "check_inputs"]
+__all__ = ["MoE", "check_inputs", "zero_padding"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -66,40 +67,20 @@ class MoE(nn.Module):
         gate_bias: bool = False,
         dropout: float = 0.0,
         router_options: dict[str, Any] | None = None,
+        **unknown: Never,
     ) -> None:
         super().__init__()
-        if isinstance(router, str):
-            router = create_router(router, num_experts=num_experts, top_k=top_k, **(router_options or {}))
-        elif not isinstance(router, Router):
-            raise TypeError(
-                f"router must be a name or a Router, got {router!r} ({type(router).__name__}); take one of "
-                'sinkroute.list_routers(), such as "softmax", or make one with sinkroute.create_router'
-            )
-        elif router_options:
-            raise ValueError(f"router_options={router_options} go with a router's name; this router is made already")
-        if (router.num_experts, router.top_k) != (num_experts, top_k):
-            raise ValueError(
-                f"router is made for num_experts={router.num_experts}, top_k={router.top_k}, "
-                f"but the layer for num_experts={num_experts}, top_k={top_k}; make them equal"
-            )
+        if unknown:
+            raise _unknown_argument(next(iter(unknown)), unknown)
         self.d_model = d_model
-        self.router = router
-        self.gate = router.make_gate(d_model)
+        self.router = _made_router(router, num_experts, top_k, router_options or {})
+        self.gate = self.router.make_gate(d_model)
         if gate_bias:
-            if not isinstance(self.gate, nn.Linear):
-                raise ValueError(
-                    f"gate_bias=True, but the gate of {type(router).__name__} is no linear map; leave gate_bias out"
-                )
-            if self.gate.bias is None and isinstance(self.gate, LinearGate):
-                self.gate.add_bias()
-            elif self.gate.bias is None:
-                self.gate.bias = nn.Parameter(torch.zeros_like(self.gate.weight[:, 0]))
+            _add_gate_bias(self.gate, self.router)
         self.experts = Experts(d_model, d_hidden, num_experts, activation, bias=bias, dropout=dropout)
-        self.shared = (
-            None
-            if shared_hidden is None
-            else Experts(d_model, shared_hidden, 1, activation, bias=bias, dropout=dropout)
-        )
+        self.shared: Experts | None = None
+        if shared_hidden is not None:
+            self.shared = Experts(d_model, shared_hidden, 1, activation, bias=bias, dropout=dropout)
         self.routes: Routes | None = None
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, *, token_ids: Tensor | None = None) -> Tensor:
@@ -119,25 +100,24 @@ class MoE(nn.Module):
             NotImplementedError: forward-mode differentiation (`torch.func.jvp`, `jacfwd`).
         """
         x, token_mask, token_ids = check_inputs(self.router, x, token_mask, token_ids, self.d_model)
-        x_TD = x.reshape(-1, self.d_model)
+        # (..., D) → (T, D)
         mask_T = None if token_mask is None else token_mask.reshape(-1)
-        if mask_T is not None:
-            # Whatever padding holds, NaN included, must not reach the experts' gradients.
-            x_TD = x_TD.masked_fill(~mask_T[:, None], 0.0)
-        # Before the gate: of some dtypes torch makes no error of weights without values, but logits from nowhere.
-        if self.experts.w_in.is_meta and not x_TD.is_meta:
-            raise no_values(x_TD.device)
+        x_TD = zero_padding(x.reshape(-1, self.d_model), mask_T)
+        # (T, E)
         logits_TE = self._logits(x_TD, token_ids)
-        if logits_TE.is_meta and not x_TD.is_meta:
-            raise no_values(x_TD.device)
+        # experts and weights (T, K)
         self.routes = routes = self.router(logits_TE, mask_T)
+        # (T, D) → (R, D), sorted by expert
         plan = plan_dispatch(routes.experts, self.router.num_experts, self._computed(routes))
-        y_TD = combine(self.experts(dispatch(x_TD, plan), plan.ends_E), routes.weights, plan)
+        x_RD = dispatch(x_TD, plan)
+        y_RD = self.experts(x_RD, plan.ends_E)
+        # (R, D) → (T, D)
+        y_TD = combine(y_RD, routes.weights, plan)
         if self.shared is not None:
             all_rows = torch.full((1,), x_TD.shape[0], dtype=torch.int32, device=x.device)
-            shared_TD = self.shared(x_TD, all_rows)
             # Padding is 0, but a bias makes something of that.
-            y_TD = y_TD + (shared_TD if mask_T is None else shared_TD.masked_fill(~mask_T[:, None], 0.0))
+            y_TD = y_TD + zero_padding(self.shared(x_TD, all_rows), mask_T)
+        # (T, D) → (..., D)
         return y_TD.view(*x.shape[:-1], self.d_model)
 
     def _computed(self, routes: Routes) -> Tensor | None:
@@ -151,30 +131,84 @@ class MoE(nn.Module):
         return routes.chosen if known else None
 
     def _logits(self, x_TD: Tensor, token_ids: Tensor | None) -> Tensor:
-        """The gate's scores in float32 or better, whatever the model's dtype or autocast: near-ties decide routes."""
+        """The gate's logits in float32 or better, whatever the model's dtype or autocast: near-ties decide routes."""
+        # Before the gate: of some dtypes torch makes no error of weights without values, but logits from nowhere.
+        if self.experts.w_in.is_meta and not x_TD.is_meta:
+            raise no_values(x_TD.device)
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        x_TD, gate = x_TD.to(dtype), self.gate
         # The meta device has no autocast.
         with nullcontext() if x_TD.is_meta else torch.autocast(x_TD.device.type, enabled=False):
             # Only gates that take ids say whether they need them.
-            needs_ids = getattr(self.gate, "needs_token_ids", None)
+            needs_ids = getattr(gate, "needs_token_ids", None)
+            if needs_ids and token_ids is None:
+                raise ValueError(
+                    f"{type(self.router).__name__} routes by what a token is: call the layer with token_ids=, "
+                    "integers of the leading shape of x"
+                )
             if needs_ids is not None:
-                if needs_ids and token_ids is None:
-                    raise ValueError(
-                        f"{type(self.router).__name__} routes by what a token is: call the layer with token_ids=, "
-                        "integers of the leading shape of x"
-                    )
                 # int64: a remainder, or an index, of fewer bits would go wrong.
-                return self.gate(x_TD.to(dtype), None if token_ids is None else token_ids.reshape(-1).long())
-            if not isinstance(self.gate, nn.Linear) or self.gate.weight.dtype == dtype:
-                return self.gate(x_TD.to(dtype))
-            # A gate in low precision: its weights are lifted, which its own forward would not do.
-            bias = None if self.gate.bias is None else self.gate.bias.to(dtype)
-            return F.linear(x_TD.to(dtype), self.gate.weight.to(dtype), bias)
+                logits_TE: Tensor = gate(x_TD, None if token_ids is None else token_ids.reshape(-1).long())
+            elif isinstance(gate, nn.Linear) and gate.weight.dtype != dtype:
+                # A gate in low precision: its weights are lifted, which its own forward would not do.
+                bias_E = None if gate.bias is None else gate.bias.to(dtype)
+                logits_TE = F.linear(x_TD, gate.weight.to(dtype), bias_E)
+            else:
+                logits_TE = gate(x_TD)
+        if logits_TE.is_meta and not x_TD.is_meta:
+            raise no_values(x_TD.device)
+        return logits_TE
 
     def __getstate__(self) -> dict[str, Any]:
         # The last routes belong to a graph: they cannot be copied (an average of the model's weights is a deep copy)
         # or saved.
-        return {**super().__getstate__(), "routes": None}
+        return {**super().__getstate__(), "routes": None}  # type: ignore[no-untyped-call]
+
+
+def zero_padding(x: Tensor, token_mask: Tensor | None) -> Tensor:
+    """(..., D) with 0 at padding: what that holds, NaN included, must reach no output and no gradient.
+
+    >>> zero_padding(torch.tensor([[1.0], [torch.nan]]), torch.tensor([True, False])).tolist()
+    [[1.0], [0.0]]
+    """
+    return x if token_mask is None else x.masked_fill(~token_mask[..., None], 0.0)
+
+
+def _made_router(router: str | Router, num_experts: int, top_k: int, options: dict[str, Any]) -> Router:
+    """The router of a layer with E experts, K a token."""
+    if isinstance(router, str):
+        return create_router(router, num_experts=num_experts, top_k=top_k, **options)
+    if not isinstance(router, Router):
+        raise TypeError(
+            f"router must be a name or a Router, got {router!r} ({type(router).__name__}); take one of "
+            'sinkroute.list_routers(), such as "softmax", or make one with sinkroute.create_router'
+        )
+    if options:
+        raise ValueError(f"router_options={options} go with a router's name; this router is made already")
+    if (router.num_experts, router.top_k) != (num_experts, top_k):
+        raise ValueError(
+            f"router is made for num_experts={router.num_experts}, top_k={router.top_k}, "
+            f"but the layer for num_experts={num_experts}, top_k={top_k}; make them equal"
+        )
+    return router
+
+
+def _unknown_argument(name: str, unknown: dict[str, Any]) -> TypeError:
+    return TypeError(
+        f"MoE got an unexpected argument {name!r}; options of the router go into "
+        f"router_options={{{name!r}: {unknown[name]!r}}}"
+    )
+
+
+def _add_gate_bias(gate: nn.Module, router: Router) -> None:
+    if not isinstance(gate, nn.Linear):
+        raise ValueError(
+            f"gate_bias=True, but the gate of {type(router).__name__} is no linear map; leave gate_bias out"
+        )
+    if gate.bias is None and isinstance(gate, LinearGate):
+        gate.add_bias()
+    elif gate.bias is None:
+        gate.bias = nn.Parameter(torch.zeros_like(gate.weight[:, 0]))
 
 
 def check_inputs(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkroute.moe.experts import ACTIVATIONS
-from sinkroute.moe.layer import MoE, check_inputs
+from sinkroute.moe.layer import MoE, check_inputs, zero_padding
 from sinkroute.routing import Router, Routes
 
 __all__ = ["MultiHeadMoE"]
@@ -32,8 +32,8 @@ class MultiHeadMoE(nn.Module):
         d_hidden: F, hidden width of each expert; `parity_hidden` tells which makes it as large as a plain `MoE`.
         num_experts: E.
         top_k: K, experts per sub-token.
-        router, activation, shared_hidden, bias, gate_bias, dropout, router_options: see `MoE`. A router counts and
-            balances sub-tokens.
+        router, activation: see `MoE`. A router counts and balances sub-tokens.
+        options: the other options of `MoE`: `shared_hidden`, `bias`, `gate_bias`, `dropout`, `router_options`.
 
     Attributes:
         moe: the `MoE` of width D/h in the middle.
@@ -57,29 +57,12 @@ class MultiHeadMoE(nn.Module):
         top_k: int,
         router: str | Router = "ssr-s",
         activation: str = "swiglu",
-        *,
-        shared_hidden: int | None = None,
-        bias: bool = False,
-        gate_bias: bool = False,
-        dropout: float = 0.0,
-        router_options: dict[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.d_model, self.heads = d_model, heads
         self.split = _XavierLinear(d_model, gain=1 / math.sqrt(2), zero_bias=False)
-        self.moe = MoE(
-            _sub_width(d_model, heads),
-            d_hidden,
-            num_experts,
-            top_k,
-            router,
-            activation,
-            shared_hidden=shared_hidden,
-            bias=bias,
-            gate_bias=gate_bias,
-            dropout=dropout,
-            router_options=router_options,
-        )
+        self.moe = MoE(_sub_width(d_model, heads), d_hidden, num_experts, top_k, router, activation, **options)
         self.merge = _XavierLinear(d_model, gain=1.0, zero_bias=True)
         self.reset_parameters()
 
@@ -98,13 +81,13 @@ class MultiHeadMoE(nn.Module):
     def forward(self, x: Tensor, token_mask: Tensor | None = None, *, token_ids: Tensor | None = None) -> Tensor:
         """(..., D) → (..., D); arguments and errors are those of `MoE.forward`. Sub-tokens are what their token is."""
         x, token_mask, token_ids = check_inputs(self.moe.router, x, token_mask, token_ids, self.d_model)
-        if token_mask is not None:
-            # Whatever padding holds, NaN included, must not reach the gradient of the split.
-            x = x.masked_fill(~token_mask[..., None], 0.0)
-        parts = self.split(x).unflatten(-1, (self.heads, -1))
+        # (..., D) → (..., h, D/h)
+        parts = self.split(zero_padding(x, token_mask)).unflatten(-1, (self.heads, -1))
         mask, ids = (None if of is None else of[..., None].expand(parts.shape[:-1]) for of in (token_mask, token_ids))
-        y = self.merge(self.moe(parts, mask, token_ids=ids).flatten(-2))
-        return y if token_mask is None else y.masked_fill(~token_mask[..., None], 0.0)
+        # (..., h, D/h), each part by its experts
+        parts = self.moe(parts, mask, token_ids=ids)
+        # (..., h, D/h) → (..., D)
+        return zero_padding(self.merge(parts.flatten(-2)), token_mask)
 
     @staticmethod
     def parity_hidden(

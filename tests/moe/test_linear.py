@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import library
 
-from sinkroute.moe.experts import loop_linear
-from sinkroute.moe.opaque import opaque_linear
+from sinkroute.moe.linear import loop_linear, opaque_linear
 
 
 def random(*shape, seed=0, dtype=torch.float64):
