@@ -705,3 +705,10 @@ def test_a_layer_without_values_refuses_tokens_with_values(dtype):
 def test_ids_for_heads_that_are_no_tensor_are_refused_by_name():
     with pytest.raises(TypeError, match=r"token_ids must be an integer tensor, got \[1, 2, 3\]"):
         any_layer("MultiHeadMoE")(random(3, D), token_ids=[1, 2, 3])
+
+
+def test_an_option_of_the_router_is_told_where_it_belongs():
+    with pytest.raises(TypeError, match=r"unexpected argument 'probability'.*router_options=\{'probability': 0.1\}"):
+        sinkroute.MoE(8, 16, 4, 2, "ssr-s", probability=0.1)
+    with pytest.raises(TypeError, match=r"router_options=\{'probability': 0.1\}"):
+        sinkroute.MultiHeadMoE(8, 2, 16, 4, 2, "ssr-s", probability=0.1)
