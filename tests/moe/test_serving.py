@@ -1,6 +1,6 @@
 """What a model is when its training is over: with most methods a plain top-k model, to the last bit.
 
-`SERVED` says of every router which plain model it serves as, or what it does instead.
+A router says so itself (`serving`); `SERVED` has those that need more, and those that are trained with options.
 """
 
 from typing import NamedTuple
@@ -50,15 +50,10 @@ def softmax_over(logits_TE, experts_TK):
     return torch.softmax(logits_TE.gather(1, experts_TK), dim=1)
 
 
-def by_score_and_bias(layer, x, ids):
-    logits_TE = layer.gate(x)
-    experts_TK = torch.topk(torch.softmax(logits_TE, 1) + layer.router.state.bias_E, TOP_K).indices
-    return experts_TK, softmax_over(logits_TE, experts_TK)
-
-
-def by_logit_and_bias(layer, x, ids):
-    logits_TE = layer.gate(x)
-    experts_TK = torch.topk(logits_TE + layer.router.state.bias_E, TOP_K).indices
+def by_bias(layer, x, ids):
+    logits_TE, serving = layer.gate(x), layer.router.serving()
+    values_TE = torch.softmax(logits_TE, 1) if serving.on == "scores" else logits_TE
+    experts_TK = torch.topk(values_TE + serving.bias_E, TOP_K).indices
     return experts_TK, softmax_over(logits_TE, experts_TK)
 
 
@@ -73,31 +68,32 @@ def by_hash(layer, x, ids):
 
 SSR = {"probability": 0.5, "noise": 1.0}
 SERVED = {
-    "softmax": Plain(),
     "load-balance": Plain({"coefficient": 1.0}),
     "gshard": Plain({"coefficient": 1.0}),
     "global-load-balance": Plain({"coefficient": 1.0}),
     "z-loss": Plain({"coefficient": 1.0}),
-    "loss-free": Otherwise({"update_rate": 0.02}, "the K largest score + bias, weighted by score", by_score_and_bias),
-    "quantile": Otherwise({}, "the K largest logit + bias, weighted by score", by_logit_and_bias),
+    "loss-free": Otherwise({"update_rate": 0.02}, "the K largest score + bias, weighted by score", by_bias),
     "noisy": Plain(gate_rows=EXPERTS),
-    "v-moe-noise": Plain(),
-    "sinkhorn": Plain(),
     "base": Plain(router_options={"score": "sigmoid", "norm_topk": False}),
     "expert-choice": Plain(router_options={"norm_topk": False}),
     "xmoe": Plain(own_gate=True),
     "stable-moe": Otherwise({"freeze_step": 4, "vocab_size": VOCAB}, "the frozen experts of each id", by_frozen_table),
     "smoe-dropout": Plain(gate_bias=True),
     "hash": Otherwise({"vocab_size": VOCAB}, "the experts of each id, with equal weights", by_hash),
-    "ssr-l": Plain(SSR),
-    "ssr-s": Plain(SSR),
-    "ssr-b": Plain(SSR),
-    "ssr-ec": Plain(SSR),
-    "ssr-bias": Otherwise(SSR, "the K largest logit + bias, weighted by score", by_logit_and_bias),
     "ssr-fold": Plain(SSR, gate_bias=True),
 }
-PLAIN = {name: served for name, served in SERVED.items() if isinstance(served, Plain)}
-OTHERWISE = {name: served for name, served in SERVED.items() if isinstance(served, Otherwise)}
+
+
+def served(name):
+    options = SSR if name.startswith("ssr") else {}
+    serving = sinkroute.create_router(name, num_experts=EXPERTS, top_k=TOP_K).serving()
+    plain = Plain(options) if serving is None or serving.plain else None
+    return SERVED.get(name) or plain or Otherwise(options, "the K largest + bias, weighted by score", by_bias)
+
+
+EVERY = {name: served(name) for name in sinkroute.list_routers()}
+PLAIN = {name: promise for name, promise in EVERY.items() if isinstance(promise, Plain)}
+OTHERWISE = {name: promise for name, promise in EVERY.items() if isinstance(promise, Otherwise)}
 
 
 class Model(nn.Module):
@@ -152,10 +148,6 @@ def assert_same(model, plain, ids, within=0.0):
         assert torch.equal(mine.routes.load, theirs.routes.load)
 
 
-def test_of_every_router_it_is_said_how_it_serves():
-    assert list(SERVED) == sinkroute.list_routers()
-
-
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_served_model_is_the_plain_one_with_the_same_weights(name):
     promise = PLAIN[name]
@@ -191,7 +183,7 @@ def test_methods_that_need_more_than_weights_serve_by_their_rule(name):
             x = x + y
 
 
-@pytest.mark.parametrize("name", ["loss-free", "quantile", "ssr-bias"])
+@pytest.mark.parametrize("name", [name for name, promise in OTHERWISE.items() if promise.rule is by_bias])
 def test_a_bias_that_chooses_is_no_part_of_a_plain_model(name):
     model = trained(name, OTHERWISE[name].options)
     plain = Model("softmax", {}).eval()

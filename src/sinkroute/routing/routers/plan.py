@@ -45,14 +45,21 @@ class PlanRouter(Router):
             process_group=self.process_group.group,
         )
 
-    def choose_by_plan(self, plan: Plan) -> Tensor:
-        """(T, K) int64: the K largest entries of each row of a plan, in its best groups."""
-        if self.top_groups == self.groups:
-            if self.tie_seed() is None:
-                return plan.topk(self.top_k)[1]
+    def choose_by_plan(self, plan: Plan, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The choice of a plan: the K largest entries of each row, in its best groups, unless the method has another.
+
+        Returns:
+            (T, K') int64 experts; (T, K') bool, False for places that count nowhere, or None: all are chosen; and (E,)
+            what added to the cost makes its top-k balanced, which some methods remember.
+        """
+        if self.top_groups < self.groups:
+            experts_TK = self.choose(plan.matrix().detach())  # groups are judged by the sums of entries
+        elif self.tie_seed() is None:
+            experts_TK = plan.topk(self.top_k).experts
+        else:
             # Before the division by reg, after which distinct entries may underflow to ties.
-            return self.choose((plan.cost + plan.potentials).detach())
-        return self.choose(plan.matrix().detach())  # groups are judged by the sums of entries
+            experts_TK = self.choose((plan.cost + plan.potentials).detach())
+        return experts_TK, None, plan.potentials
 
     def withdraw(self, device: torch.device) -> None:
         group = self.process_group.group if self.plans_now() else None

@@ -37,7 +37,7 @@ class SinkhornRouter(PlanRouter):
     @uncompiled  # the solver's loop ends when the data say so
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         plan = self.solve_plan(logits_TE.detach(), token_mask)
-        experts_TK = self.choose_by_plan(plan)
+        experts_TK, _, _ = self.choose_by_plan(plan, token_mask)
         return Routes(
             experts_TK,
             self.weigh(logits_TE, experts_TK),

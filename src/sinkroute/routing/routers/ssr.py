@@ -32,7 +32,6 @@ from sinkroute.routing.schedules import Constant, check_bounds
 from sinkroute.routing.scores import weigh_chosen
 from sinkroute.routing.serving import Serving
 from sinkroute.routing.state import RouterState
-from sinkroute.transport import Plan
 
 __all__ = ["Cost", "Inference", "SSRLinearRouter", "SSRRouter", "SSRSoftmaxRouter"]
 
@@ -164,15 +163,6 @@ class SSRRouter(PlanRouter):
         """(T, E) what the plan makes the most of, noise aside."""
         return torch.softmax(logits_TE, dim=-1) if self.cost == "softmax" else logits_TE
 
-    def choose_on_plan(self, plan: Plan, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The choice on Sinkhorn steps.
-
-        Returns:
-            (T, K') int64 experts; (T, K') bool, False for places that count nowhere, or None: all are chosen; and (E,)
-            what added to the cost makes its top-k balanced, which some methods remember.
-        """
-        return self.choose_by_plan(plan), None, plan.potentials
-
     def starting_potentials(self) -> Tensor | None:
         """(E,) where the solver starts from."""
         return None
@@ -257,7 +247,7 @@ class SSRRouter(PlanRouter):
         )
         if gradient == "weights":
             plan = replace(plan, logits=cost_TE)
-        experts_TK, chosen_TK, potentials_E = self.choose_on_plan(plan, token_mask)
+        experts_TK, chosen_TK, potentials_E = self.choose_by_plan(plan, token_mask)
         if self.weights == "scores":
             weights_TK = self.weigh(logits_TE, experts_TK)
         else:

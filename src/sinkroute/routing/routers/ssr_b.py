@@ -19,7 +19,7 @@ __all__ = ["SSRBalancedRouter", "choose_balanced"]
 
 
 def choose_balanced(plan: Plan, top_k: int, tol: float, token_mask: Tensor | None) -> tuple[Tensor, None, Tensor]:
-    """Experts with balanced loads for the cost of a plan, best first; see `SSRRouter.choose_on_plan`."""
+    """Experts with balanced loads for the cost of a plan, best first; see `PlanRouter.choose_by_plan`."""
     cost_TE, potentials_E = plan.logits.detach(), plan.potentials.detach()
     experts_TK, bias_E = balanced_topk(cost_TE, top_k, tol, token_mask=token_mask, init=potentials_E)
     experts_TK = experts_TK.sort(1).values  # so that of equal ones the lower expert comes first
@@ -50,5 +50,5 @@ class SSRBalancedRouter(SSRRouter):
             hint="0.01 is 1 %",
         )
 
-    def choose_on_plan(self, plan: Plan, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    def choose_by_plan(self, plan: Plan, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         return choose_balanced(plan, self.top_k, self.balance_tol, token_mask)

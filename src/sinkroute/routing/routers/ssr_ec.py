@@ -28,7 +28,7 @@ class SSRExpertChoiceRouter(SSRRouter):
     class Options(SSRRouter.Options):
         cost: Cost = option("linear", '"linear" or "softmax"')
 
-    def choose_on_plan(self, plan: Plan, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    def choose_by_plan(self, plan: Plan, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         entries_TE = plan.matrix().detach()
         experts_TK, chosen_TK = take_best_tokens(entries_TE, self.top_k, token_mask, self.top_k, self.tie_seed())
         return experts_TK, chosen_TK, plan.potentials

@@ -54,10 +54,10 @@ class SSRKeptRouter(SSRRouter):
     def state_sums(self) -> dict[str, int]:
         return {"potentials": self.num_experts, "tokens": 1}
 
-    def choose_on_plan(self, plan: Plan, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    def choose_by_plan(self, plan: Plan, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         if self.balance == "load":
             return choose_balanced(plan, self.top_k, self.balance_tol, token_mask)
-        return super().choose_on_plan(plan, token_mask)
+        return super().choose_by_plan(plan, token_mask)
 
     def step_sums(self, logits_TE: Tensor, routes: Routes, token_mask: Tensor | None) -> dict[str, Tensor]:
         sums = super().step_sums(logits_TE, routes, token_mask)
