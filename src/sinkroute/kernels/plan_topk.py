@@ -23,24 +23,16 @@ def plan_topk(rows: Rows, potentials_E: Tensor, reg: float, k: int, normalise: b
     >>> plan_topk(rows, torch.zeros(2), 1.0, 1, normalise=True)[1].tolist()
     [[0], [1]]
     """
-    args = (rows.logits_TE, rows.cost, rows.token_mask, rows.token_mass, potentials_E, reg, k, normalise)
-    if readable(*args):
-        return _plan_topk(*args)
-    weights_TK, experts_TK = torch.ops.sinkroute.plan_topk(*args)
+    if readable(rows.logits_TE, rows.token_mask, rows.token_mass, potentials_E):
+        return _plan_topk(rows, potentials_E, reg, k, normalise)
+    weights_TK, experts_TK = torch.ops.sinkroute.plan_topk(
+        rows.logits_TE, rows.cost, rows.token_mask, rows.token_mass, potentials_E, reg, k, normalise
+    )
     return weights_TK, experts_TK
 
 
-def _plan_topk(
-    logits_TE: Tensor,
-    cost: str,
-    token_mask: Tensor | None,
-    token_mass: Tensor | None,
-    potentials_E: Tensor,
-    reg: float,
-    k: int,
-    normalise: bool,
-) -> tuple[Tensor, Tensor]:
-    rows = Rows(logits_TE, cost, token_mask, token_mass)
+def _plan_topk(rows: Rows, potentials_E: Tensor, reg: float, k: int, normalise: bool) -> tuple[Tensor, Tensor]:
+    logits_TE = rows.logits_TE
     if triton_for(logits_TE):
         # Triton comes with torch for GPUs only.
         from sinkroute.kernels.gpu.fused import MAX_K, fused_topk
@@ -64,10 +56,10 @@ def _plan_topk(
         # Relative to the best, which is 0, or to all experts.
         total_R1 = 0 if normalise else (above_RE / reg).logsumexp(dim=1, keepdim=True)
         weights_RK = (top_RK / reg).softmax(dim=1) if normalise else (top_RK / reg - total_R1).exp()
-        if token_mass is not None and not normalise:
-            weights_RK *= token_mass[part, None]
-        if token_mask is not None:
-            mask_R1 = token_mask[part, None]
+        if rows.token_mass is not None and not normalise:
+            weights_RK *= rows.token_mass[part, None]
+        if rows.token_mask is not None:
+            mask_R1 = rows.token_mask[part, None]
             weights_RK = weights_RK.masked_fill(~mask_R1, 0)
             experts_RK = torch.where(mask_R1, experts_RK, torch.arange(k, device=experts_RK.device))
         weights_TK[part], experts_TK[part] = weights_RK, experts_RK
@@ -75,15 +67,15 @@ def _plan_topk(
 
 
 def _empty(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    shape = (logits_TE.shape[0], k)
-    return logits_TE.new_empty(shape, dtype=working_dtype(logits_TE.dtype)), logits_TE.new_empty(
-        shape, dtype=torch.int64
-    )
+    shape, dtype = (logits_TE.shape[0], k), working_dtype(logits_TE.dtype)
+    return logits_TE.new_empty(shape, dtype=dtype), logits_TE.new_empty(shape, dtype=torch.int64)
 
 
 define(
     "plan_topk(Tensor logits, str cost, Tensor? token_mask, Tensor? token_mass, Tensor potentials, float reg, "
     "SymInt k, bool normalise) -> (Tensor, Tensor)",
-    _plan_topk,
+    lambda logits_TE, cost, token_mask, token_mass, *rest: _plan_topk(
+        Rows(logits_TE, cost, token_mask, token_mass), *rest
+    ),
     lambda logits_TE, cost, token_mask, token_mass, potentials_E, reg, k, normalise: _empty(logits_TE, k),
 )

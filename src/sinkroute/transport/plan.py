@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -74,7 +74,7 @@ class Plan:
     @property
     def cost(self) -> Tensor:
         """C (T, E) in float32 or float64: the logits or their row softmax, made anew at each call."""
-        return self._rows.cost_TE()
+        return Rows(self.logits, self.cost_name, self.token_mask).cost_TE()
 
     def matrix(self) -> Tensor:
         """The plan Π, (T, E): rows sum to the token's mass, 1 for real tokens unless told, 0 for masked ones.
@@ -118,7 +118,7 @@ class Plan:
             ([0, 0, 1, 1], [1.0, 1.0, 1.0, 1.0])
         """
         check_k(k, self.logits.shape[1])
-        rows = replace(self._rows, logits_TE=self.logits.detach())
+        rows = Rows(self.logits.detach(), self.cost_name, self.token_mask, self.token_mass)
         weights_TK, experts_TK = plan_topk(rows, self.potentials.detach(), self.reg, k, normalise)
         if self.potentials.requires_grad or self.logits.requires_grad:
             weights_TK = self.weigh(experts_TK, normalise)
@@ -145,7 +145,3 @@ class Plan:
         top_TK = top_TK - top_TK.detach().amax(dim=1, keepdim=True)
         weights_TK = (top_TK / self.reg).to(working_dtype(self.logits.dtype)).softmax(dim=1)
         return weights_TK if self.token_mask is None else torch.where(self.token_mask[:, None], weights_TK, 0)
-
-    @property
-    def _rows(self) -> Rows:
-        return Rows(self.logits, self.cost_name, self.token_mask, self.token_mass)
