@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,23 +68,14 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | str:
 
 @pytest.fixture
 def newcomer(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a router that keeps a bias on the scores, and that nothing but the registry knows."""
+    """The name of a router that nothing but the registry knows: the example of CONTRIBUTING, which keeps a bias."""
     from sinkroute.routing.registry import ROUTERS
-    from sinkroute.routing.router import Router, Serving
-    from sinkroute.routing.state import RouterState
 
-    class Newcomer(Router):
-        def __init__(self, num_experts: int, top_k: int, **options: Any) -> None:
-            super().__init__(num_experts, top_k, **options)
-            self.state = RouterState(num_experts, bias_E=torch.zeros(num_experts, device="cpu"))
-
-        def choice_bias(self) -> Serving:
-            assert self.state is not None
-            return Serving(self.state.bias_E, "scores")
-
-        def finish_step(self, load_E: torch.Tensor, sums: dict[str, torch.Tensor]) -> None:
-            assert self.state is not None
-            self.state.bias_E -= 0.1 * (load_E / load_E.double().mean() - 1)
-
-    monkeypatch.setitem(ROUTERS, "newcomer", Newcomer)
-    return "newcomer"
+    text = Path(__file__).parents[1].joinpath("CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code is not None
+    module = types.ModuleType("proportional")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where its annotations are looked up
+    exec(compile(code[1], "CONTRIBUTING.md", "exec"), vars(module))
+    monkeypatch.setitem(ROUTERS, "proportional", module.ProportionalRouter)
+    return "proportional"

@@ -207,7 +207,7 @@ def test_a_new_router_that_keeps_a_bias_moves_the_models_own_without_an_edit_her
         assert torch.equal(ours.mlp.e_score_correction_bias, router.state.bias_E)
         theirs.mlp.e_score_correction_bias.copy_(router.state.bias_E)
     assert torch.equal(model.eval()(**text("minimax_m2")).logits, twin.eval()(**text("minimax_m2")).logits)
-    with pytest.raises(ValueError, match=r"newcomer.* serves with a bias on scores, which MixtralTopKRouter"):
+    with pytest.raises(ValueError, match=f"{newcomer}.* serves with a bias on scores, which MixtralTopKRouter"):
         make("mixtral", newcomer)
 
 
