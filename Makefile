@@ -94,7 +94,7 @@ bench: $(VENV)/.installed
 bench-routing: $(VENV)/.installed
 	$(BIN)/python benchmarks/routing.py $(ARGS)
 
-# The peers' pins are no business of the project's: they get an environment of their own.
+# The peers' pins would bind the project: they get a separate environment.
 .venv-bench/.installed: benchmarks/requirements.txt pyproject.toml scripts/make_venv.py
 	$(PYTHON) scripts/make_venv.py .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
@@ -106,7 +106,7 @@ bench-transport: .venv-bench/.installed
 
 PEERS := megatron torchtitan deepspeed
 
-# Our routers against the peers' own modules. Each peer pins what another forbids: an environment of its own, torch first.
+# Our routers against the peers' own modules. Each peer pins what another forbids: one environment each, torch first.
 test-peers: $(PEERS:%=.venv-%/.installed)
 	@for peer in $(PEERS); do DS_ACCELERATOR=cpu .venv-$$peer/bin/python -m pytest -q tests/peers/test_$$peer*.py $(ARGS) || exit 1; done
 

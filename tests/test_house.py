@@ -180,7 +180,6 @@ def test_lines_of_texts_end_at_120_characters(path):
     assert [n for n, line in enumerate(lines, 1) if len(line) > COLUMNS and not line.lstrip().startswith("|")] == []
 
 
-@pytest.mark.xfail(reason="some are left, in files where others are at work", strict=False)
 def test_no_text_or_comment_says_it_in_words_that_the_style_forbids():
     found = [
         f"{path.relative_to(ROOT)}:{n}: {line.strip()[:100]}"

@@ -92,7 +92,7 @@ def test_an_unknown_attribute_is_an_error():
 def test_import_takes_no_longer_than_a_fifth_of_what_torch_takes():
     # Everything public is asked for: the package itself loads its parts lazily.
     use = "import sinkroute; [getattr(sinkroute, name) for name in sinkroute.__all__]"
-    # Of the process's own time, and beside torch's: how fast or busy the machine is is none of the package's business.
+    # Of the process's own time, and beside torch's: the package does not answer for how fast or busy the machine is.
     code = f"from time import process_time as t; a = t(); import torch; b = t(); {use}; print((t() - b) / (b - a))"
     assert any(float(run(code)) <= 0.2 for _ in range(3))
 

@@ -1,6 +1,6 @@
 """Every kind of tensor and transform into every public function: right, or refused by name; never a crash, never a lie.
 
-Each group runs in a process of its own (`tensors.py`), which says what it begins, so that a crash has a name.
+Each group runs in a separate process (`tensors.py`), which says what it begins, so that a crash has a name.
 """
 
 from __future__ import annotations

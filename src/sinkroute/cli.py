@@ -304,7 +304,7 @@ def _evaluate_tasks(command: EvaluateCommand, console: Console) -> int:
 
     if command.split != "valid" or command.inference != "none":
         raise UsageError(
-            "--lm-eval goes without --split and --inference: tasks have texts of their own, served plainly"
+            "--lm-eval goes without --split and --inference: tasks bring their texts and are served plainly"
         )
     require_lm_eval()
     _hide_progress_of_transformers()

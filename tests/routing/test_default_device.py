@@ -23,7 +23,7 @@ WAYS |= {
 }
 WAYS["softmax, all losses"] = {"losses": ["load-balance", "gshard", "global-load-balance", "importance", "z-loss"]}
 
-# In a process of its own: the default device is the whole process's, and tensors of the meta device hold no values.
+# In a new process: the default device is the whole process's, and tensors of the meta device hold no values.
 PROGRAM = """
 import json, sys, traceback, warnings
 

@@ -52,7 +52,7 @@ def test_a_ramp_without_steps_spans_the_training():
 
 
 def test_a_ramp_without_steps_says_how_to_tell_it():
-    with pytest.raises(ValueError, match=r"no steps of its own; write linear\(1, 0, STEPS\).*total_steps="):
+    with pytest.raises(ValueError, match=r"does not say its steps; write linear\(1, 0, STEPS\).*total_steps="):
         Linear(1.0, 0.0)(3)
 
 

@@ -1,7 +1,7 @@
 """Random draws that depend on a key and on nothing else.
 
 A stochastic router must give the same answer when a layer is recomputed in the backward pass, after a resume, and (for
-the choice of the branch) on all ranks of a group. A global generator gives none of these: its answer depends on who
+the choice of the branch) on all ranks of a group. A global generator fails in all three: its answer depends on who
 drew before. Here every draw is a hash of (seed, layer, step, micro-batch), so that it can be made again at will and no
 state is kept. What a hash seeds is drawn by `kernels.normal`.
 """

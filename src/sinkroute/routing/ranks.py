@@ -32,7 +32,7 @@ class Ranks:
             group all of them are this rank alone.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: it is something else.
     """
 
     def __init__(self, group: Group) -> None:

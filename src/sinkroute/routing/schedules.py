@@ -81,7 +81,7 @@ class _Ramp(Schedule):
         steps = self.steps if self.steps is not None else total_steps
         if steps is None:
             raise ValueError(
-                f"{self} has no steps of its own; write "
+                f"{self} does not say its steps; write "
                 f"{type(self).__name__.lower()}({self.start:g}, {self.end:g}, STEPS) "
                 "or tell the length of training: sinkroute.set_step(model, step, total_steps=...)"
             )
@@ -183,7 +183,7 @@ def make_schedule(name: str, value: ScheduleLike, least: float = 0.0, most: floa
         least, most: bounds of the values. Those of a function are checked as they come.
 
     Raises:
-        TypeError, ValueError: what it is given is none of these, or leaves the bounds.
+        TypeError, ValueError: what it is given is something else, or leaves the bounds.
 
     >>> make_schedule("noise", "linear(1, 0.1, 500)")
     Linear(start=1.0, end=0.1, steps=500)

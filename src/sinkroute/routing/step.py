@@ -117,7 +117,7 @@ def _is_over(router: Router, step: int) -> bool:
 
 
 def _number(routers: list[Router]) -> None:
-    """Give every router a layer of its own; a number that it was given, or has from an earlier call, stays."""
+    """Give every router another layer; a number that it was given, or has from an earlier call, stays."""
     given = {router.layer for router in routers if router.layer_is_given}
     taken: set[int | None] = set()
     for position, router in enumerate(routers):

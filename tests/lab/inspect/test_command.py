@@ -48,7 +48,7 @@ def test_what_cannot_be_written_is_refused_before_the_audit(
 
 @pytest.mark.slow
 def test_by_layer_stays_far_below_the_size_of_the_checkpoint(save: Save, text: Path) -> None:
-    """1.0 GiB of float32 in 16 layers, in a process of its own; less the 0.5 GiB that an empty one has."""
+    """1.0 GiB of float32 in 16 layers, in a new process; less the 0.5 GiB that an empty one has."""
     sizes = {"hidden_size": 512, "intermediate_size": 512, "num_experts": 20, "num_hidden_layers": 16}
     folder = save("olmoe", shards="300MB", num_experts_per_tok=2, **sizes)
     command = [sys.executable, "-m", "sinkroute.cli", "inspect", str(folder), "--text", str(text), "--tokens", "192"]

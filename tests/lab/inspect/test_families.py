@@ -28,11 +28,11 @@ REFUSED = {
 
 def saved(family: Family, folder: Path) -> str:
     family.build().save_pretrained(folder)
-    # Fewer than the model has, and ASCII: some tokenizer classes add tokens of their own and take text as bytes.
+    # Fewer than the model has, and ASCII: some tokenizer classes add tokens and take text as bytes.
     letters = {chr(ord("!") + place): place for place in range(VOCABULARY - 4)}
     backend = Tokenizer(models.BPE(vocab=letters, merges=[]))
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
-    # Ids with a meaning of their own left out.
+    # Ids with a special meaning left out.
     ids = torch.randint(3, len(letters), (96,), generator=torch.Generator().manual_seed(0)).tolist()
     (folder / "text.txt").write_text("".join(chr(ord("!") + place) for place in ids), encoding="utf-8")
     return str(folder)

@@ -14,7 +14,7 @@ def random(*shape, seed=0, dtype=torch.float64):
 
 
 def noisy_router(experts, top_k, noise_TE=None, **options):
-    """A noisy router, with this noise instead of its own if it is given."""
+    """A noisy router, with this noise instead of a drawn one if it is given."""
     router = sinkroute.create_router("noisy", num_experts=experts, top_k=top_k, **options)
     if noise_TE is not None:
         router.draw_normal = lambda reference: noise_TE.to(reference.dtype)

@@ -13,7 +13,7 @@ def random(*shape, seed=0, dtype=torch.float64):
 
 
 def v_moe_router(experts, top_k, noise_TE=None, **options):
-    """A router, with this noise of variance 1 instead of its own if it is given."""
+    """A router, with this noise of variance 1 instead of a drawn one if it is given."""
     router = sinkroute.create_router("v-moe-noise", num_experts=experts, top_k=top_k, **options)
     if noise_TE is not None:
         router.draw_normal = lambda reference: noise_TE.to(reference.dtype)

@@ -231,9 +231,7 @@ def _check_key(where: str, key: str) -> None:
 def _check_sections(where: str, sections: Mapping[str, Any]) -> None:
     for key in sections:
         if key in ("label", "seed"):
-            raise ValueError(
-                f"{where}.{key} cannot be given: labels are the methods' names, seeds an axis of their own"
-            )
+            raise ValueError(f"{where}.{key} cannot be given: labels are the methods' names, and seeds are an axis")
         if key not in _SECTIONS:
             raise unknown_name(f"section in {where}", key, [*_SECTIONS, "grid"])
 

@@ -41,9 +41,9 @@ class CompareConfig:
     config: dict[str, Any] = field(default_factory=dict)
     """Merged over the base, for all runs."""
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Size → what is merged over that, or a `base` of its own; empty: one size."""
+    """Size → what is merged over that, or another `base`; empty: one size."""
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Method → sections of its own, and `grid`: dotted key → values, one method for each combination."""
+    """Method → its sections, and `grid`: dotted key → values, one method for each combination."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """A run per method, size and seed."""
     reference: str = ""

@@ -19,7 +19,7 @@ from sinkroute.lab.report.palette import inks
 
 __all__ = ["write_page"]
 
-_FORESTS = 4  # metrics beside the headline that get a figure of differences of their own
+_FORESTS = 4  # metrics beside the headline that get a separate figure of differences
 
 
 def write_page(found: Results, path: Path) -> Path:

@@ -2,7 +2,7 @@
 
 It reads orders from stdin, a JSON object a line, and writes what happens to stdout in the same way; whatever else
 would be printed goes to stderr. When stdin ends, because the comparison was stopped or is dead, it saves a checkpoint
-and ends too. (A process of its own for each cell would import torch and load the text every time.)
+and ends too. (A new process for each cell would import torch and load the text every time.)
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _execute(order: dict[str, Any], folder: Path, stop: StopRequest | None, say:
     config = from_mapping(Config, order["config"])
     say(kind="status", note="loading data")
     data = load_cell_data(config)
-    # What Accelerate remembers of the run before, such as its precision, is none of this run's business.
+    # What Accelerate remembers of the run before, such as its precision, must not reach this run.
     AcceleratorState._reset_state(reset_partial_state=True)
     about = {**order["about"], **machine(), "threads": torch.get_num_threads()}
     record_begin(folder, order["hash"], about, order["fresh"])

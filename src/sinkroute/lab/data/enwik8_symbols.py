@@ -3,7 +3,7 @@
 The family's usual preparation, `prep_enwik8.py`, writes every byte as its decimal code, split by spaces, and a newline
 as a line break; its word-level reader then makes a word of each code and `<eos>` of each line break. So the text is
 that of "enwik8", byte for byte, under other numbers; a model has 205 embeddings and outputs instead of 256. One thing
-differs: the family's reader adds an `<eos>` after a split that does not end with a newline, which is none of the text.
+differs: the family's reader adds an `<eos>` after a split that does not end with a newline, which is no part of it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 What is dropped with all it holds: comments; `<ref>`, `<math>`, `<gallery>` and the other elements of `_HIDDEN`;
 templates `{{...}}` and tables `{|...|}`, nested ones too; links to files, images, categories and other languages; bare
 addresses; magic words (`__TOC__`); rules (`----`). What keeps its text: other tags, links (the words that a reader
-sees), bold and italics, list items. Headings stay, as `== Title ==` on lines of their own. Templates hold some words
+sees), bold and italics, list items. Headings stay, as `== Title ==` on separate lines. Templates hold some words
 that a reader would see (units, quotations, foreign words): these are lost.
 """
 

@@ -153,7 +153,7 @@ def stream_evaluation(
 
     The data is cut into rows as in training; all rows start with a fresh cache. So the first symbols of every row but
     the first are predicted with less of the text before them than there is: with one symbol at the start of a row,
-    and with the whole cache only after as many symbols as it holds. Batch 1 has none of this loss; with more rows it
+    and with the whole cache only after as many symbols as it holds. Batch 1 loses nothing; with more rows it
     is smaller the longer the rows are.
 
     Args:

@@ -1,7 +1,7 @@
 """The head of an English Wikipedia dump that ships inside gensim: six megabytes of article XML, enwik8 in kind.
 
 It needs no download beyond `pip install`, which makes it the default text. gensim is only located, never imported:
-its import takes seconds and none of its code is needed.
+its import takes seconds and no code of it is needed.
 """
 
 from __future__ import annotations

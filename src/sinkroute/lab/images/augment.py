@@ -1,6 +1,6 @@
 """What is done to training images, as settings. All is off by default; `DEIT` is the published recipe.
 
-The recipe is that of DeiT (Touvron et al. 2021, arXiv 2012.12877, table 9). Evaluation uses none of this.
+The recipe is that of DeiT (Touvron et al. 2021, arXiv 2012.12877, table 9). Evaluation does not augment.
 """
 
 from __future__ import annotations

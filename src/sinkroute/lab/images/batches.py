@@ -160,7 +160,7 @@ def evaluation_batches(data: ImageData, split: str, batch: int, workers: int = 0
         workers: processes that decode; 0: this one.
 
     Raises:
-        ValueError: `split` is none of these.
+        ValueError: `split` has another name.
 
     >>> from sinkroute.lab.images import load_images
     >>> [len(labels) for images, labels in evaluation_batches(load_images("digits"), "valid", batch=100)]

@@ -45,7 +45,7 @@ def load_imagenet(path: str | Path | None = None, size: int | None = None) -> Im
         size: rows and columns of the part that a model gets; None: 224.
 
     Raises:
-        ValueError: `path` is None, a folder in none of these forms, or not the whole of ImageNet-1K.
+        ValueError: `path` is None, a folder of another form, or not the whole of ImageNet-1K.
         FileNotFoundError: nothing is at `path`.
         PermissionError: the Hub gives no access.
     """

@@ -5,7 +5,7 @@
 | imagenet-c | 50,000 for each corruption and severity | 1000 | error | Hendrycks, Dietterich 2019, arXiv 1903.12261 |
 | imagenet-a | 7,500 | 200 | top-1 among the 200 | Hendrycks et al. 2019, arXiv 1907.07174 |
 | imagenet-r | 30,000 | 200 | top-1 among the 200 | Hendrycks et al. 2020, arXiv 2006.16241 |
-| imagenet-o | 2,000, of none of the 1000 classes | 200 | AUPR among the 200 | Hendrycks et al. 2019, arXiv 1907.07174 |
+| imagenet-o | 2,000, outside the 1000 classes | 200 | AUPR among the 200 | Hendrycks et al. 2019, arXiv 1907.07174 |
 
 A label of ImageNet-1K is the place of its WordNet id among the sorted 1000, so the 200 classes are found by the names
 of the class folders, given the 1000 ids: `read_wnids`.
@@ -143,7 +143,7 @@ def load_shifted(
 
     Raises:
         ValueError: `name`, `corruption` or `severity` is unknown, missing or too much; the folder does not hold what
-            the set has; a class is none of ImageNet-1K.
+            the set has; a class is not of ImageNet-1K.
         FileNotFoundError: nothing is at `path`.
     """
     if name not in SHIFTED:

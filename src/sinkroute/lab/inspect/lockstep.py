@@ -29,7 +29,7 @@ class _Stopped(BaseException):
 
 
 class _Pass:
-    """One forward pass, in a thread of its own.
+    """One forward pass, in a separate thread.
 
     Attributes:
         part: the part that it wants to call next; None: it is over.
@@ -48,7 +48,7 @@ class _Pass:
     def _run(self, call: Callable[[], object]) -> None:
         _here.current = self
         try:
-            with torch.no_grad():  # each thread has a mode of its own
+            with torch.no_grad():  # the mode is a thread's
                 call()
         except _Stopped:
             pass

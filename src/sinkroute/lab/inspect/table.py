@@ -100,7 +100,7 @@ def facts(audit: Audit) -> list[str]:
 
 
 def cells(layer: Layer) -> list[str]:
-    """The numbers of a layer with a load, as they are shown: five of its own, three for each alternative."""
+    """The numbers of a layer with a load, as they are shown: five, and three for each alternative."""
     assert layer.load is not None
     told = layer.json()
     out = [

@@ -46,7 +46,7 @@ class SparseModel(nn.Module):
             met = min(parts * layer.router.top_k, experts)
             idle += _numbers(layer.experts) * (experts - met) // experts
         blocks = [module for module in self.modules() if isinstance(module, (MoE, MultiHeadMoE))]
-        # A multi-head mixture comes before the mixture in its middle, which is not a layer of its own.
+        # A multi-head mixture comes before the mixture in its middle, which is not another layer.
         inner = {id(block.moe) for block in blocks if isinstance(block, MultiHeadMoE)}
         outer = [block for block in blocks if id(block) not in inner]
         return ParameterCount(total, total - idle, _numbers(outer[-1]) if outer else 0)

@@ -111,7 +111,7 @@ _FONT = re.compile(r"'DejaVu Sans'(, sans-serif)?|DejaVu Sans")
 def inline(fig: Figure, name: str, title: str) -> str:
     """The figure as an `<svg>` element for an HTML page.
 
-    What matplotlib writes for a file of its own is taken out (prologue, metadata, name spaces, a style sheet that would
+    What matplotlib writes for a whole file is taken out (prologue, metadata, name spaces, a style sheet that would
     reach into the page), ids get the figure's name as a prefix, group ids of the form "m m3" become classes, and
     stand-in colours become CSS variables.
     """

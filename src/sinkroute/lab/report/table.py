@@ -306,7 +306,7 @@ def _columns(groups: Sequence[Group], metric: Metric) -> tuple[list[Column], lis
             )
         )
     for attack, options in attacks.items():
-        kind = attack.partition("@")[0]  # "fgsm@2" is an "fgsm" under a name of its own
+        kind = attack.partition("@")[0]  # "fgsm@2" is an "fgsm" under another name
         what = f"{capital(metric.name)} on {'images' if metric.item == 'image' else 'text'} under the {kind} attack"
         plan.append(
             (

@@ -178,7 +178,7 @@ def _changes(
         raise unknown_name("attack on images", name, (*IMAGE_ATTACKS, "corruption", "corruptions"))
 
     def attacked(images: Tensor, labels: Tensor, first: int) -> Tensor:
-        # Each batch has a seed of its own.
+        # Each batch has another seed.
         key = int(np.random.SeedSequence([seed, first]).generate_state(1)[0])
         return attack_images(name, predict, scale(images), labels, key, std=data.std, **options)
 

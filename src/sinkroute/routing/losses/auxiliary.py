@@ -71,8 +71,8 @@ class AuxiliaryLosses:
         """
         if recomputing():
             known = [(own_E, batch_E) for part, own_E, batch_E in self._loads if part == micro_batch]
-            # Several passes under one key: a repetition has the load of its own pass. One pass: nothing to compare,
-            # and a device need not be waited for.
+            # Several passes under one key: a repetition has the load of the pass that it repeats. One pass: nothing to
+            # compare, and a device need not be waited for.
             for own_E, batch_E in reversed(known):
                 if len(known) == 1 or torch.equal(own_E, load_E):
                     return batch_E

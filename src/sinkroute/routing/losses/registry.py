@@ -46,7 +46,7 @@ def read_losses(losses: LossesLike) -> dict[str, float]:
     """The option as name → coefficient.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: it is something else.
         ValueError: an unknown name, a coefficient that is negative or not finite.
 
     >>> read_losses(["z-loss"]), read_losses("z-loss: 0.01, load-balance")

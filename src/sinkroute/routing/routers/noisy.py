@@ -92,7 +92,7 @@ class _ZeroGate(LinearGate):
 def smooth_load_loss(
     clean_TE: Tensor, noisy_TE: Tensor, width_TE: Tensor, top_k: int, token_mask: Tensor | None = None
 ) -> Tensor:
-    """CV² of the experts' expected loads, each under new noise of its own; without coefficient.
+    """CV² of the experts' expected loads, each under another noise; without coefficient.
 
     Args:
         clean_TE: (T, E) logits without noise.

@@ -115,7 +115,7 @@ class SMoEDropoutRouter(Router):
 
 
 class _FixedGate(nn.Linear):
-    """A linear map that is drawn from a key of its own, and not trained."""
+    """A linear map that is drawn from a key, and not trained."""
 
     _key: int | None = None
 

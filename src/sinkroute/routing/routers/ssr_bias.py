@@ -85,7 +85,7 @@ class SSRBiasRouter(SSRKeptRouter):
             ValueError: the bias is on the scores, and no gate can take it up.
         """
         if self.bias_on == "scores":
-            raise ValueError('bias_on="scores": a bias of the scores is none of the gate\'s; serve with the bias')
+            raise ValueError('bias_on="scores": a bias of the scores cannot move into the gate; serve with the bias')
         if gate.bias is None:
             with torch.inference_mode(False):
                 gate.bias = nn.Parameter(torch.zeros_like(gate.weight[:, 0]))

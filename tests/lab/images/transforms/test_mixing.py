@@ -34,7 +34,7 @@ def test_targets_are_mixed_as_the_images_are():
     for step in range(20):
         images, targets = mixing(IMAGES, LABELS, step)
         share = 1 - images[0, 0, 0, 0].item() / 30  # of an image of 0, mixed with one of 30
-        # Image 1 (class 1) is mixed with image 2 (class 2), image 0 with image 3, of its own class.
+        # Image 1 (class 1) is mixed with image 2 (class 2), image 0 with image 3, of the same class.
         assert targets[0].tolist() == pytest.approx([1, 0, 0], abs=1e-6)
         assert targets[1].tolist() == pytest.approx([0, share, 1 - share], abs=1e-6)
         assert targets[2].tolist() == pytest.approx([0, 1 - share, share], abs=1e-6)

@@ -11,7 +11,7 @@ __all__ = ["to_pil", "to_tensor"]
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """A grey ("L") or colour ("RGB") image as a (C, H, W) uint8 tensor of its own memory.
+    """A grey ("L") or colour ("RGB") image as a (C, H, W) uint8 tensor that shares no memory.
 
     >>> to_tensor(Image.new("RGB", (3, 2), (1, 2, 3)))[:, 0, 0].tolist()
     [1, 2, 3]
