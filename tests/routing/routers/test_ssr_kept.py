@@ -374,8 +374,8 @@ def test_a_gate_for_other_experts_is_refused(gate):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rate": 0}, "rate must be above 0 and at most 1, got 0"),
-        ({"rate": 1.5}, "rate must be above 0 and at most 1, got 1.5"),
+        ({"rate": 0}, "rate must be a finite number above 0 and at most 1, got 0"),
+        ({"rate": 1.5}, "rate must be a finite number above 0 and at most 1, got 1.5"),
         ({"balance": "loads"}, "unknown balance 'loads'; did you mean 'load'"),
     ],
 )
