@@ -17,7 +17,7 @@ from sinkroute._errors import unknown_name
 from sinkroute.kernels.storage import has_tangent, holds_values
 from sinkroute.moe.linear import add_bias, can_group, grouped_linear, loop_linear, opaque_linear
 
-__all__ = ["ACTIVATIONS", "Experts", "no_values", "refuse_tangents"]
+__all__ = ["ACTIVATIONS", "Experts", "refuse_tangents", "require_values"]
 
 # name -> (function, gated). A gated expert has two input maps: down(f(gate(x)) * up(x)).
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
@@ -96,8 +96,7 @@ class Experts(nn.Module):
         """
         refuse_tangents(x=x_RD, w_in=self.w_in, w_out=self.w_out, b_in=self.b_in, b_out=self.b_out)
         x_RD, w_in, w_out = self._of_one_dtype(x_RD)
-        if w_in.is_meta and not x_RD.is_meta:
-            raise no_values(x_RD.device)
+        require_values(w_in, x_RD)
         if can_group(x_RD, w_in) and can_group(x_RD, w_out):
             linear = grouped_linear
         else:
@@ -127,12 +126,18 @@ class Experts(nn.Module):
         return x_RD, self.w_in, self.w_out
 
 
-def no_values(device: torch.device) -> ValueError:
-    """For weights on the meta device and tokens that are not."""
-    return ValueError(
-        f"the layer's weights are on the meta device and hold no values, but x is on {device}; call "
-        f'layer.to_empty(device="{device}") and reset_parameters of its modules, or load a checkpoint with assign=True'
-    )
+def require_values(weights: Tensor, x: Tensor) -> None:
+    """Refuse weights on the meta device, or what came of them, for tokens that are not there.
+
+    Raises:
+        ValueError: the weights hold no values.
+    """
+    if weights.is_meta and not x.is_meta:
+        raise ValueError(
+            f"the layer's weights are on the meta device and hold no values, but x is on {x.device}; call "
+            f'layer.to_empty(device="{x.device}") and reset_parameters of its modules, or load a checkpoint with '
+            "assign=True"
+        )
 
 
 def refuse_tangents(**tensors: Tensor | None) -> None:

@@ -12,10 +12,10 @@ from typing_extensions import Never
 
 from sinkroute.kernels.storage import holds_values, plain
 from sinkroute.moe.dispatch import combine, dispatch, plan_dispatch
-from sinkroute.moe.experts import Experts, no_values, refuse_tangents
+from sinkroute.moe.experts import Experts, refuse_tangents, require_values
 from sinkroute.routing import Router, Routes, create_router
 from sinkroute.routing.beside import checked_ids, checked_mask, kind_of
-from sinkroute.routing.gate import LinearGate
+from sinkroute.routing.gate import add_bias
 
 __all__ = ["MoE", "check_inputs", "zero_padding"]
 
@@ -71,12 +71,15 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         if unknown:
-            raise _unknown_argument(next(iter(unknown)), unknown)
+            raise TypeError(f"MoE got unexpected arguments; options of the router go into router_options={unknown}")
         self.d_model = d_model
         self.router = _made_router(router, num_experts, top_k, router_options or {})
         self.gate = self.router.make_gate(d_model)
         if gate_bias:
-            _add_gate_bias(self.gate, self.router)
+            if not isinstance(self.gate, nn.Linear):
+                owner = type(self.router).__name__
+                raise ValueError(f"gate_bias=True, but the gate of {owner} is no linear map; leave gate_bias out")
+            add_bias(self.gate)
         self.experts = Experts(d_model, d_hidden, num_experts, activation, bias=bias, dropout=dropout)
         self.shared: Experts | None = None
         if shared_hidden is not None:
@@ -133,8 +136,7 @@ class MoE(nn.Module):
     def _logits(self, x_TD: Tensor, token_ids: Tensor | None) -> Tensor:
         """The gate's logits in float32 or better, whatever the model's dtype or autocast: near-ties decide routes."""
         # Before the gate: of some dtypes torch makes no error of weights without values, but logits from nowhere.
-        if self.experts.w_in.is_meta and not x_TD.is_meta:
-            raise no_values(x_TD.device)
+        require_values(self.experts.w_in, x_TD)
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         x_TD, gate = x_TD.to(dtype), self.gate
         # The meta device has no autocast.
@@ -155,8 +157,7 @@ class MoE(nn.Module):
                 logits_TE = F.linear(x_TD, gate.weight.to(dtype), bias_E)
             else:
                 logits_TE = gate(x_TD)
-        if logits_TE.is_meta and not x_TD.is_meta:
-            raise no_values(x_TD.device)
+        require_values(logits_TE, x_TD)
         return logits_TE
 
     def __getstate__(self) -> dict[str, Any]:
@@ -191,24 +192,6 @@ def _made_router(router: str | Router, num_experts: int, top_k: int, options: di
             f"but the layer for num_experts={num_experts}, top_k={top_k}; make them equal"
         )
     return router
-
-
-def _unknown_argument(name: str, unknown: dict[str, Any]) -> TypeError:
-    return TypeError(
-        f"MoE got an unexpected argument {name!r}; options of the router go into "
-        f"router_options={{{name!r}: {unknown[name]!r}}}"
-    )
-
-
-def _add_gate_bias(gate: nn.Module, router: Router) -> None:
-    if not isinstance(gate, nn.Linear):
-        raise ValueError(
-            f"gate_bias=True, but the gate of {type(router).__name__} is no linear map; leave gate_bias out"
-        )
-    if gate.bias is None and isinstance(gate, LinearGate):
-        gate.add_bias()
-    elif gate.bias is None:
-        gate.bias = nn.Parameter(torch.zeros_like(gate.weight[:, 0]))
 
 
 def check_inputs(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-__all__ = ["LinearGate"]
+__all__ = ["LinearGate", "add_bias"]
 
 
 class LinearGate(nn.Linear):
@@ -35,8 +35,9 @@ class LinearGate(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def add_bias(self) -> None:
-        """Give the gate a bias of 0, if it has none."""
-        if self.bias is None:
-            with torch.inference_mode(False):
-                self.bias = nn.Parameter(torch.zeros_like(self.weight[:, 0]))
+
+def add_bias(gate: nn.Linear) -> None:
+    """Give a gate a bias of 0, if it has none."""
+    if gate.bias is None:
+        with torch.inference_mode(False):  # it is to be trained, wherever the layer is made
+            gate.bias = nn.Parameter(torch.zeros_like(gate.weight[:, 0]))
