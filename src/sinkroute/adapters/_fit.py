@@ -11,10 +11,10 @@ from sinkroute.routing import Router, create_router
 from sinkroute.routing.ranks import Ranks
 from sinkroute.routing.routes import Routes
 
-__all__ = ["fit_router", "has_gate", "is_asked", "refuse_bias", "refuse_loss"]
+__all__ = ["SCORING", "fit_router", "has_gate", "is_asked", "refuse_bias", "refuse_loss"]
 
-# What the framework's router says itself.
-_THEIRS = ("num_experts", "top_k", "norm_topk", "score", "groups", "top_groups", "group_score", "route_scale")
+# What the framework's router says itself, beside num_experts and top_k.
+SCORING = ("score", "norm_topk", "groups", "top_groups", "group_score", "route_scale")
 
 
 def fit_router(
@@ -43,7 +43,7 @@ def fit_router(
             for which K experts for each token is not the rule.
     """
     for option in options:
-        if option in _THEIRS:
+        if option in ("num_experts", "top_k", *SCORING):
             raise ValueError(
                 f"{option}={options[option]!r} is read from {owner}: leave it out here, and set it where the model is "
                 "configured"

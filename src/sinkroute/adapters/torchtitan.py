@@ -42,17 +42,8 @@ from sinkroute.routing.routes import Routes
 __all__ = ["SinkrouteRouter", "patch", "route"]
 
 # What decides how their router routes, as known; a field more is a rule that we would not follow.
-_KNOWN = {
-    "gate",
-    "num_experts",
-    "num_expert_groups",
-    "num_limited_groups",
-    "top_k",
-    "score_func",
-    "route_norm",
-    "route_scale",
-    "_debug_force_load_balance",
-}
+_KNOWN = {"gate", "num_experts", "num_expert_groups", "num_limited_groups", "top_k"}
+_KNOWN |= {"score_func", "route_norm", "route_scale", "_debug_force_load_balance"}
 
 
 @functools.cache

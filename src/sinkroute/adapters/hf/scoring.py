@@ -12,12 +12,14 @@ import inspect
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from sinkroute.adapters._fit import SCORING
+from sinkroute.adapters._patched import describe
 from sinkroute.adapters.hf.contracts import CONTRACTS, Contract, Decision, Site
 from sinkroute.routing.scores import GroupScore, Score, limit_to_groups, scores, weigh
 
@@ -89,24 +91,13 @@ class Scoring:
     gate_bias: Source | None = None
 
     def __str__(self) -> str:
-        words = [f"{self.score}, top {self.top_k} of {self.num_experts}"]
-        words += ["renormalised"] if self.norm_topk else []
-        words += [f"{self.top_groups} of {self.groups} groups ({self.group_score})"] if self.groups > 1 else []
-        words += [f"{self.correction.name} on {self.correction_on}"] if self.correction else []
-        words += [f"scaled by {self.expert_scale.name}"] if self.expert_scale else []
-        words += [f"times {self.route_scale:.6g}"] if self.route_scale != 1 else []
-        return ", ".join(words)
+        more = [f"{self.correction.name} on {self.correction_on}"] if self.correction else []
+        more += [f"scaled by {self.expert_scale.name}"] if self.expert_scale else []
+        return describe(self, *more)
 
     def theirs(self) -> dict[str, Any]:
         """The options of `create_router` that the model decides."""
-        return {
-            "score": self.score,
-            "norm_topk": self.norm_topk,
-            "groups": self.groups,
-            "top_groups": self.top_groups,
-            "group_score": self.group_score,
-            "route_scale": self.route_scale,
-        }
+        return {name: getattr(self, name) for name in SCORING}
 
     def logits(self, decision: Decision) -> Tensor:
         """(T, E) logits, where the model returns probabilities too."""
@@ -131,7 +122,8 @@ def read_scoring(site: Site) -> Scoring:
         raise NotARouter(f"it returns {_described(outputs)}")
     with torch.no_grad():
         decision = contract.read(outputs, trial)
-        return _with(_recognise(contract, decision, trial, handed_on), **_gate(decision.logits_TE, tokens_TD, host))
+        weight, bias = _gate(decision.logits_TE, tokens_TD, host)
+        return replace(_recognise(contract, decision, trial, handed_on), gate_weight=weight, gate_bias=bias)
 
 
 # -- the trial -------------------------------------------------------------------------------------------------------
@@ -214,7 +206,7 @@ def _recognise(
     num_experts, top_k = returned_TE.shape[-1], experts_TK.shape[-1]
     rule = Scoring(contract, num_experts, top_k)
     if (returned_TE >= 0).all() and torch.allclose(returned_TE.sum(-1), torch.ones(len(returned_TE)), atol=1e-4):
-        rule = _with(rule, probabilities=True)
+        rule = replace(rule, probabilities=True)
     logits_TE = rule.logits(decision)
     vectors = dict(handed_on.values()) | {
         Source("host", name): value.flatten()
@@ -233,19 +225,14 @@ def _recognise(
             if candidate.correction_on == "scores" and candidate.correction and score != candidate.score:
                 continue
             ratio_TK = weights_TK / weigh(logits_TE, experts_TK, score, norm_topk)
-            weighed = _with(candidate, score=score, norm_topk=norm_topk)
-            if _constant(ratio_TK):
-                scale = float(ratio_TK.mean())
-                return _with(weighed, route_scale=1.0 if abs(scale - 1) < _TOLERANCE else scale)
-            for source, value_E in vectors.items():
-                if _constant(ratio_TK / value_E[experts_TK]):
-                    scale = float((ratio_TK / value_E[experts_TK]).mean())
-                    scale = 1.0 if abs(scale - 1) < _TOLERANCE else scale
-                    return _with(weighed, route_scale=scale, expert_scale=source)
+            for source in (None, *vectors):
+                scale = _common(ratio_TK if source is None else ratio_TK / vectors[source][experts_TK])
+                if scale is not None:
+                    return replace(candidate, score=score, norm_topk=norm_topk, route_scale=scale, expert_scale=source)
     raise Unknown("its choice is plain top-k, its weights follow no known rule")
 
 
-def _gate(returned_TE: Tensor, tokens_TD: Tensor, host: nn.Module) -> dict[str, Source]:
+def _gate(returned_TE: Tensor, tokens_TD: Tensor, host: nn.Module) -> tuple[Source | None, Source | None]:
     """The weight, and the bias if there is one, of which the logits are the linear map of the tokens."""
     parameters = dict(host.named_parameters())
     for name, weight in parameters.items():
@@ -253,11 +240,11 @@ def _gate(returned_TE: Tensor, tokens_TD: Tensor, host: nn.Module) -> dict[str, 
             continue
         rest_TE = returned_TE - tokens_TD @ weight.T
         if torch.allclose(rest_TE, torch.zeros(()), atol=_TOLERANCE):
-            return {"gate_weight": Source("host", name)}
+            return Source("host", name), None
         for other, bias in parameters.items():
             if bias.shape == rest_TE.shape[1:] and torch.allclose(rest_TE, bias, atol=_TOLERANCE):
-                return {"gate_weight": Source("host", name), "gate_bias": Source("host", other)}
-    return {}
+                return Source("host", name), Source("host", other)
+    return None, None
 
 
 def _selections(
@@ -276,24 +263,19 @@ def _selections(
         for source, value_E in vectors.items():
             values.append(({"correction": source, "correction_on": "scores"}, scores_TE + value_E))
             values.append(({"correction": source, "correction_on": "logits"}, logits_TE + value_E))
-        for (told, values_TE), group_score in itertools.product(
-            values, get_args(GroupScore) if count > 1 else ("max",)
-        ):
+        judges = get_args(GroupScore) if count > 1 else ("max",)
+        for (told, values_TE), group_score in itertools.product(values, judges):
             limited_TE = limit_to_groups(values_TE, count, top, group_score) if count > 1 else values_TE
-            yield (
-                _with(rule, score=score, groups=count, top_groups=top, group_score=group_score, **told),
-                limited_TE,
-            )
-
-
-def _with(rule: Scoring, **changes: Any) -> Scoring:
-    return Scoring(**{**vars(rule), **changes})
+            yield replace(rule, score=score, groups=count, top_groups=top, group_score=group_score, **told), limited_TE
 
 
 def _same_sets(first_TK: Tensor, second_TK: Tensor) -> bool:
     return torch.equal(first_TK.sort(-1).values, second_TK.sort(-1).values)
 
 
-def _constant(ratio_TK: Tensor) -> bool:
+def _common(ratio_TK: Tensor) -> float | None:
+    """What all values are, 1 if they are about that; None: they differ."""
     mean = ratio_TK.mean()
-    return bool(mean > 0) and bool(((ratio_TK - mean).abs() <= _TOLERANCE * mean).all())
+    if mean <= 0 or not ((ratio_TK - mean).abs() <= _TOLERANCE * mean).all():
+        return None
+    return 1.0 if abs(float(mean) - 1) < _TOLERANCE else float(mean)
