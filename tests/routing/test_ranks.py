@@ -1,5 +1,6 @@
 """Routers on several ranks: what must be the same on all, and the same as in one process that has all tokens."""
 
+import copy
 import datetime
 import itertools
 
@@ -364,6 +365,12 @@ def one_rank_ends_the_step_alone():
 def test_a_rank_that_waits_in_vain_fails_and_says_so(run_ranks):
     with pytest.raises(pytest.fail.Exception, match=r"(?s)alone failed on 2 ranks.*end_step.*[Tt]imed out"):
         run_ranks(one_rank_ends_the_step_alone, 2)
+
+
+def test_copies_of_a_router_share_its_group_which_cannot_be_copied():
+    router = sinkroute.create_router("softmax", num_experts=4, top_k=2, process_group=dist.ProcessGroup(0, 1))
+    twin = copy.deepcopy(router)
+    assert twin.process_group == router.process_group and twin.options == router.options
 
 
 @pytest.mark.parametrize("group", ["wolrd", 2, [0, 1]])

@@ -120,7 +120,9 @@ class CommonOptions:
             if each.metadata:
                 _check(each.name, getattr(self, each.name), kinds[each.name], each.metadata)
         read_losses(self.losses)
-        Ranks(self.process_group)
+        ranks = Ranks(self.process_group)
+        if not isinstance(self.process_group, (str, type(None))):
+            object.__setattr__(self, "process_group", ranks)  # a group cannot be copied; this is shared by copies
 
 
 class Described(NamedTuple):
