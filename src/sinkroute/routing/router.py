@@ -284,9 +284,13 @@ class Router(nn.Module):
     def choose(self, selection_TE: Tensor, *, spread: bool = True) -> Tensor:
         """(T, K) int64: the K largest of each row, in its best groups. `spread=False`: ties go to the lower expert."""
         ties = self.tie_seed() if spread else None
-        if self.top_groups < self.groups:
-            selection_TE = limit_to_groups(selection_TE, self.groups, self.top_groups, self.group_score, ties)
-        return topk(selection_TE, self.top_k, ties)
+        return topk(self.within_groups(selection_TE, ties), self.top_k, ties)
+
+    def within_groups(self, selection_TE: Tensor, ties: Tensor | None) -> Tensor:
+        """`selection_TE` with −inf outside each token's best groups, where it may choose from some only."""
+        if self.top_groups == self.groups:
+            return selection_TE
+        return limit_to_groups(selection_TE, self.groups, self.top_groups, self.group_score, ties)
 
     def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """The scores of these experts, renormalised over them with `norm_topk`."""

@@ -178,11 +178,11 @@ def test_with_every_expert_chosen_there_is_nothing_to_balance(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ema": 1.0}, r"ema must be 0 or more and below 1, got 1\.0"),
-        ({"ema": float("nan")}, "ema must be 0 or more and below 1, got nan"),
+        ({"ema": 1.0}, r"ema must be a finite number of 0 or more and below 1, got 1\.0"),
+        ({"ema": float("nan")}, "ema must be a finite number of 0 or more and below 1, got nan"),
         ({"scope": "global"}, "unknown scope 'global'"),
         ({"scope": "batch"}, "scope=\"batch\" counts scores from 0 to 1.*got score='softmax'"),
-        ({"groups": 2, "top_groups": 1}, "top_groups=1 of groups=2.*take all groups"),
+        ({"groups": 2, "top_groups": 1}, "top_groups=1 of groups=2.*or all groups"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):

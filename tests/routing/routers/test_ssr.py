@@ -195,7 +195,7 @@ def test_noise_drawn_for_few_routes_as_noise_on_all_scores(name, noise, noise_sc
     if name == "ssr-bias":
         router.state.bias_E.copy_(torch.linspace(-1, 1, 40))
     few_TE, all_TE = (scores(300, 40).requires_grad_() for _ in range(2))
-    routes, expected = router(few_TE), router.score_topk(router._noisy(all_TE))
+    routes, expected = router(few_TE), router.topk(router.with_noise(all_TE))
     assert torch.equal(routes.experts, expected.experts) and torch.equal(routes.weights, expected.weights)
     (routes.weights * gradient_TK).sum().backward()
     learned = [parameter.grad.clone() for parameter in router.parameters()]

@@ -20,7 +20,7 @@ from sinkroute.kernels.operations import uncompiled
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
-from sinkroute.routing.scores import Score
+from sinkroute.routing.scores import Score, best_first
 from sinkroute.transport import balanced_topk
 
 __all__ = ["BaseRouter"]
@@ -47,8 +47,6 @@ class BaseRouter(Router):
 
     @uncompiled  # which tokens move is known from the data only
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
-        experts_TK, _ = balanced_topk(logits_TE.detach(), self.top_k, tol=0, token_mask=token_mask)
-        experts_TK = experts_TK.sort(dim=1).values  # so that of equal ones the lower expert comes first
-        order_TK = logits_TE.detach().gather(1, experts_TK).argsort(dim=1, descending=True, stable=True)
-        experts_TK = experts_TK.gather(1, order_TK)
+        values_TE = logits_TE.detach()
+        experts_TK = best_first(balanced_topk(values_TE, self.top_k, tol=0, token_mask=token_mask).experts, values_TE)
         return Routes(experts_TK, self.weigh(logits_TE, experts_TK), branch="assignment")

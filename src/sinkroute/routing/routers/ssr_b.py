@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sinkroute.routing.options import option
 from sinkroute.routing.routers.ssr import Cost, SSRRouter
+from sinkroute.routing.scores import best_first
 from sinkroute.transport import Plan, balanced_topk
 
 __all__ = ["SSRBalancedRouter", "choose_balanced"]
@@ -22,10 +23,7 @@ def choose_balanced(plan: Plan, top_k: int, tol: float, token_mask: Tensor | Non
     """Experts with balanced loads for the cost of a plan, best first; see `PlanRouter.choose_by_plan`."""
     cost_TE, potentials_E = plan.logits.detach(), plan.potentials.detach()
     experts_TK, bias_E = balanced_topk(cost_TE, top_k, tol, token_mask=token_mask, init=potentials_E)
-    experts_TK = experts_TK.sort(1).values  # so that of equal ones the lower expert comes first
-    chosen_TK = (cost_TE + potentials_E).gather(1, experts_TK)
-    order_TK = chosen_TK.argsort(dim=1, descending=True, stable=True)
-    return experts_TK.gather(1, order_TK), None, bias_E
+    return best_first(experts_TK, cost_TE + potentials_E), None, bias_E
 
 
 class SSRBalancedRouter(SSRRouter):
