@@ -9,9 +9,10 @@ The commit is checked out into a temporary git worktree; `recorded.py` of this c
 Results are those of transport, of every router with many options, of layers and of patched models. The exit code is 1
 if one differs.
 
-Speed is the ratio of the medians, below 1 where this checkout is faster, with the quartiles of the ratios of single
-rounds and the ratio of the least times. In a round the processes take turns, in an order that is drawn anew. The floor
-is the same for a second process of the commit: a ratio within the floor is noise of the machine.
+Speed is processor time on one thread. In a round the processes take turns, in an order that is drawn anew, and the
+ratio is that of the round, as machines drift: below 1 where this checkout is faster. The table has its median with the
+quartiles, and the ratio of the least times. The floor is the same for a second process of the commit: a ratio within
+the floor is noise of the machine.
 """
 
 from __future__ import annotations
@@ -189,14 +190,13 @@ def speed(base: Path, this: Path, rounds: int, words: list[str]) -> None:
 
 
 def ratio(base: list[float], other: list[float]) -> str:
-    """The ratio of medians, the quartiles of the ratios of single rounds, the ratio of the least times.
+    """The median of the ratios of single rounds with their quartiles, and the ratio of the least times.
 
     >>> ratio([1.0, 2.0, 1.0], [2.0, 2.0, 2.5])
     ' 2.000 [1.500, 2.250]   2.000'
     """
-    single = sorted(b / a for a, b in zip(base, other, strict=True))
-    low, _, high = statistics.quantiles(single, n=4, method="inclusive") if len(single) > 1 else single * 3
-    middle = statistics.median(other) / statistics.median(base)
+    single = [b / a for a, b in zip(base, other, strict=True)]
+    low, middle, high = statistics.quantiles(single, n=4, method="inclusive") if len(single) > 1 else single * 3
     return f"{middle:6.3f} [{low:.3f}, {high:.3f}] {min(other) / min(base):7.3f}"
 
 

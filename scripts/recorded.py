@@ -4,7 +4,8 @@
     PYTHONPATH=CHECKOUT/src python scripts/recorded.py speed
 
 `results` writes every number of the problems whose names contain one of the words (no word: of all problems). `speed`
-reads lines `NAME REPEATS` and answers each with the seconds of the fastest repeat.
+reads lines `NAME REPEATS` and answers each with the seconds of the fastest repeat: those of the process itself, on
+one thread, whatever else the machine does.
 
 The same file asks two commits, so it uses the public interface alone. What a commit refuses is a result too: the name
 of its error.
@@ -355,9 +356,9 @@ def serve_times() -> None:
         name, repeats = line.rstrip("\n").split("\t")
         times = []
         for _ in range(int(repeats)):
-            start = time.perf_counter()
+            start = time.process_time()
             calls[name]()
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         print(min(times), flush=True)
 
 
