@@ -111,7 +111,6 @@ def test_serving_is_the_choice_of_the_tokens_with_weights_that_are_not_normalise
 
 @pytest.mark.parametrize("value", [0, -1, 4.5, float("nan")])
 def test_a_capacity_that_no_expert_can_have_is_refused(value):
-    with pytest.raises(
-        ValueError, match=r"capacity_factor must be (a finite number above 0|above 0 and at most num_experts=4), got"
-    ):
+    message = r"capacity_factor must be (a finite number above 0|above 0 and at most num_experts=4), got"
+    with pytest.raises(ValueError, match=message):
         make(4, capacity_factor=value)
