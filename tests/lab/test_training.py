@@ -31,6 +31,7 @@ from sinkroute.lab.training import (
     prepare_folder,
     train,
 )
+from sinkroute.routing.registry import router_options
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def corpus(text: Path) -> Corpus:
 
 
 def config(router: str = "ssr-s", options: dict | None = None, **training: object) -> Config:
-    options = {"probability": 0.3} if options is None and router.startswith("ssr") else options or {}
+    options = {"probability": 0.3} if options is None and "probability" in router_options(router) else options or {}
     return from_mapping(
         Config,
         {

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 
 import sinkroute
+from sinkroute.routing.registry import router_options
 
 NEEDED = {"stable-moe": {"freeze_step": 100}, "smoe-dropout": {"training_k": 3}}
 # Every router, and of the SSR family both branches.
 CASES = [
     pytest.param(name, NEEDED.get(name, {}) | options, id=f"{name} {options or ''}")
     for name in sinkroute.list_routers()
-    for options in ([{"probability": 0.0}, {"probability": 1.0}] if name.startswith("ssr") else [{}])
+    for options in ([{"probability": 0.0}, {"probability": 1.0}] if "probability" in router_options(name) else [{}])
 ]
 every_router = pytest.mark.parametrize(("name", "options"), CASES)
 low_precision = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

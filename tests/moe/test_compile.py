@@ -6,6 +6,7 @@ from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sinkroute
+from sinkroute.routing.registry import router_options
 
 NEEDED = {"stable-moe": {"freeze_step": 100}}
 
@@ -129,7 +130,9 @@ def pass_through(layer, x, **arguments):
 @pytest.mark.parametrize("router", ROUTERS)
 def test_the_meta_device_tells_shapes_in_both_directions(router, dtype):
     with torch.device("meta"):
-        layer = make(router, dtype=dtype, bias=True, router_options=NO_PLAN if router.startswith("ssr") else {})
+        layer = make(
+            router, dtype=dtype, bias=True, router_options=NO_PLAN if "probability" in router_options(router) else {}
+        )
     sinkroute.set_step(layer, 3)
     x = torch.empty(2, 5, 16, dtype=dtype, device="meta", requires_grad=True)
     mask = torch.empty(2, 5, dtype=torch.bool, device="meta")
@@ -140,7 +143,9 @@ def test_the_meta_device_tells_shapes_in_both_directions(router, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_fake_tensors_tell_shapes_in_both_directions(router, dtype):
-    layer = make(router, dtype=dtype, bias=True, router_options=NO_PLAN if router.startswith("ssr") else {})
+    layer = make(
+        router, dtype=dtype, bias=True, router_options=NO_PLAN if "probability" in router_options(router) else {}
+    )
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(2, 5, 16, dtype=dtype, requires_grad=True)
         ids, mask = torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.bool)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import sinkroute
+from sinkroute.routing.registry import router_options
 
 D, HIDDEN, EXPERTS = 24, 8, 6
 LEARNED = {"noise": "learned(0.7)"}
@@ -17,7 +18,11 @@ WAYS |= {
         ("learned noise", {"router_options": LEARNED}),
         ("an adaptive probability", {"router_options": {"probability": "adaptive"}}),
     )
-    if (name.startswith("ssr") if "router_options" in options else name not in ("xmoe", "stable-moe", "hash"))
+    if (
+        "probability" in router_options(name)
+        if "router_options" in options
+        else name not in ("xmoe", "stable-moe", "hash")
+    )
 }
 
 

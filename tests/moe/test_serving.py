@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import sinkroute
+from sinkroute.routing.registry import router_options
 
 WIDTH, EXPERTS, TOP_K, VOCAB = 16, 6, 2, 40
 
@@ -85,7 +86,7 @@ SERVED = {
 
 
 def served(name):
-    options = SSR if name.startswith("ssr") else {}
+    options = SSR if "probability" in router_options(name) else {}
     serving = sinkroute.create_router(name, num_experts=EXPERTS, top_k=TOP_K).serving()
     plain = Plain(options) if serving is None or serving.plain else None
     return SERVED.get(name) or plain or Otherwise(options, "the K largest + bias, weighted by score", by_bias)

@@ -7,12 +7,13 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 import sinkroute
+from sinkroute.routing.registry import router_options
 from sinkroute.routing.state import KeepsDtypes, RouterState
 
 D, EXPERTS, VOCAB = 6, 12, 40
 ADAPTIVE = {"probability": "adaptive(high=0.2, low=0.1, decay=0.5)"}
 ROUTERS = {name: {} for name in sinkroute.list_routers()} | {
-    f"{name}, adaptive": ADAPTIVE for name in sinkroute.list_routers() if name.startswith("ssr")
+    f"{name}, adaptive": ADAPTIVE for name in sinkroute.list_routers() if "probability" in router_options(name)
 }
 ROUTERS["stable-moe"] = {"freeze_step": 2, "vocab_size": VOCAB}
 ROUTERS["hash"] = {"vocab_size": VOCAB}

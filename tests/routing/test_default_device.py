@@ -7,12 +7,13 @@ import sys
 import pytest
 
 import sinkroute
+from sinkroute.routing.registry import router_options
 
 WAYS = {name: {} for name in sinkroute.list_routers()}
 WAYS |= {
     f"{name}, {what}": options
     for name in sinkroute.list_routers()
-    if name.startswith("ssr")
+    if "probability" in router_options(name)
     for what, options in {
         "plans": {"probability": 1.0},
         "adaptive": {"probability": "adaptive"},

@@ -17,7 +17,7 @@ def test_every_option_is_documented_and_its_default_is_taken(name):
     options = ROUTERS[name].Options
     assert all(row.about and not row.about.endswith(".") for row in described(options))
     assert [row.name for row in described(options)][-len(dataclasses.fields(CommonOptions)) + 1 :][-1] == "layer"
-    assert dataclasses.asdict(options()) == {row: getattr(options(), row) for row in router_options(ROUTERS[name])}
+    assert dataclasses.asdict(options()) == {row: getattr(options(), row) for row in router_options(name)}
 
 
 @pytest.mark.parametrize("name", ROUTER_NAMES)

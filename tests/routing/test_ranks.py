@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sinkroute
 from sinkroute.routing.ranks import Ranks
+from sinkroute.routing.registry import router_options
 
 TOKENS, E, K, D, STEPS = 48, 5, 2, 6, 4
 EVEN = {1: [0, 48], 2: [0, 24, 48], 4: [0, 12, 24, 36, 48]}
@@ -141,7 +142,7 @@ def every_router_with_an_idle_rank():
     found = []
     for name in sinkroute.list_routers():
         options = {"losses": {"global-load-balance": 1.0}, "process_group": "world"}
-        options |= {"probability": 1.0} if name.startswith("ssr") else {}
+        options |= {"probability": 1.0} if "probability" in router_options(name) else {}
         layer = sinkroute.MoE(D, 4, E, K, router=name, router_options=options)
         for step in range(3):
             sinkroute.set_step(layer, step, total_steps=3)

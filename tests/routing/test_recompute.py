@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sinkroute
 from sinkroute.routing.losses.registry import LOSSES
+from sinkroute.routing.registry import router_options
 
 D, E, K, TOKENS, STEPS = 6, 5, 2, 12, 3
 LOSS = {"losses": {"load-balance": 0.5, "global-load-balance": 0.25, "z-loss": 0.125}}
@@ -17,7 +18,7 @@ LOSS = {"losses": {"load-balance": 0.5, "global-load-balance": 0.25, "z-loss": 0
 def rules():
     """Every router; those with several training rules by each."""
     for name in sinkroute.list_routers():
-        if not name.startswith("ssr"):
+        if "probability" not in router_options(name):
             yield pytest.param(name, LOSS, id=name)
             continue
         for probability in (0.0, 1.0, "adaptive(high=0.1, low=0.05)"):

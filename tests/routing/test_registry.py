@@ -18,7 +18,7 @@ def test_a_name_makes_a_router_with_its_sizes(name):
 @pytest.mark.parametrize("name", sinkroute.list_routers())
 def test_every_listed_option_is_taken(name):
     defaults = sinkroute.create_router(name, num_experts=4, top_k=2)
-    options = {option: getattr(defaults, option, None) for option in router_options(ROUTERS[name])}
+    options = {option: getattr(defaults, option, None) for option in router_options(name)}
     router = sinkroute.create_router(name, num_experts=4, top_k=2, **options)
     assert {option: getattr(router, option) for option in options} == options
 

@@ -6,6 +6,7 @@ import torch.distributed
 
 import sinkroute
 from sinkroute._errors import NonFiniteLogits
+from sinkroute.routing.registry import router_options
 from sinkroute.routing.routes import Routes
 
 QUIET = {"noise": 0.0}
@@ -115,7 +116,7 @@ def test_fewer_tokens_than_experts_are_no_error(name, options, tokens, experts, 
 @pytest.mark.parametrize("name", sinkroute.list_routers())
 def test_serving_is_plain_topk_to_the_last_bit(name, top_k):
     logits_TE, mask = random(50, 6), torch.arange(50) % 5 != 0
-    options = {"probability": 1.0, "noise": 4.0} if name.startswith("ssr") else {}
+    options = {"probability": 1.0, "noise": 4.0} if "probability" in router_options(name) else {}
     router = make(name, options, top_k=top_k).eval()
     routes = router(logits_TE, mask)
     weighing = {"score": router.score, "norm_topk": router.norm_topk}  # some methods weigh by sigmoids

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sinkroute
+from sinkroute.routing.registry import router_options
 
 
 @st.composite
@@ -51,7 +52,7 @@ def test_routes_keep_their_contract(name, options, norm_topk, batch):
     assert routes.branch == ("sinkhorn" if by_plan else "assignment" if name == "base" else "softmax")
     assert routes.chosen is None if mask is None else torch.equal(routes.chosen, mask[:, None].expand(tokens, top_k))
     assert (routes.plan_error is not None) == (routes.plan_passes is not None) == by_plan
-    if not by_plan or name.startswith("ssr"):  # S-BASE orders by the plan and weighs by the softmax
+    if not by_plan or "probability" in router_options(name):  # S-BASE orders by the plan and weighs by the softmax
         assert (routes.weights.diff(dim=1) <= 1e-6).all()
 
 

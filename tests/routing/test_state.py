@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.checkpoint import checkpoint
 
 import sinkroute
+from sinkroute.routing.registry import router_options
 from sinkroute.routing.state import RouterState, recomputing
 
 
@@ -46,7 +47,7 @@ COUNTED, FRESH = facts(counted_state()), facts(make_state())
 
 def routers_with_state():
     for name in sinkroute.list_routers():
-        for options in ({}, {"probability": "adaptive"}) if name.startswith("ssr") else ({},):
+        for options in ({}, {"probability": "adaptive"}) if "probability" in router_options(name) else ({},):
             router = sinkroute.create_router(name, num_experts=4, top_k=2, **options)
             if router.state is not None:
                 yield pytest.param(name, options, id=f"{name} {options.get('probability', '')}".strip())
@@ -282,7 +283,7 @@ def train(layer, first=(0, 0), stop=None):
 @every_stateful_router
 @pytest.mark.parametrize("stop", [(2, 1), (2, 0)], ids=["within a step", "between steps"])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(name, options, stop):
-    options = options | ({"probability": 0.5} if name.startswith("ssr") and not options else {})
+    options = options | ({"probability": 0.5} if "probability" in router_options(name) and not options else {})
     whole = sinkroute.MoE(5, 8, 4, 2, router=name, router_options=options)
     stopped = copy.deepcopy(whole)
     resumed = sinkroute.MoE(5, 8, 4, 2, router=name, router_options=options)

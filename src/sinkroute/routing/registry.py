@@ -86,8 +86,7 @@ def create_router(name: str, *, num_experts: int, top_k: int, **options: Any) ->
     >>> routes.experts.shape, routes.weights.shape, int(routes.load.sum())
     (torch.Size([100, 2]), torch.Size([100, 2]), 200)
     """
-    router = router_class(name)
-    known = router_options(router)
+    router, known = router_class(name), router_options(name)
     for option in options:
         if option not in known:
             raise unknown_name(f"option of router {name!r}:", option, known)
@@ -108,10 +107,10 @@ def router_class(name: str) -> type[Router]:
     return ROUTERS[name]
 
 
-def router_options(router: type[Router]) -> list[str]:
+def router_options(name: str) -> list[str]:
     """The names of the options that a router takes by keyword.
 
-    >>> router_options(ROUTERS["z-loss"])[-1]
+    >>> router_options("z-loss")[-1]
     'coefficient'
     """
-    return [each.name for each in fields(router.Options)]
+    return [each.name for each in fields(router_class(name).Options)]

@@ -74,7 +74,7 @@ def fit_to_site(name: str, site: Site, scoring: Scoring, options: dict[str, Any]
     Raises:
         ValueError: the model could not serve by what it learns, or has no place for what it needs.
     """
-    if scoring.correction is not None and name in ROUTERS and "bias_on" in router_options(ROUTERS[name]):
+    if scoring.correction is not None and name in ROUTERS and "bias_on" in router_options(name):
         options = {"bias_on": scoring.correction_on, **options}
     router = fit_router(
         name,
@@ -132,7 +132,7 @@ class _BiasLink:
         self.router, self.site, self.source = router, site, source
 
     def _ours(self) -> Tensor:
-        added = self.router.choice_bias()
+        added = self.router.serving() or self.router.choice_bias()  # with which it serves, if it serves by a top-k
         assert added is not None and added.bias_E is not None  # or there would be no link
         return added.bias_E
 

@@ -49,7 +49,7 @@ def variants_of(names: Sequence[str]) -> dict[str, Variant]:
     for name in names:
         if name not in ROUTERS:
             raise unknown_name("router", name, list_routers())
-        if "probability" not in router_options(ROUTERS[name]):
+        if "probability" not in router_options(name):
             found.setdefault(name, Variant(name, {}))
             continue
         for suffix, noise in NOISES.items() if name in ("ssr-l", "ssr-s") else [("", NOISES[""])]:
