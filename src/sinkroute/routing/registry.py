@@ -19,6 +19,7 @@ from sinkroute.routing.routers.softmax import SoftmaxRouter
 from sinkroute.routing.routers.ssr import SSRLinearRouter, SSRSoftmaxRouter
 from sinkroute.routing.routers.ssr_b import SSRBalancedRouter
 from sinkroute.routing.routers.ssr_bias import SSRBiasRouter
+from sinkroute.routing.routers.ssr_dual import SSRDualRouter
 from sinkroute.routing.routers.ssr_ec import SSRExpertChoiceRouter
 from sinkroute.routing.routers.ssr_fold import SSRFoldRouter
 from sinkroute.routing.routers.stable_moe import StableMoERouter
@@ -56,6 +57,7 @@ ROUTERS: dict[str, type[Router]] = {
     "ssr-ec": SSRExpertChoiceRouter,
     "ssr-bias": SSRBiasRouter,
     "ssr-fold": SSRFoldRouter,
+    "ssr-dual": SSRDualRouter,
 }
 
 

@@ -1,0 +1,275 @@
+"""SSR-Dual: potentials that are kept, and corrected by what top-k counts anyway. Ours; not in the paper.
+
+The potentials b of a plan make the top-k of z + b balanced. They minimise the dual of balanced assignment,
+
+    D(b) = Σ_t [sum of the k largest of z_t + b] − cap · Σ_j b_j,    ∂D/∂b_j = load_j − cap,    cap = k·T/E
+
+so that the loads of a step are a gradient at no cost. The Hessian's diagonal is about d_j, the number of tokens per
+unit of bias that are about to come to expert j or to leave it, which the margins between a token's k-th and (k+1)-th
+value tell. Online, b moves after every step by a damped Newton step,
+
+    b_j ← b_j + clip(γ · (cap − load_j) / d_j, ±4h),    γ = max(gain, 1/n),    then centred
+
+where h is the width of margins that were counted, and the gain grows while excess loads persist from step to step and
+shrinks while they alternate. Only where loads are far off, at first and after a shift of the data, b becomes what
+`balanced_topk` finds for a whole batch; n counts the steps since. Served is a slow average of b, which forgets the
+sampling errors of single batches. A token's experts depend on no other token of its step.
+
+With `exact`, every micro-batch of the training is balanced by the potentials b_t of that batch (`balanced_topk`), and
+the average follows them, or begins anew at b_t where it is far off.
+
+One family: γ = 1 with exact quantiles is quantile balancing, sign(cap − load) is loss-free balancing (arXiv
+2408.15664), frozen between plans that are drawn is `ssr-bias`, and forgotten is SSR (arXiv 2511.08972).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sinkroute.kernels.operations import uncompiled
+from sinkroute.kernels.topk import topk
+from sinkroute.routing.options import CommonOptions, option
+from sinkroute.routing.router import Router
+from sinkroute.routing.routes import Routes
+from sinkroute.routing.scores import best_first, scores
+from sinkroute.routing.serving import Serving
+from sinkroute.routing.state import RouterState, recomputing
+from sinkroute.transport import balanced_topk
+
+__all__ = ["SSRDualRouter"]
+
+NEAR = 0.3  # the share of tokens, those with the least margins, that say how dense tokens are at the edge
+DENSITY_DECAY = 0.9
+LEAST_DENSITY = 0.2  # of the mean: an expert that nobody is near would jump
+MOST_MOVE = 4.0  # widths of the margins that were counted
+SMOOTH, NOISE_RATE = 0.5, 0.1  # of the smoothed residual, and of the level of its noise
+FAR = 1.5  # noise levels: a smoothed residual above that is no sampling error
+APART = 4  # steps from one plan to the next, at least
+FIRST_GAIN, LEAST_GAIN, MOST_GAIN, GAIN_RATE = 0.1, 0.02, 0.5, 0.05
+TOL = 0.01  # of the loads of a plan
+
+
+class SSRDualRouter(Router):
+    """Top-k of logits + potentials that are corrected after every step, served with their average.
+
+    Attributes:
+        state: holds `bias_E`, the potentials of the training, and `average_E`, those that serve, (E,) float32; and what
+            the update remembers.
+
+    >>> import torch, sinkroute
+    >>> router = sinkroute.create_router("ssr-dual", num_experts=4, top_k=1)
+    >>> logits_TE = torch.randn(400, 4, generator=torch.Generator().manual_seed(0)) + torch.tensor([3.0, 0, 0, 0])
+    >>> for step in range(3):
+    ...     sinkroute.set_step(router, step)
+    ...     print(router(logits_TE).load.max().item())
+    382
+    100
+    101
+    """
+
+    needs_step = True
+    state: RouterState
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CommonOptions):
+        exact: bool = option(
+            False,
+            "whether every micro-batch of the training is balanced by the potentials of that batch, so that nothing is "
+            "dropped at a capacity of 1. A token's experts depend on the whole micro-batch then. Without groups",
+        )
+        gain: float | None = option(
+            None, "the share of a Newton step by which potentials move. None: as residuals ask for", above=0, most=1
+        )
+        average: float | None = option(
+            None,
+            "the weight of the newest potentials in those that serve. None: a fifth of the gain, 0.01 at least; with "
+            "exact 0.03",
+            above=0,
+            most=1,
+        )
+        bias_on: Literal["logits", "scores"] = option(
+            "logits",
+            'what potentials are added to: the "logits", or their "scores", as in models with a correction bias '
+            "(DeepSeek-V3)",
+        )
+
+    def __init__(self, num_experts: int, top_k: int, **options: Any) -> None:
+        super().__init__(num_experts, top_k, **options)
+        if self.exact and self.top_groups < self.groups:
+            raise ValueError(
+                f"exact=True with top_groups={self.top_groups} of groups={self.groups}: a balanced assignment cannot "
+                "keep a token's experts in some groups; leave exact out, or take all groups"
+            )
+        vectors = ("bias_E", "average_E", "density_E", "smooth_E", "last_E")
+        gain = FIRST_GAIN if self.gain is None else self.gain
+        # `moves`: steps since the last plan, that one included; 0: the next step has one. `noise`: 0 is not known.
+        numbers = {"gain_now": gain, "noise": 0.0, "moves": 0.0}
+        self.state = RouterState(
+            num_experts,
+            # 2E + 2 numbers over the ranks, with the load. The vector is of densities, or of a plan's potentials.
+            sums={"vector": num_experts, "width": 1, "tokens": 1},
+            **{name: torch.zeros(num_experts, device="cpu") for name in vectors},
+            **{name: torch.tensor(value, device="cpu") for name, value in numbers.items()},
+        )
+        self._plans: bool | None = None
+        self._edge: tuple[Tensor, Tensor] | None = None
+        self.register_load_state_dict_post_hook(_ask_again)  # type: ignore[no-untyped-call]
+
+    def choice_bias(self) -> Serving:
+        return Serving(self.state.bias_E if self.training else self.state.average_E, self.bias_on)
+
+    def serving(self) -> Serving:
+        return Serving(self.state.average_E, self.bias_on)
+
+    def prepare_step(self) -> None:
+        self._plans = None
+
+    def plans_now(self) -> bool:
+        """Whether this step finds potentials of whole batches. A device is asked once a step."""
+        if self._plans is None:
+            self._plans = not self.state.moves.is_meta and float(self.state.moves) == 0
+        return self._plans
+
+    # -- a pass ------------------------------------------------------------------------------------------------------
+
+    def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
+        if self.exact:
+            return self._route_exactly(logits_TE, token_mask)
+        ties = self.tie_seed()
+        selection_TE = self.within_groups(self.selection(logits_TE, self.choice_bias()), ties)
+        best_TK = topk(selection_TE, min(self.top_k + 1, self.num_experts), ties)  # one more, for the margin
+        experts_TK = best_TK[:, : self.top_k].contiguous()
+        if not recomputing():
+            self._edge = selection_TE.detach(), best_TK
+        return Routes(experts_TK, self.weigh(logits_TE, experts_TK))
+
+    @uncompiled  # which tokens move is known from the data only
+    def _route_exactly(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
+        cost_TE = self._cost(logits_TE)
+        experts_TK, bias_E = balanced_topk(cost_TE, self.top_k, TOL, token_mask=token_mask, init=self.state.average_E)
+        experts_TK = best_first(experts_TK, cost_TE + bias_E)
+        return Routes(experts_TK, self.weigh(logits_TE, experts_TK), branch="assignment", potentials=bias_E)
+
+    def _cost(self, logits_TE: Tensor) -> Tensor:
+        return logits_TE.detach() if self.bias_on == "logits" else scores(logits_TE.detach(), self.score)
+
+    @torch.no_grad()
+    def step_sums(self, logits_TE: Tensor, routes: Routes, token_mask: Tensor | None) -> dict[str, Tensor]:
+        edge, self._edge = self._edge, None
+        if self.top_k == self.num_experts or not len(logits_TE):  # every token has every expert, or there is none
+            return {}
+        if token_mask is None:
+            tokens = torch.full((1,), len(logits_TE), dtype=torch.float64, device=logits_TE.device)
+        else:
+            tokens = token_mask.sum().double().view(1)
+        if self.exact or self.plans_now():
+            potentials_E = routes.potentials if self.exact else self._potentials(logits_TE, token_mask)
+            assert potentials_E is not None
+            return {"vector": potentials_E.double() * tokens, "tokens": tokens}
+        assert edge is not None
+        return _density(*edge, self.top_k, token_mask, tokens) | {"tokens": tokens}
+
+    @uncompiled
+    def _potentials(self, logits_TE: Tensor, token_mask: Tensor | None) -> Tensor:
+        return balanced_topk(self._cost(logits_TE), self.top_k, TOL, token_mask=token_mask, init=self.state.bias_E).bias
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    def finish_step(self, load_E: Tensor, sums: dict[str, Tensor]) -> None:
+        tokens = sums["tokens"].clamp(min=1)
+        vector_E, known = sums["vector"], sums["tokens"][0] > 0
+        if self.exact:
+            self._follow(vector_E / tokens, known)
+        elif self.plans_now():
+            self._begin_at(vector_E / tokens, known)
+        else:
+            self._move(load_E.double(), vector_E, sums["width"] / tokens, known)
+
+    def _begin_at(self, potentials_E: Tensor, known: Tensor) -> None:
+        """A step with a plan: what the update remembers of steps before is of no use."""
+        known = known & potentials_E.isfinite().all()
+        potentials_E = potentials_E - potentials_E.mean()
+        zeros_E = torch.zeros_like(potentials_E)
+        self._set(known, bias_E=potentials_E, average_E=potentials_E, moves=torch.ones_like(potentials_E[0]))
+        self._set(known, density_E=zeros_E, smooth_E=zeros_E, last_E=zeros_E)
+
+    def _move(self, load_E: Tensor, count_E: Tensor, width: Tensor, known: Tensor) -> None:
+        state, cap = self.state, load_E.mean()
+        moves, gain = state.moves.double(), state.gain_now.double()
+        # One token more for everybody: no expert's density is 0.
+        density_E = count_E + 0.5 / width.clamp(min=1e-6)
+        old_E = state.density_E.double()
+        density_E = torch.where(old_E.any(), torch.lerp(density_E, old_E, DENSITY_DECAY), density_E)
+        newton_E = (cap - load_E) / density_E.clamp(min=LEAST_DENSITY * density_E.mean())
+        most = MOST_MOVE * width
+        moved_E = (torch.maximum(gain, 1 / moves.clamp(min=1)) * newton_E).clamp(-most, most)
+        bias_E = state.bias_E.double() + moved_E
+        bias_E = bias_E - bias_E.mean()
+        residual_E, last_E = load_E / cap.clamp(min=1e-9) - 1, state.last_E.double()
+        agree = torch.nn.functional.cosine_similarity(residual_E, last_E, dim=0)
+        if self.gain is None:
+            gain = (gain * torch.exp(GAIN_RATE * agree)).clamp(LEAST_GAIN, MOST_GAIN)
+        slow = (gain / 5).clamp(min=0.01) if self.average is None else torch.full_like(gain, self.average)
+        average_E = torch.lerp(state.average_E.double(), bias_E, torch.maximum(slow, 1 / (moves + 1)))
+        smooth_E, noise, far = self._persists(residual_E)
+        moves = torch.where(far & (moves >= APART), 0.0, moves + 1)
+        known = known & bias_E.isfinite().all()
+        self._set(known, bias_E=bias_E, average_E=average_E, density_E=density_E, last_E=residual_E)
+        self._set(known, smooth_E=smooth_E, noise=noise, gain_now=gain, moves=moves)
+
+    def _follow(self, potentials_E: Tensor, known: Tensor) -> None:
+        """The average of an exact form moves towards the potentials of a step, or begins anew with them."""
+        state = self.state
+        moves, average_E = state.moves.double(), state.average_E.double()
+        potentials_E = potentials_E - potentials_E.mean()
+        smooth_E, noise, far = self._persists(potentials_E - average_E)
+        anew = (moves == 0) | (far & (moves >= APART))
+        slow = torch.full_like(moves, 0.03 if self.average is None else self.average)
+        moves = torch.where(anew, 1.0, moves + 1)
+        average_E = torch.where(anew, potentials_E, torch.lerp(average_E, potentials_E, torch.maximum(slow, 1 / moves)))
+        # The first error is of the gate and no noise.
+        noise = torch.where(state.moves == 0, 0.0, noise)
+        known = known & potentials_E.isfinite().all()
+        self._set(known, average_E=average_E, bias_E=potentials_E, moves=moves, noise=noise)
+        self._set(known, smooth_E=torch.where(anew, 0.0, smooth_E))
+
+    def _persists(self, error_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The smoothed error, the level of its noise, and whether the one is far above the other."""
+        smooth_E = torch.lerp(self.state.smooth_E.double(), error_E, SMOOTH)
+        size, noise = error_E.square().mean().sqrt(), self.state.noise.double()
+        # Clipped, or an error that persists would pass for noise.
+        level = torch.where(noise > 0, torch.lerp(noise, torch.minimum(size, FAR * noise), NOISE_RATE), size)
+        return smooth_E, level, (noise > 0) & (smooth_E.square().mean().sqrt() > FAR * noise)
+
+    def _set(self, known: Tensor, **values: Tensor) -> None:
+        """Set parts of the state, unless nothing was known in the whole batch."""
+        for name, value in values.items():
+            old = getattr(self.state, name)
+            old.copy_(torch.where(known, value, old))
+
+
+def _density(
+    values_TE: Tensor, best_TK: Tensor, top_k: int, token_mask: Tensor | None, tokens: Tensor
+) -> dict[str, Tensor]:
+    """How many tokens per unit of bias are at the edge of each expert, and the width of what was counted, by tokens."""
+    edge_T2 = best_TK[:, top_k - 1 : top_k + 1]
+    kept_T, next_T = values_TE.gather(1, edge_T2).double().unbind(1)
+    margin_T = kept_T - next_T
+    if token_mask is not None:
+        margin_T = margin_T.masked_fill(~token_mask, torch.inf)
+    at = (NEAR * tokens).long().clamp(max=len(margin_T) - 1)
+    width = margin_T.sort().values[at].clamp(min=1e-6)
+    width = torch.where(width.isfinite(), width, 1.0)  # no real token here, or none that has a choice
+    near_T2 = (margin_T < width)[:, None].expand_as(edge_T2)
+    count_E = torch.zeros(values_TE.shape[1], dtype=torch.float64, device=values_TE.device)
+    count_E.scatter_add_(0, edge_T2.flatten(), near_T2.flatten().double())
+    return {"vector": count_E / (2 * width), "width": width * tokens}
+
+
+def _ask_again(router: SSRDualRouter, _: object) -> None:
+    """The state was loaded: whether the next step has a plan may be another answer."""
+    router._plans = None
