@@ -177,7 +177,7 @@ class Router(nn.Module):
             if self.route_scale != 1:
                 routes = replace(routes, weights=routes.weights * self.route_scale)
         if token_mask is not None:
-            routes = _without_padding(routes, token_mask)
+            routes = routes.without_padding(token_mask)
         routes = replace(routes, load=self.count(routes.experts, routes.chosen))  # (E,)
         if not self.training:
             return routes
@@ -395,10 +395,3 @@ class Router(nn.Module):
             "sinkroute.set_step(model, step) before every training step, with micro_batch= where a step has several.",
             stacklevel=3,
         )
-
-
-def _without_padding(routes: Routes, token_mask: Tensor) -> Routes:
-    """Padding has weight 0 and chooses nothing."""
-    real_T1 = token_mask[:, None]
-    chosen_TK = real_T1 if routes.chosen is None else routes.chosen & real_T1
-    return replace(routes, weights=routes.weights * real_T1, chosen=chosen_TK.expand_as(routes.experts))

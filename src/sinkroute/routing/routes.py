@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -42,3 +42,9 @@ class Routes:
     plan_passes: int | Tensor | None = None
     chosen: Tensor | None = None
     potentials: Tensor | None = None
+
+    def without_padding(self, token_mask: Tensor) -> Routes:
+        """The same for (T,) tokens of which only the real ones, True, choose; padding has weight 0."""
+        real_T1 = token_mask[:, None]
+        chosen_TK = real_T1 if self.chosen is None else self.chosen & real_T1
+        return replace(self, weights=self.weights * real_T1, chosen=chosen_TK.expand_as(self.experts))
