@@ -540,10 +540,19 @@ def _routers(arguments: list[str], console: Console) -> int:
     command = tyro.cli(RoutersCommand, args=arguments, prog="sinkroute routers")
     table = Table(show_lines=command.name is not None)
     if command.name is None:
-        for column in ("router", "what it does"):
+        table.add_column("router", no_wrap=True)
+        for column in ("what it does", "serves as", "remembers"):
             table.add_column(column)
-        for name, router in ROUTERS.items():
-            table.add_row(escape(name), escape((router.__doc__ or "").partition("\n")[0]))
+        for name, kind in ROUTERS.items():
+            serving, state = (router := kind(8, 2)).serving(), router.state
+            served = "its gate or rule" if serving is None else f"top-k of {serving.on} + bias"
+            kept = [] if state is None else [key for key in state.state_dict() if not key.startswith("saved_")]
+            table.add_row(
+                escape(name),
+                escape((kind.__doc__ or "").partition("\n")[0]),
+                "a plain model" if serving is not None and serving.plain else served,
+                ", ".join(kept) or "–",
+            )
     else:
         for column in ("option", "default", "what it means"):
             table.add_column(column, overflow="fold")
