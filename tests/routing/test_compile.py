@@ -70,6 +70,7 @@ ONE_GRAPH = [
     ("softmax", {"losses": "z-loss, load-balance"}),
     ("noisy", {}),
     ("loss-free", {}),
+    ("smebu", {}),
     ("stable-moe", {}),
     ("ssr-l", {"probability": 0.0, "noise": 0}),
     ("ssr-l", {"probability": 0.0}),

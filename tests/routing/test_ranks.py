@@ -26,6 +26,7 @@ PLANS = {
 # What remembers: the name, and options with which ranks and micro-batches together are one process with all tokens.
 KEPT = {
     "loss-free": {},
+    "smebu": {},
     "quantile": {"scope": "batch", "score": "sigmoid"},
     "ssr-bias": {"probability": 1.0, "noise": 0, "process_group": "world", "tol": 1e-6},
     "ssr-fold": {"probability": 1.0, "noise": 0, "process_group": "world", "tol": 1e-6},

@@ -15,6 +15,7 @@ METHODS = [
     ("softmax", {"groups": 4, "top_groups": 2, "group_score": "max"}),
     ("load-balance", {}),
     ("loss-free", {}),
+    ("smebu", {}),
     ("quantile", {}),
     ("gshard", {}),
     ("sinkhorn", {}),

@@ -14,6 +14,7 @@ from sinkroute.routing.routers.loss_free import LossFreeRouter
 from sinkroute.routing.routers.noisy import NoisyRouter
 from sinkroute.routing.routers.quantile import QuantileRouter
 from sinkroute.routing.routers.sinkhorn import SinkhornRouter
+from sinkroute.routing.routers.smebu import SMEBURouter
 from sinkroute.routing.routers.smoe_dropout import SMoEDropoutRouter
 from sinkroute.routing.routers.softmax import SoftmaxRouter
 from sinkroute.routing.routers.ssr import SSRLinearRouter, SSRSoftmaxRouter
@@ -37,6 +38,7 @@ ROUTERS: dict[str, type[Router]] = {
     "global-load-balance": GlobalLoadBalanceRouter,
     "z-loss": ZLossRouter,
     "loss-free": LossFreeRouter,
+    "smebu": SMEBURouter,
     "quantile": QuantileRouter,
     # Noise, and losses on what it makes likely.
     "noisy": NoisyRouter,
