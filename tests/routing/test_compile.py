@@ -71,6 +71,7 @@ ONE_GRAPH = [
     ("noisy", {}),
     ("loss-free", {}),
     ("smebu", {}),
+    ("bip", {}),
     ("stable-moe", {}),
     ("ssr-l", {"probability": 0.0, "noise": 0}),
     ("ssr-l", {"probability": 0.0}),

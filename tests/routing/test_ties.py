@@ -17,6 +17,7 @@ METHODS = [
     ("loss-free", {}),
     ("smebu", {}),
     ("quantile", {}),
+    ("bip", {}),
     ("gshard", {}),
     ("sinkhorn", {}),
     ("smoe-dropout", {"training_k": 2}),

@@ -8,6 +8,7 @@ from typing import Any
 from sinkroute._errors import unknown_name
 from sinkroute.routing.router import Router
 from sinkroute.routing.routers.base_layers import BaseRouter
+from sinkroute.routing.routers.bip import BIPRouter
 from sinkroute.routing.routers.expert_choice import ExpertChoiceRouter
 from sinkroute.routing.routers.hash import HashRouter
 from sinkroute.routing.routers.loss_free import LossFreeRouter
@@ -46,6 +47,7 @@ ROUTERS: dict[str, type[Router]] = {
     # Assignments.
     "sinkhorn": SinkhornRouter,
     "base": BaseRouter,
+    "bip": BIPRouter,
     "expert-choice": ExpertChoiceRouter,
     # Gates that no other method has.
     "xmoe": XMoERouter,
