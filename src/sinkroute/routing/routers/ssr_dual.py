@@ -65,10 +65,10 @@ class SSRDualRouter(Router):
     >>> logits_TE = torch.randn(400, 4, generator=torch.Generator().manual_seed(0)) + torch.tensor([3.0, 0, 0, 0])
     >>> for step in range(3):
     ...     sinkroute.set_step(router, step)
-    ...     print(router(logits_TE).load.max().item())
-    382
-    100
-    101
+    ...     bool(router(logits_TE).load.max() < 105)  # a share is 100
+    False
+    True
+    True
     """
 
     needs_step = True
