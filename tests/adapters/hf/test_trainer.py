@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def texts(count, seed=0):
     return [{"input_ids": text, "labels": text} for text in tokens]
 
 
-def make_trainer(folder, model, train=None, callbacks=None, eval_dataset=None, **settings):
+def make_trainer(folder, model, train=None, callbacks=None, eval_dataset=None, model_init=None, **settings):
     settings = {
         "max_steps": 6,
         "per_device_train_batch_size": 2,
@@ -85,7 +86,9 @@ def make_trainer(folder, model, train=None, callbacks=None, eval_dataset=None, *
     } | settings
     train = texts(16) if train is None else train
     arguments = TrainingArguments(str(folder), **settings)
-    trainer = Trainer(model, arguments, train_dataset=train, eval_dataset=eval_dataset, callbacks=callbacks)
+    trainer = Trainer(
+        model, arguments, train_dataset=train, eval_dataset=eval_dataset, callbacks=callbacks, model_init=model_init
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -225,6 +228,63 @@ def test_given_among_the_callbacks_it_warns_of_trackers_that_come_before(tmp_pat
     with pytest.warns(UserWarning, match=r"attach\(trainer\)"):
         trainer.train()
     assert list(noted(trainer, "router/max_vio")) == [1]
+
+
+def test_added_without_attach_it_says_once_that_others_miss_the_metrics(tmp_path):
+    model = mixtral()
+    trainer = make_trainer(tmp_path, model, max_steps=1)
+    trainer.add_callback(RouterCallback(sinkroute.patch(model, "ssr-l")))
+    with pytest.warns(UserWarning, match=r"miss its metrics.*attach\(trainer\).*add_callback"):
+        trainer.train()
+    assert list(noted(trainer, "router/max_vio")) == [1]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*miss its metrics")
+        trainer.train()
+
+
+def test_a_model_of_model_init_without_routers_is_refused_by_name(tmp_path):
+    handle = sinkroute.patch(mixtral(), "ssr-l")
+    trainer = make_trainer(tmp_path, None, model_init=mixtral, max_steps=1)
+    RouterCallback(handle).attach(trainer)
+    with pytest.raises(ValueError, match=r"another MixtralForCausalLM.*call sinkroute.patch.*in model_init"):
+        trainer.train()
+
+
+def test_a_removed_patch_is_refused_by_name(tmp_path):
+    trainer, handle, _ = patched_trainer(tmp_path, mixtral(), max_steps=1)
+    handle.remove()
+    with pytest.raises(ValueError, match=r"which has none; call sinkroute.patch"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("router", ["ssr-l", "load-balance"])
+def test_the_callback_goes_over_to_the_model_that_model_init_makes_and_patches(tmp_path, router):
+    def patched():
+        model = mixtral()
+        handles.append(sinkroute.patch(model, router))
+        return model
+
+    handles = []
+    trainer = make_trainer(tmp_path / "init", None, model_init=patched, max_steps=3)
+    callback = RouterCallback(handles[0]).attach(trainer)
+    trainer.train()
+    assert callback.routed is handles[-1] is not handles[0] and callback.model is trainer.model
+    assert [made.step for made in handles[-1].routers.values()] == [2, 2]
+    assert not any(made._forward_hooks for made in handles[0].routers.values())  # the monitor is on one model only
+
+    plain, _, _ = patched_trainer(tmp_path / "plain", mixtral(), router, max_steps=3)
+    mixtral()  # as model_init leaves the generator from which the order of the data is drawn
+    plain.train()
+    assert noted(trainer, "router/max_vio") == noted(plain, "router/max_vio") != {}
+    assert noted(trainer) == noted(plain)
+
+
+def test_it_goes_over_to_a_model_whose_own_parts_are_routers(tmp_path):
+    trainer = make_trainer(tmp_path, None, model_init=Own, max_steps=2)
+    callback = RouterCallback(Own()).attach(trainer)
+    trainer.train()
+    assert callback.routed is trainer.model
+    assert list(noted(trainer, "router/max_vio")) == [1, 2]
 
 
 def test_attached_after_it_was_given_among_the_callbacks_it_is_there_once(tmp_path):

@@ -15,7 +15,7 @@ from sinkroute.adapters.hf.seat import Seat
 from sinkroute.routing.attached import attach, detach
 from sinkroute.routing.router import Router
 
-__all__ = ["Handle"]
+__all__ = ["Handle", "handle_of"]
 
 
 class Handle(Patched):
@@ -90,3 +90,10 @@ class Handle(Patched):
     def _switch(self, *, on: bool) -> None:
         for owner, name, value in self._coefficients:
             setattr(owner, name, value if on else 0.0)
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of the patched model that `model` is or holds, or None: its hooks are those of the handle."""
+    hooks = (hook for part in model.modules() for hook in part._forward_pre_hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return next((owner for owner in owners if isinstance(owner, Handle)), None)

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sinkroute.adapters.hf.checkpoints import checkpoint_folder, find_checkpoint, reload_converted
-from sinkroute.adapters.hf.handle import Handle
-from sinkroute.routing.attached import attached
+from sinkroute.adapters.hf.handle import Handle, handle_of
+from sinkroute.routing.attached import attached, named_routers
 from sinkroute.routing.monitor import LoadMonitor
 from sinkroute.routing.step import end_step, set_step
 
@@ -51,8 +51,12 @@ class RouterCallback(TrainerCallback):
     - Of a mixture of experts `Trainer` itself loses weights when it resumes, or loads the best model at the end
       (https://github.com/huggingface/transformers/issues/48805): they are put back from the checkpoint.
 
-    `RouterCallback(handle).attach(trainer)` is what to call. Given as `Trainer(callbacks=[...])` instead, all is the
-    same but for the trackers that `report_to` names: their callbacks come before and miss the metrics, and it warns.
+    `RouterCallback(handle).attach(trainer)` is what to call. Given as `Trainer(callbacks=[...])` or by
+    `trainer.add_callback(...)` instead, all is the same but for the callbacks that come before, such as the trackers
+    that `report_to` names and what prints: they miss the metrics, and it warns once.
+
+    A trainer that makes its models itself (`model_init`, a hyperparameter search) trains another model than the first:
+    patch it in `model_init`, and the callback goes over to the patch of the model that is trained.
 
     Args:
         routed: the handle that `sinkroute.patch` returned, or a model whose own parts are routers (`sinkroute.MoE`).
@@ -60,10 +64,12 @@ class RouterCallback(TrainerCallback):
             `TrainingArguments(resume_from_checkpoint=...)` says.
 
     Attributes:
-        monitor: the `LoadMonitor`.
+        routed, model: the handle, or the model with routers as its parts, and the model whose routers are run.
+        monitor: the `LoadMonitor` of that model.
 
     Raises:
-        ValueError: a model without routers, or a patched one in the place of its handle.
+        ValueError: a model without routers, or a patched one in the place of its handle; when training begins, a
+            trainer that trains another model, without routers.
 
     >>> import sinkroute, tempfile, transformers
     >>> from sinkroute.adapters.hf import RouterCallback
@@ -92,7 +98,7 @@ class RouterCallback(TrainerCallback):
             )
         self.monitor = LoadMonitor(self.model)
         self._micro_batch = 0
-        self._is_first = False
+        self._is_first = self._has_warned = False
 
     def attach(self: _Self, trainer: Trainer) -> _Self:
         """Become the first of the trainer's callbacks, so that all others get the metrics."""
@@ -108,10 +114,13 @@ class RouterCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.report_to and not self._is_first:
+        self._follow(kwargs.get("model"))
+        if not (self._is_first or self._has_warned):
+            self._has_warned = True
             warnings.warn(
-                f"the callbacks of report_to={args.report_to} come before RouterCallback and miss its metrics; "
-                "call RouterCallback(handle).attach(trainer) instead of passing it in callbacks=[...]",
+                f"callbacks that come before RouterCallback, such as those of report_to={args.report_to} and what "
+                "prints the logs, miss its metrics; call RouterCallback(handle).attach(trainer) instead of passing it "
+                "in callbacks=[...] or to add_callback",
                 stacklevel=2,
             )
         if state.global_step > 0 and isinstance(self.routed, Handle):
@@ -132,6 +141,30 @@ class RouterCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         end_step(self.model)
+
+    def _follow(self, trained: nn.Module | None) -> None:
+        """Run the routers of the model that is trained, if that is not the one that was given.
+
+        Raises:
+            ValueError: it has none.
+        """
+        ours = list(named_routers(self.model).values())
+        theirs = [] if trained is None else list(named_routers(trained).values())
+        if trained is None or any(router is other for router in ours for other in theirs):
+            return
+        routed = handle_of(trained)
+        if routed is None and theirs and all(attached(part) is None for part in trained.modules()):
+            self.routed = self.model = trained
+        elif routed is not None:
+            self.routed, self.model = routed, routed.model
+        else:
+            raise ValueError(
+                f"RouterCallback runs the routers of another {type(self.model).__name__} than the "
+                f"{type(trained).__name__} that is trained, which has none; call sinkroute.patch on the model that "
+                "the trainer trains (with model_init or a hyperparameter search: in model_init, on each model)"
+            )
+        self.monitor.remove()
+        self.monitor = LoadMonitor(self.model)
 
     # -- metrics -----------------------------------------------------------------------------------------------------
 
