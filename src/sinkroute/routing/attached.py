@@ -10,26 +10,27 @@ from torch import nn
 
 from sinkroute.routing.router import Router
 
-__all__ = ["attach", "attached", "detach", "named_routers"]
+__all__ = ["ATTACHED", "attach", "attached", "detach", "named_routers"]
 
-_NAME = "_sinkroute_router"
+ATTACHED = "_sinkroute_router"
+"""Where a module has the router that was attached to it."""
 
 
 def attach(host: nn.Module, router: Router) -> None:
     """Make `router` that of `host`, which is where `set_step` and `LoadMonitor` find it."""
-    vars(host)[_NAME] = router  # not setattr: that would register it
+    vars(host)[ATTACHED] = router  # not setattr: that would register it
 
 
 def attached(host: nn.Module) -> Router | None:
     """The router that was attached to `host`."""
-    router = vars(host).get(_NAME)
+    router = vars(host).get(ATTACHED)
     assert router is None or isinstance(router, Router)
     return router
 
 
 def detach(host: nn.Module) -> None:
     """Undo `attach`."""
-    vars(host).pop(_NAME, None)
+    vars(host).pop(ATTACHED, None)
 
 
 def named_routers(module: nn.Module) -> dict[str, Router]:

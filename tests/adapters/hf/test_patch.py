@@ -679,3 +679,101 @@ def test_an_evaluation_before_the_backward_pass_does_not_take_the_masks_of_the_t
         loss.backward()
         gradients.append(model.model.layers[0].mlp.experts.gate_up_proj.grad)
     assert torch.equal(*gradients)
+
+
+# -- what is changed after the patch ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"probability": 0.0}, {"probability": 0.0, "noise": 0.1}, {"probability": 1.0}])
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "was"),
+    [
+        ("mixtral", "top_k", 3, "top 2 of 8"),
+        ("deepseek_v3", "routed_scaling_factor", 2.5, "times 1.5"),
+        ("deepseek_v3", "norm_topk_prob", False, "renormalised"),
+        ("olmoe", "norm_topk_prob", True, "top 2 of 8"),
+    ],
+)
+def test_a_rule_that_is_changed_after_the_patch_is_refused_in_every_training_pass(name, setting, value, was, options):
+    model, _ = make(name, "ssr-l", **QUIET | options)
+    gate = model.model.layers[-1].mlp.gate
+    before = getattr(gate, setting)
+    model(**text(name))
+    setattr(gate, setting, value)
+    told = rf"{setting} was {before} and is {value}\. .*{was}.*set it back.*handle\.remove\(\)"
+    for called in (model, model.model):
+        with pytest.raises(ValueError, match=told):
+            called(**text(name))
+    setattr(gate, setting, before)
+    model(**text(name))
+
+
+def test_a_setting_that_the_router_reads_off_the_configuration_is_watched_there():
+    model, _ = make("gemma4", "ssr-l", **QUIET)
+    config = next(part.config for part in model.modules() if type(part).__name__ == "Gemma4TextRouter")
+    config.top_k_experts = 3
+    with pytest.raises(ValueError, match="top_k_experts was 2 and is 3"):
+        model(**text("gemma4"))
+
+
+def test_evaluation_and_a_new_patch_go_by_the_changed_rule():
+    model, handle = make("mixtral", "ssr-l", **QUIET)
+    plain = make()
+    for changed in (model, plain):
+        for layer in changed.model.layers:
+            layer.mlp.gate.top_k = 3
+    with sinkroute.LoadMonitor(model) as monitor:
+        served = model.eval()(**text()).logits
+    assert torch.equal(served, plain.eval()(**text()).logits)
+    assert [sum(row["load"]) for row in monitor.metrics("eval").values()] == [3 * 24] * 2
+    handle.remove()
+    sinkroute.patch(model.train(), "ssr-l", probability=1.0, **QUIET)
+    sinkroute.set_step(model, 0)
+    assert (loads(model, **text())[0].sum(-1) == 3 * 24).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"), [("ernie4_5_moe", "norm_min", 1e-11), ("phimoe", "router_jitter_noise", 0.0)]
+)
+def test_a_change_that_leaves_the_rule_as_it_was_is_no_matter(name, setting, value):
+    model, handle = make(name, "ssr-l", probability=1.0, **QUIET)
+    for path in handle.routers:
+        gate = model.get_submodule(path)
+        assert getattr(gate, setting) != value
+        setattr(gate, setting, value)
+    for _ in range(2):
+        model(**text(name))
+
+
+def test_a_copy_is_refused_by_its_own_settings():
+    model, _ = make("mixtral", "ssr-l", **QUIET)
+    twin = copy.deepcopy(model)
+    twin.model.layers[0].mlp.gate.top_k = 1
+    model(**text())
+    with pytest.raises(ValueError, match="top_k was 2 and is 1"):
+        twin(**text())
+
+
+# -- a loss of the height of logits ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gemma4", "diffusion_gemma"])
+@pytest.mark.parametrize(("router", "options"), [("z-loss", {}), ("ssr-l", {"losses": "z-loss: 0.01, load-balance"})])
+def test_a_z_loss_of_probabilities_is_refused(name, router, options):
+    model = make(name)
+    with pytest.raises(ValueError, match=r"has a z-loss.*returns probabilities.*leave z-loss out"):
+        sinkroute.patch(model, router, **options)
+    assert named_routers(model) == {}
+    sinkroute.patch(model, "ssr-l", losses="load-balance")
+
+
+def test_a_z_loss_of_logits_reaches_the_gate():
+    model, handle = make("mixtral", "z-loss", coefficient=1.0)
+    gate = model.model.layers[0].mlp.gate
+    seen = []
+    gate.register_forward_hook(lambda gate, args, outputs: seen.append(outputs[0].detach()))
+    model.train()(**text())
+    handle.aux_loss().backward()
+    assert gate.weight.grad.abs().max() > 0
+    assert handle.routers["model.layers.0.mlp.gate"].losses == {"z-loss": 1.0}
+    assert seen[0].logsumexp(-1).square().mean() > 0.01

@@ -141,6 +141,17 @@ def test_a_module_that_wants_more_than_tokens_says_so():
         read(Hash())
 
 
+@pytest.mark.parametrize("score", ["softmax", "log_softmax", None])
+def test_it_is_seen_whether_the_height_of_the_logits_is_lost(score):
+    class Normalised(Gate):
+        def forward(self, hidden):
+            logits, weights, experts = super().forward(hidden)
+            return getattr(logits, score)(-1) if score else logits, weights, experts
+
+    found = read(Normalised())
+    assert found.normalised == (score is not None) and found.probabilities == (score == "softmax")
+
+
 def test_random_choices_are_of_no_rule():
     class Random(Gate):
         def forward(self, hidden):

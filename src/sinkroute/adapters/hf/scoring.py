@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sinkroute.adapters._fit import SCORING
 from sinkroute.adapters._patched import describe
 from sinkroute.adapters.hf.contracts import CONTRACTS, Contract, Decision, Site
+from sinkroute.routing.attached import ATTACHED
 from sinkroute.routing.scores import GroupScore, Score, limit_to_groups, scores, weigh
 
 __all__ = ["NotARouter", "Scoring", "Source", "Unknown", "read_scoring"]
@@ -28,6 +29,8 @@ __all__ = ["NotARouter", "Scoring", "Source", "Unknown", "read_scoring"]
 _TOKENS = 192
 # Sums in another order, and the tiny numbers that keep denominators from 0.
 _TOLERANCE = 1e-4
+# What wrappers and `patch` put into a router.
+_BESIDE = ("forward", "_hf_hook", "_old_forward", ATTACHED)
 
 
 class NotARouter(Exception):
@@ -70,6 +73,7 @@ class Scoring:
         correction_on: to what it is added.
         expert_scale: factors of the weights, one per expert, or None.
         probabilities: whether the router returns the softmax in the place of logits.
+        normalised: whether the height of the gate's logits is lost: the router returns their softmax or log-softmax.
         gate_weight: W (E, D), where the logits are W x or W x + b of the tokens that the router is given, or None.
         gate_bias: that b, or None.
     """
@@ -87,6 +91,7 @@ class Scoring:
     correction_on: Literal["scores", "logits"] = "scores"
     expert_scale: Source | None = None
     probabilities: bool = False
+    normalised: bool = False
     gate_weight: Source | None = None
     gate_bias: Source | None = None
 
@@ -134,10 +139,10 @@ def _random_copy(host: nn.Module) -> nn.Module:
     hooks = {name: value for name, value in vars(host).items() if name.endswith("_hooks") and isinstance(value, dict)}
     # What wrappers hang on a module (its forward, hooks) is not the rule, and may hold the whole model.
     skipped: dict[int, Any] = {id(value): type(value)() for value in hooks.values()}
-    skipped |= {id(vars(host)[name]): None for name in ("forward", "_hf_hook", "_old_forward") if name in vars(host)}
+    skipped |= {id(vars(host)[name]): None for name in _BESIDE if name in vars(host)}
     skipped |= {id(value): None for value in (*host.parameters(), *host.buffers())}
     twin = copy.deepcopy(host, skipped)
-    for name in ("forward", "_hf_hook", "_old_forward"):
+    for name in _BESIDE:
         vars(twin).pop(name, None)
     generator = torch.Generator().manual_seed(0)
     for part, source in zip(twin.modules(), host.modules(), strict=True):
@@ -208,6 +213,8 @@ def _recognise(
     if (returned_TE >= 0).all() and torch.allclose(returned_TE.sum(-1), torch.ones(len(returned_TE)), atol=1e-4):
         rule = replace(rule, probabilities=True)
     logits_TE = rule.logits(decision)
+    if torch.allclose(logits_TE.logsumexp(-1), torch.zeros(()), atol=1e-4):
+        rule = replace(rule, normalised=True)
     vectors = dict(handed_on.values()) | {
         Source("host", name): value.flatten()
         for name, value in (*trial.host.named_parameters(), *trial.host.named_buffers())

@@ -11,6 +11,7 @@ from sinkroute.adapters._fit import fit_router, has_gate, is_asked
 from sinkroute.adapters.hf.contracts import Site
 from sinkroute.adapters.hf.model_pass import ModelPass
 from sinkroute.adapters.hf.scoring import Scoring, Source
+from sinkroute.adapters.hf.settings import Settings
 from sinkroute.routing.ranks import distribute
 from sinkroute.routing.registry import ROUTERS, router_options
 from sinkroute.routing.router import Router
@@ -32,12 +33,14 @@ class Seat:
 
     def __init__(self, router: Router, site: Site, scoring: Scoring, model_pass: ModelPass) -> None:
         self.router, self.site, self.scoring, self.model_pass = router, site, scoring, model_pass
+        self._settings = Settings(site, scoring)
 
     def prepare(self) -> bool:
         """Before a pass of the model: whether the router is asked in it. It learns what the model's bias was set to."""
         self.router.training = self.site.host.training
         if not is_asked(self.router):
             return False
+        self._check_rule()
         for link in self.router.links:
             link.pull()
         return True
@@ -47,6 +50,8 @@ class Seat:
         router.training, self.model_pass.called = host.training, True
         if not is_asked(router):
             return None
+        if not torch.compiler.is_compiling():  # a graph that all layers share would be one a layer by their settings
+            self._check_rule()
         decision = scoring.contract.read(outputs, self.site)
         logits_TE = scoring.logits(decision)
         if router.state is not None and router.state.saved_steps.device != logits_TE.device:
@@ -67,6 +72,11 @@ class Seat:
             weights_TK = weights_TK * scoring.expert_scale.find(self.site)[routes.experts]
         return scoring.contract.write(outputs, weights_TK, routes.experts, self.site)
 
+    def _check_rule(self) -> None:
+        """Refuse a model's router that was changed since, unless its choice stays: then it is only counted."""
+        if self.router.training or not self.router.is_plain():
+            self._settings.check()
+
 
 def fit_to_site(name: str, site: Site, scoring: Scoring, options: dict[str, Any]) -> Router:
     """A router that chooses and weighs by the rule of the one at `site`, tied to what it moves there.
@@ -86,6 +96,11 @@ def fit_to_site(name: str, site: Site, scoring: Scoring, options: dict[str, Any]
         may_move_gate=True,
         **scoring.theirs(),
     )
+    if scoring.normalised and router.losses.get("z-loss"):
+        raise ValueError(
+            f"router {name!r} has a z-loss, and {type(site.host).__name__} returns probabilities in the place of "
+            "logits: what the loss bounds, the logarithm of their sum, is 0 whatever the gate does; leave z-loss out"
+        )
     router.correction_on = scoring.correction_on
     bias = router.eval().choice_bias()  # with which it serves
     if router.moves_gate:
