@@ -229,6 +229,7 @@ def test_an_interrupt_is_served_within_a_second():
 import signal, threading, time, torch
 from sinkroute.transport import balanced_topk
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background inherits none
 logits_TE = 6 * torch.randn(4096, 2048, generator=torch.Generator().manual_seed(0))
 balanced_topk(logits_TE[:64, :64], 8)
 sent = []
