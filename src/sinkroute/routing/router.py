@@ -130,7 +130,7 @@ class Router(nn.Module):
         if experts % groups:
             raise ValueError(f"groups must divide num_experts={experts}, got {groups}; 1 means no groups")
         self.top_groups = groups if self.options.top_groups is None else self.options.top_groups
-        if not 1 <= self.top_groups <= groups or self.top_groups * (experts // groups) < self.top_k:
+        if self.top_groups > groups or self.top_groups * (experts // groups) < self.top_k:
             raise ValueError(
                 f"top_groups must be between 1 and groups={groups} and hold top_k={self.top_k} experts "
                 f"({experts // groups} in a group), got {self.top_groups}"

@@ -31,6 +31,8 @@ from sinkroute.routing.state import RouterState
 
 __all__ = ["SMEBURouter"]
 
+_TOLD = "the default is what accounts of the report tell"
+
 
 class SMEBURouter(Router):
     """Top-k of score + bias, the bias moved by a momentum of clamped violations once per step.
@@ -55,11 +57,9 @@ class SMEBURouter(Router):
 
     @dataclass(frozen=True, kw_only=True)
     class Options(CommonOptions):
-        update_rate: float = option(5e-4, "λ, by which a bias moves in a step at most", least=0, published=True)
-        momentum: float = option(
-            0.5, "β, how much of the move of the step before stays", least=0, below=1, published=True
-        )
-        slope: float = option(2.0, "κ, of the clamp at balance: tanh(κ · violation)", above=0, published=True)
+        update_rate: float = option(5e-4, "λ, by which a bias moves in a step at most", least=0, hint=_TOLD)
+        momentum: float = option(0.5, "β, how much of the move of the step before stays", least=0, below=1, hint=_TOLD)
+        slope: float = option(2.0, "κ, of the clamp at balance: tanh(κ · violation)", above=0, hint=_TOLD)
 
     def __init__(self, num_experts: int, top_k: int, **options: Any) -> None:
         super().__init__(num_experts, top_k, **options)

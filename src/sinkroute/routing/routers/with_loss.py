@@ -41,7 +41,10 @@ class GShardRouter(Router):
     @dataclass(frozen=True, kw_only=True)
     class Options(CommonOptions):
         coefficient: float = option(
-            0.01, "of the loss, whose scale makes perfect balance cost 1 · coefficient", least=0, published=True
+            0.01,
+            "of the loss, whose scale makes perfect balance cost 1 · coefficient",
+            least=0,
+            hint="0.01 is the usual value",
         )
 
 
