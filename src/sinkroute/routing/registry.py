@@ -29,7 +29,10 @@ from sinkroute.routing.routers.v_moe_noise import VMoENoiseRouter
 from sinkroute.routing.routers.with_loss import GlobalLoadBalanceRouter, GShardRouter, LoadBalanceRouter, ZLossRouter
 from sinkroute.routing.routers.xmoe import XMoERouter
 
-__all__ = ["create_router", "list_routers"]
+__all__ = ["RECOMMENDED", "create_router", "list_routers"]
+
+# What is taken where no router is named: it balances in training and in serving, from the first steps on.
+RECOMMENDED = "ssr-dual"
 
 ROUTERS: dict[str, type[Router]] = {
     "softmax": SoftmaxRouter,
