@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sinkroute.adapters._fit import fit_router, has_gate, is_asked
+from sinkroute.adapters._links import BiasLink
 from sinkroute.adapters.hf.contracts import Site
 from sinkroute.adapters.hf.model_pass import ModelPass
-from sinkroute.adapters.hf.scoring import Scoring, Source
+from sinkroute.adapters.hf.scoring import Scoring
 from sinkroute.adapters.hf.settings import Settings
-from sinkroute.routing.ranks import distribute
 from sinkroute.routing.registry import ROUTERS, router_options
 from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
@@ -113,7 +114,7 @@ def fit_to_site(name: str, site: Site, scoring: Scoring, options: dict[str, Any]
                 f"router {name!r} serves with a bias on {bias.on}, which {type(site.host).__name__} has no place for, "
                 f"so that eval() and saved checkpoints would be another model's; take one of {', '.join(able)}"
             )
-        link = _BiasLink(router, site, scoring.correction)
+        link = BiasLink(router, partial(scoring.correction.find, site))
         link.pull()
         router.links.append(link)
     return router.train(site.host.training)
@@ -138,31 +139,3 @@ def _bind_gate(name: str, router: Router, site: Site, scoring: Scoring) -> None:
             "(PEFT: modules_to_save), or take ssr-l"
         )
     router.bind_part(site.host, moved.name)
-
-
-class _BiasLink:
-    """The router's bias is the model's own: that is the one which serves, is saved and is loaded."""
-
-    def __init__(self, router: Router, site: Site, source: Source) -> None:
-        self.router, self.site, self.source = router, site, source
-
-    def _ours(self) -> Tensor:
-        added = self.router.serving() or self.router.choice_bias()  # with which it serves, if it serves by a top-k
-        assert added is not None and added.bias_E is not None  # or there would be no link
-        return added.bias_E
-
-    @torch.no_grad()
-    def pull(self) -> None:
-        theirs, ours_E = self.source.find(self.site).detach(), self._ours()
-        if theirs.is_meta:
-            return
-        theirs_E: Tensor = (theirs.full_tensor() if hasattr(theirs, "full_tensor") else theirs).flatten()
-        # A model in bf16 holds ours rounded; that is no other value, and the finer one stays.
-        same_E = theirs_E == ours_E.to(theirs_E.device, theirs_E.dtype)
-        ours_E.copy_(torch.where(same_E.to(ours_E.device), ours_E, theirs_E.to(ours_E.device, ours_E.dtype)))
-
-    @torch.no_grad()
-    def push(self) -> None:
-        theirs = self.source.find(self.site)
-        ours = self._ours().to(theirs.device, theirs.dtype).view(theirs.shape)
-        theirs.copy_(distribute(ours, theirs) if hasattr(theirs, "device_mesh") else ours)

@@ -1,0 +1,47 @@
+"""What ties a router's state to a tensor of the model that it is plugged into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sinkroute.routing.ranks import distribute
+from sinkroute.routing.router import Router
+
+__all__ = ["BiasLink"]
+
+
+class BiasLink:
+    """The router's bias is the model's own: that is the one which serves, is saved and is loaded.
+
+    Args:
+        router: one that serves with a bias.
+        find: gives the model's tensor, of E numbers, of any float dtype and shape, a `DTensor` too. Asked each time:
+            wrappers and `to_empty` put others in its place.
+    """
+
+    def __init__(self, router: Router, find: Callable[[], Tensor]) -> None:
+        self.router, self.find = router, find
+
+    def _ours(self) -> Tensor:
+        added = self.router.serving() or self.router.choice_bias()  # with which it serves, if it serves by a top-k
+        assert added is not None and added.bias_E is not None  # or there would be no link
+        return added.bias_E
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        theirs, ours_E = self.find().detach(), self._ours()
+        if theirs.is_meta:
+            return
+        theirs_E: Tensor = (theirs.full_tensor() if hasattr(theirs, "full_tensor") else theirs).flatten()
+        # A model in bf16 holds ours rounded; that is no other value, and the finer one stays.
+        same_E = theirs_E == ours_E.to(theirs_E.device, theirs_E.dtype)
+        ours_E.copy_(torch.where(same_E.to(ours_E.device), ours_E, theirs_E.to(ours_E.device, ours_E.dtype)))
+
+    @torch.no_grad()
+    def push(self) -> None:
+        theirs = self.find()
+        ours = self._ours().to(theirs.device, theirs.dtype).view(theirs.shape)
+        theirs.copy_(distribute(ours, theirs) if hasattr(theirs, "device_mesh") else ours)
