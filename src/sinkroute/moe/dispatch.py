@@ -1,8 +1,8 @@
-"""Tokens to experts and back, dropping none: sort by expert, compute, undo the sort, add up.
+"""Tokens to experts and back: sort by expert, compute, undo the sort, add up.
 
 Both directions gather, in the backward pass too: each copy of a token has its own row, so nothing is added atomically
 and the result is the same to the last bit every time. Copies that are no choice (padding, places that a router filled
-up) can be left out; their results are 0.
+up, what is beyond a capacity) can be left out; their results are 0.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Never
 
 from sinkroute.kernels.storage import holds_values, plain
+from sinkroute.moe.capacity import check_capacity, places, within_capacity
 from sinkroute.moe.dispatch import combine, dispatch, plan_dispatch
 from sinkroute.moe.experts import Experts, refuse_tangents, require_values
 from sinkroute.routing import Router, Routes, create_router
@@ -23,7 +24,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class MoE(nn.Module):
-    """A sparse feed-forward layer: each token visits K of E experts. No capacity, nothing is dropped.
+    """A sparse feed-forward layer: each token visits K of E experts. Nothing is dropped unless it has a `capacity`.
 
     Args:
         d_model: D, width of the tokens.
@@ -36,15 +37,22 @@ class MoE(nn.Module):
         bias: whether the experts' matrices have biases.
         gate_bias: whether the gate has a bias, 0 at first; for gates that are a linear map.
         dropout: share of the experts' hidden numbers that is zeroed while training.
+        capacity: c; in a training pass with T real tokens each expert takes at most ⌈c · K · T / E⌉ of them, those
+            that give it the largest weights, of equal ones those that come first. The other places get no output of
+            their expert, and the weights of a token's other experts stay as they are. A pass is a micro-batch on one
+            rank. In `eval()` nothing is dropped: what is served must not depend on what else is in the batch. None: no
+            limit in training either.
         router_options: options of a router given by name.
 
     Attributes:
         routes: the `Routes` of the last forward pass (None before it): loads, the auxiliary loss to add, the branch
-            taken.
+            taken. They are what the router chose; a capacity changes nothing in them.
+        dropped: 0-d int64, how many choices of real tokens the last forward pass dropped; None where nothing is
+            limited.
 
     Raises:
-        TypeError: `router` is neither a name nor a router.
-        ValueError: sizes that do not fit each other or the router; an unknown name.
+        TypeError: `router` is neither a name nor a router; `capacity` is no number.
+        ValueError: sizes that do not fit each other or the router; an unknown name; a capacity that is not above 0.
 
     >>> import sinkroute
     >>> layer = sinkroute.MoE(d_model=64, d_hidden=128, num_experts=8, top_k=2, router="load-balance")
@@ -66,6 +74,7 @@ class MoE(nn.Module):
         bias: bool = False,
         gate_bias: bool = False,
         dropout: float = 0.0,
+        capacity: float | None = None,
         router_options: dict[str, Any] | None = None,
         **unknown: Never,
     ) -> None:
@@ -84,7 +93,16 @@ class MoE(nn.Module):
         self.shared: Experts | None = None
         if shared_hidden is not None:
             self.shared = Experts(d_model, shared_hidden, 1, activation, bias=bias, dropout=dropout)
+        self._capacity = check_capacity(capacity)
         self.routes: Routes | None = None
+        self.dropped: Tensor | None = None
+
+    @property
+    def capacity(self) -> float | None:
+        return None if self._capacity is None else float(self._capacity)
+
+    def extra_repr(self) -> str:
+        return "" if self.capacity is None else f"capacity={self.capacity}"
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, *, token_ids: Tensor | None = None) -> Tensor:
         """(..., D) → (..., D).
@@ -110,12 +128,13 @@ class MoE(nn.Module):
         logits_TE = self._logits(x_TD, token_ids)
         # experts and weights (T, K)
         self.routes = routes = self.router(logits_TE, mask_T)
+        weights_TK, chosen_TK = self._limited(routes, mask_T)
         # (T, D) → (R, D), sorted by expert
-        plan = plan_dispatch(routes.experts, self.router.num_experts, self._computed(routes))
+        plan = plan_dispatch(routes.experts, self.router.num_experts, self._computed(routes, chosen_TK))
         x_RD = dispatch(x_TD, plan)
         y_RD = self.experts(x_RD, plan.ends_E)
         # (R, D) → (T, D)
-        y_TD = combine(y_RD, routes.weights, plan)
+        y_TD = combine(y_RD, weights_TK, plan)
         if self.shared is not None:
             all_rows = torch.full((1,), x_TD.shape[0], dtype=torch.int32, device=x.device)
             # Padding is 0, but a bias makes something of that.
@@ -123,7 +142,19 @@ class MoE(nn.Module):
         # (T, D) → (..., D)
         return y_TD.view(*x.shape[:-1], self.d_model)
 
-    def _computed(self, routes: Routes) -> Tensor | None:
+    def _limited(self, routes: Routes, mask_T: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weights (T, K) and places (T, K) bool, None: all, of what the experts take of the router's choices."""
+        self.dropped = None
+        if self._capacity is None or not self.training:
+            return routes.weights, routes.chosen
+        experts_TK, chosen_TK, num_experts = routes.experts, routes.chosen, self.router.num_experts
+        tokens = len(experts_TK) if mask_T is None else mask_T.sum()
+        most = places(self._capacity, tokens, num_experts, self.router.top_k)
+        kept_TK = within_capacity(experts_TK, routes.weights, most, num_experts, chosen_TK)
+        self.dropped = routes.load.sum() - kept_TK.sum()
+        return routes.weights.masked_fill(~kept_TK, 0.0), kept_TK
+
+    def _computed(self, routes: Routes, chosen_TK: Tensor | None) -> Tensor | None:
         """(T, K) bool, the places whose experts are computed; None: all, whether or not they are a choice."""
         # Shapes that depend on the data would be compiled anew, or not at all; fake tensors have none.
         if torch.compiler.is_compiling() or not holds_values(routes.experts):
@@ -131,7 +162,7 @@ class MoE(nn.Module):
         # A device would have to be waited for. Where the router has more columns than K it has been waited for already,
         # and most places may be empty.
         known = routes.experts.device.type == "cpu" or routes.experts.shape[1] > self.router.top_k
-        return routes.chosen if known else None
+        return chosen_TK if known else None
 
     def _logits(self, x_TD: Tensor, token_ids: Tensor | None) -> Tensor:
         """The gate's logits in float32 or better, whatever the model's dtype or autocast: near-ties decide routes."""

@@ -33,11 +33,13 @@ class MultiHeadMoE(nn.Module):
         num_experts: E.
         top_k: K, experts per sub-token.
         router, activation: see `MoE`. A router counts and balances sub-tokens.
-        options: the other options of `MoE`: `shared_hidden`, `bias`, `gate_bias`, `dropout`, `router_options`.
+        options: the other options of `MoE`: `shared_hidden`, `bias`, `gate_bias`, `dropout`, `capacity`,
+            `router_options`. A capacity is of sub-tokens.
 
     Attributes:
         moe: the `MoE` of width D/h in the middle.
         routes: its `Routes` of the last forward pass, (T·h, K) (None before it); a token's sub-tokens are neighbours.
+        dropped: its count of choices that the last forward pass dropped, see `MoE`.
 
     Raises:
         ValueError: heads that do not divide D, and whatever `MoE` refuses.
@@ -77,6 +79,10 @@ class MultiHeadMoE(nn.Module):
     @property
     def routes(self) -> Routes | None:
         return self.moe.routes
+
+    @property
+    def dropped(self) -> Tensor | None:
+        return self.moe.dropped
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, *, token_ids: Tensor | None = None) -> Tensor:
         """(..., D) → (..., D); arguments and errors are those of `MoE.forward`. Sub-tokens are what their token is."""
