@@ -2,6 +2,8 @@
 
     python scripts/study.py collect runs/study/paper-lm ...   # results.json of comparisons -> benchmarks/results/study/
     python scripts/study.py pages                             # the tables in docs/study.md and docs/leaderboard.md
+    python scripts/study.py power                             # the differences that each comparison could tell
+    python scripts/study.py floor                             # the MaxVio of balanced routing, by chance, at each size
 
 A table stands in a page between `<!-- study: NAME -->` and `<!-- end -->`; `pages` writes it anew from the collected
 results, and a test holds pages and results together. What is collected is the comparison's `results.json` without the
@@ -11,6 +13,7 @@ configurations of single runs, which the comparison's own file and the hashes st
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -19,7 +22,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sinkroute.lab.compare.statistics import paired
+import numpy as np
+from scipy import stats
+
+from sinkroute.lab.compare.statistics import LEVEL, holm, paired
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "study"
@@ -29,6 +35,20 @@ PAGES = (ROOT / "docs" / "study.md", ROOT / "docs" / "leaderboard.md")
 UNTIMED = "train.ms_per_step"
 MARK = re.compile(r"(<!-- study: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
+# What a test finds in four of five comparisons if it is there: the usual power.
+POWER = 0.8
+# Where loads are counted: tokens (of two heads, twice as many), experts, top-k. Serving adds up all that is evaluated.
+COUNTED = {
+    "a step on bytes or words": (512, 16, 2),
+    "the same with two heads": (1024, 16, 2),
+    "a step on images": (128 * 17, 8, 2),
+    "a step of `study/dual-sizes`: 64 top-8": (512, 64, 8),
+    "16 top-1": (512, 16, 1),
+    "128 tokens": (128, 16, 2),
+    "a step of the demo": (1024, 8, 2),
+    "serving, 131,072 bytes": (131072, 16, 2),
+    "serving, 24,476 words": (24476, 16, 2),
+}
 
 # Name of a table -> comparison, its rows, and against whom each is held.
 PAIRS = {
@@ -76,11 +96,9 @@ def _short(value: Any) -> Any:
 
 
 def table(name: str) -> str:
-    """The rows of a comparison as Markdown; `leaderboard` and `compute` are tables over several."""
-    if name == "leaderboard":
-        return _leaderboard()
-    if name == "compute":
-        return _compute()
+    """The rows of a comparison as Markdown; those of `ACROSS` are tables over several, or over none."""
+    if name in ACROSS:
+        return ACROSS[name]()
     if name in PAIRS:
         return _pairs(*PAIRS[name])
     if name.startswith("trend-"):
@@ -125,12 +143,18 @@ def _pairs(name: str, rows: tuple[str, ...], columns: tuple[str, ...]) -> str:
     metric = found["metrics"][0]
     values = {row["method"]: row["seeds"] for row in found["statistics"] if row["metric"] == metric["key"]}
     lines = ["| | " + " | ".join(f"against `{other}`" for other in columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    pairs = {}
+    for method in rows:
+        for other in columns:
+            common = [seed for seed in values[method] if seed in values[other]]
+            pairs[method, other] = paired([values[method][seed] - values[other][seed] for seed in common])
+    corrected = dict(zip(pairs, holm([pair.p for pair in pairs.values()]), strict=True))
     for method in rows:
         cells = [f"`{method}`"]
         for other in columns:
-            common = [seed for seed in values[method] if seed in values[other]]
-            pair = paired([values[method][seed] - values[other][seed] for seed in common])
-            cells.append(_spread(asdict(pair.difference), metric["digits"], sign=True))
+            shown = _spread(asdict(pairs[method, other].difference), metric["digits"], sign=True)
+            p = corrected[method, other]
+            cells.append(f"**{shown}**, {_chance(p)}" if p < LEVEL else f"{shown}, {_chance(p)}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -211,6 +235,82 @@ def _compute() -> str:
     return "\n".join(lines) + "\n"
 
 
+def power(effect: float, n: int, level: float = LEVEL) -> float:
+    """How often a two-sided paired t-test at `level` tells a true difference of `effect` standard deviations.
+
+    >>> round(power(1.0, 10), 2)
+    0.8
+    """
+    edge, shift = stats.t.ppf(1 - level / 2, n - 1), effect * math.sqrt(n)
+    return float(stats.nct.sf(edge, n - 1, shift) + stats.nct.cdf(-edge, n - 1, shift))
+
+
+def tellable(n: int, level: float = LEVEL) -> float:
+    """The difference, in standard deviations of the pairs, that n seeds tell with a power of 80 %, by bisection."""
+    low, high = 0.0, 1.0
+    while power(high, n, level) < POWER:
+        high *= 2
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if power(middle, n, level) < POWER else (low, middle)
+    return high
+
+
+def _power() -> str:
+    lines = [
+        "| comparison | unit | seeds | scatter of a pair: median (from – to) | told by one test | told first of all |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("*.json")):
+        found = read(path.stem)
+        metric = found["metrics"][0]
+        if metric["key"] == UNTIMED:
+            continue
+        rows = [row["against"]["paired"]["difference"] for row in _against(found, metric["key"])]
+        n = min(row["n"] for row in rows)
+        scatter = [row["half"] * math.sqrt(row["n"]) / stats.t.ppf(0.975, row["n"] - 1) for row in rows]
+        digits = metric["digits"]
+        middle = median(scatter)
+        alone, first = middle * tellable(n), middle * tellable(n, LEVEL / len(rows))
+        cells = [found["title"], metric["title"].removeprefix("valid "), str(n)]
+        cells += [f"{middle:.{digits}f} ({min(scatter):.{digits}f} – {max(scatter):.{digits}f})"]
+        cells += [f"{alone:.{digits}f}", f"{first:.{digits}f} of {len(rows)}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _against(found: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    return [row for row in found["statistics"] if row["metric"] == key and row["against"] is not None]
+
+
+def floor(tokens: int, experts: int, top_k: int, draws: int = 1000) -> tuple[float, float]:
+    """MaxVio of tokens that each choose `top_k` experts at random, all alike: its mean, and that mean's standard error.
+
+    Each expert's expected load is the same, so all that is left is chance. Tokens of real text are not independent:
+    for them the floor is somewhat higher.
+    """
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(draws):
+        values = generator.random((tokens, experts), dtype=np.float32)
+        chosen = np.argpartition(values, top_k - 1, axis=1)[:, :top_k]
+        load = np.bincount(chosen.ravel(), minlength=experts)
+        found.append(load.max() * experts / (tokens * top_k) - 1)
+    return float(np.mean(found)), float(np.std(found, ddof=1) / math.sqrt(draws))
+
+
+def _floor() -> str:
+    lines = ["| where loads are counted | tokens | experts, top-k | MaxVio by chance |", "|---|---|---|---|"]
+    for where, (tokens, experts, top_k) in COUNTED.items():
+        draws = 1000 if tokens < 10000 else 40
+        mean, error = floor(tokens, experts, top_k, draws)
+        lines.append(f"| {where} | {tokens:,} | {experts}, {top_k} | {mean:.3f} ± {2 * error:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+ACROSS = {"leaderboard": _leaderboard, "compute": _compute, "power": _power, "floor": _floor}
+
+
 def page(text: str) -> str:
     """A page with its tables written anew."""
     return MARK.sub(lambda mark: f"{mark[1]}{table(mark['name'])}{mark[3]}", text)
@@ -224,6 +324,8 @@ def main(words: list[str]) -> int:
         for path in PAGES:
             path.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")
             print(path.relative_to(ROOT))
+    elif words in (["power"], ["floor"]):
+        print(table(words[0]), end="")
     else:
         print(__doc__)
         return 2

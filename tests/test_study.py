@@ -2,12 +2,17 @@
 
 import importlib.util
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
+from sinkroute.lab.compare.cells import expand
 from sinkroute.lab.compare.config import read_comparison
+from sinkroute.lab.config import VisionConfig
 
 ROOT = Path(__file__).parents[1]
 REGISTERED = sorted((ROOT / "experiments" / "study").glob("*.yaml"))
@@ -68,3 +73,47 @@ def test_a_difference_in_a_table_is_the_mean_over_the_seeds_of_both(study):
     ours, theirs = rows["ssr-bias"]["seeds"], rows["vanilla"]["seeds"]
     mean = sum(ours[seed] - theirs[seed] for seed in ours) / len(ours)
     assert rows["ssr-bias"]["against"]["paired"]["difference"]["mean"] == pytest.approx(mean, abs=1e-5)
+
+
+def test_a_cell_of_a_pair_table_has_its_p_corrected_for_all_of_the_table(study):
+    rows, columns = study.PAIRS["rivals"][1:]
+    values = {
+        row["method"]: np.array([row["seeds"][str(seed)] for seed in range(10)])
+        for row in study.read("paper-lm")["statistics"]
+        if row["metric"] == "valid.bits_per_byte"
+    }
+    chances = {(row, other): stats.ttest_rel(values[row], values[other]).pvalue for row in rows for other in columns}
+    lower = [p for p in chances.values() if p < chances["ssr-s", "load-balance"]]
+    # Holm: 7 of the 16 are lower, and (16 - 7) times this p is more than any of those becomes.
+    assert len(lower) == 7
+    ours = 9 * chances["ssr-s", "load-balance"]
+    assert f"| `ssr-s` | +0.022 ± 0.017, {ours:.3f} |" in study.table("rivals")
+    assert ours == pytest.approx(0.126, abs=0.001)
+
+
+def test_the_power_of_a_paired_test_is_how_often_it_tells_a_difference_that_is_there(study):
+    assert study.power(0.0, 3) == pytest.approx(0.05)  # nothing is there: the level
+    draws = np.random.default_rng(0).standard_normal((20000, 3)) + study.tellable(3)
+    told = stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05
+    assert told.mean() == pytest.approx(0.8, abs=4 * math.sqrt(0.8 * 0.2 / 20000))
+
+
+def test_the_floor_of_max_vio_is_that_of_tokens_that_choose_by_chance(study):
+    # Two tokens, two experts: 2 and 0 in half of the cases (MaxVio 1), else 1 and 1 (MaxVio 0).
+    mean, error = study.floor(2, 2, 1)
+    assert mean == pytest.approx(0.5, abs=4 * error)
+    assert error == pytest.approx(0.5 / math.sqrt(1000), rel=0.01)
+    assert study.floor(5, 3, 3, draws=2) == (0.0, 0.0)  # every token takes every expert
+
+
+@pytest.mark.parametrize("preset", REGISTERED, ids=lambda path: path.stem)
+def test_each_size_of_a_step_has_its_floor(study, preset):
+    for config in {
+        cell.size + cell.family: cell.config for cell in expand(preset, read_comparison(preset)).cells
+    }.values():
+        model = config.model
+        if isinstance(model, VisionConfig):  # patches and the class token
+            tokens = config.train.batch * ((model.image_size // model.patch) ** 2 + 1)
+        else:
+            tokens = config.train.batch * config.data.length * model.sub_tokens
+        assert (tokens, model.experts, model.top_k) in study.COUNTED.values()
