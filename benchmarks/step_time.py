@@ -14,23 +14,20 @@ from __future__ import annotations
 import json
 import random
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sinkroute.lab.config import Config, ModelConfig, RouterConfig
+from sinkroute.lab.bench import stepper
+from sinkroute.lab.bench.timing import seconds_of
+from sinkroute.lab.config import Config, DataConfig, RouterConfig, TrainConfig
 from sinkroute.lab.files import write_json
 from sinkroute.lab.machine import machine
-from sinkroute.lab.models import make_model
-from sinkroute.routing import set_step
 
 VARIANTS: dict[str, RouterConfig] = {
     "softmax": RouterConfig("softmax"),
@@ -42,6 +39,10 @@ VARIANTS: dict[str, RouterConfig] = {
     "ssr-l, Sinkhorn step": RouterConfig("ssr-l", {"probability": 1.0}),
     "ssr-s, softmax step": RouterConfig("ssr-s", {"probability": 0.0}),
     "ssr-s, Sinkhorn step": RouterConfig("ssr-s", {"probability": 1.0}),
+    "loss-free": RouterConfig("loss-free"),
+    "quantile": RouterConfig("quantile", {"ema": 0.9}),
+    "ssr-dual": RouterConfig("ssr-dual"),
+    "ssr-dual exact": RouterConfig("ssr-dual", {"exact": True}),
 }
 PROBABILITIES = (0.001, 0.01, 0.1)
 
@@ -64,33 +65,11 @@ class Benchmark:
     """Also write the figures here, as JSON."""
 
 
-def stepper(router: RouterConfig, batch: int, length: int, device: torch.device) -> Callable[[], None]:
-    """A function that makes one training step of the demo's model."""
-    model = make_model(Config(model=ModelConfig(), router=router)).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    symbols = torch.randint(0, 256, (batch, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
-    count = 0
-
-    def step() -> None:
-        nonlocal count
-        set_step(model, count)
-        count += 1
-        loss = F.cross_entropy(model(symbols[:, :-1]).flatten(0, 1), symbols[:, 1:].flatten())
-        auxiliary = model.auxiliary_loss()
-        (loss if auxiliary is None else loss + auxiliary).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return step
-
-
 def measure(benchmark: Benchmark) -> tuple[dict[str, list[float]], float]:
     """Ratios to vanilla by variant, one a repeat, and vanilla's median milliseconds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steppers = {name: stepper(router, benchmark.batch, benchmark.length, device) for name, router in VARIANTS.items()}
+    base = Config(data=DataConfig(length=benchmark.length), train=TrainConfig(batch=benchmark.batch))
+    steppers = {name: stepper(replace(base, router=router), device) for name, router in VARIANTS.items()}
     for step in steppers.values():
         for _ in range(3):
             step()
@@ -102,9 +81,7 @@ def measure(benchmark: Benchmark) -> tuple[dict[str, list[float]], float]:
         for _ in range(benchmark.pairs):
             seconds = {}
             for name in order.sample(list(VARIANTS), len(VARIANTS)):
-                begin = time.perf_counter()
-                steppers[name]()
-                seconds[name] = time.perf_counter() - begin
+                seconds[name] = seconds_of(steppers[name], device)
             vanilla.append(seconds["softmax"])
             for name, value in seconds.items():
                 paired[name].append(value / seconds["softmax"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -39,6 +41,8 @@ class Display:
         self.label, self.steps = "", 0
         self.task: TaskID | None = None
         self.tenths = 0
+        self.waiting: dict[str, float] = {}
+        self.done, self.started = 0.0, 0.0
 
     def __enter__(self) -> Display:
         self.bars.start()
@@ -48,6 +52,18 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bars.stop()
+
+    def expect(self, work: Mapping[str, float]) -> None:
+        """What is still to come: label of a run → how long it takes beside the others, in any unit."""
+        self.waiting, self.done, self.started = dict(work), 0.0, time.monotonic()
+
+    def _left(self) -> str:
+        """The time that all runs together still take, once one of them shows how long that is."""
+        if not self.done or not self.waiting:
+            return ""
+        seconds = (time.monotonic() - self.started) / self.done * sum(self.waiting.values())
+        words = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+        return f"  (all: {words} left, {len(self.waiting)} runs)"
 
     def begin(self, label: str, steps: int) -> None:
         """A new run."""
@@ -73,6 +89,9 @@ class Display:
 
     def note(self, text: str, done: bool = False) -> None:
         """Words beside the bar of the current run; `done` fills the bar."""
+        if done:
+            self.done += self.waiting.pop(self.label, 0.0)
+            text += self._left()
         if self.task is not None:
             self.bars.update(self.task, note=text, completed=self.steps if done else None)
         if not self.console.is_terminal:

@@ -9,6 +9,7 @@ mean ± half the range; with one there is no interval, and the notes say that sm
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -204,7 +205,7 @@ def result_table(runs: Sequence[Run], baselines: Mapping[str, Any] | None = None
     metric = common_metric(runs)
     groups = group_runs(runs)
     known = read_baselines(baselines, runs)
-    columns, makers = _columns(groups, metric)
+    columns, makers = _columns(groups, metric, known)
     rows = [
         Row(
             label=group.label,
@@ -251,12 +252,12 @@ def run_tag(run: Run) -> str:
 _Maker = Callable[[Group], Cell]
 
 
-def _columns(groups: Sequence[Group], metric: Metric) -> tuple[list[Column], list[_Maker]]:
+def _columns(
+    groups: Sequence[Group], metric: Metric, baselines: Mapping[str, Any]
+) -> tuple[list[Column], list[_Maker]]:
     attacks = _attacks(groups)
     if not attacks and metric.key == "bits_per_byte":
         attacks = {"word-swap": {}}
-    vanilla = [value for group in groups if group.method in _VANILLA for value in group.values("train", "ms_per_step")]
-    pace = sum(vanilla) / len(vanilla) if vanilla else None
 
     def number(*keys: str, digits: int) -> _Maker:
         def make(group: Group) -> Cell:
@@ -283,12 +284,17 @@ def _columns(groups: Sequence[Group], metric: Metric) -> tuple[list[Column], lis
         mean = sum(values) / len(values)
         return Cell(f"{mean:.0f}" + (f" (p={chances[0]:g})" if chances else ""), mean)
 
+    times = baselines.get("step_times")
+    times = times if isinstance(times, Mapping) else {}
+
     def ratio(group: Group) -> Cell:
-        values = group.values("train", "ms_per_step")
-        if not values or not pace:
+        values = times["ratios"].get(group.label)
+        if not values:
             return Cell(_NOTHING)
-        value = sum(values) / len(values) / pace
-        return Cell(f"{value:.2f}×" if math.isfinite(value) else "nan", value)
+        value = statistics.median(values)
+        if group.label == times["baseline"]:
+            return Cell(f"{times['milliseconds']:.0f} ms", value)
+        return Cell(f"{value:.2f}×", value)
 
     plan: list[tuple[Column, _Maker]] = [
         (
@@ -328,11 +334,14 @@ def _columns(groups: Sequence[Group], metric: Metric) -> tuple[list[Column], lis
             Column("sinkhorn_steps", "Sinkhorn\nsteps", "Training steps that ran Sinkhorn; p is the chance per step."),
             sinkhorn,
         ),
-        (
-            Column("ms_per_step", "ms/step", "Training time per optimizer step.", True),
-            number("train", "ms_per_step", digits=1),
-        ),
-        (Column("ratio", "time vs\nvanilla", "ms/step divided by that of vanilla softmax."), ratio),
+    ]
+    if times:  # only what was measured in turn can be compared
+        what = f"A training step, timed in turn with the other methods', relative to {times['baseline']}; median."
+        plan.append((Column("ratio", "time of\na step", what, True), ratio))
+    else:
+        what = "Wall time of a training step. Runs were made one after another: differences may be the machine's."
+        plan.append((Column("ms_per_step", "ms/step\n(wall)", what), number("train", "ms_per_step", digits=1)))
+    plan += [
         (
             Column("peak_memory", "peak\nMB", "Peak memory while training.", True),
             number("train", "peak_memory_mb", digits=0),
