@@ -1,6 +1,7 @@
 """Loads and loss of Hugging Face models whose gates start skewed, by how they are routed in training.
 
     python benchmarks/hf_balance.py [--seeds 0 1 2] [--steps 300] [--out FILE.json] [--figure FILE.png]
+    python benchmarks/hf_balance.py --steps 60 --probe 1 --methods none "load-balance, 0.01" ssr-dual --out FILE.json
 
 A Mixtral and an OLMoE of 4 layers × 16 experts, top-2, with random weights, learn bytes of Wikipedia. To each gate's
 weight a matrix of rank 1 is added that gives the experts of its layer an advantage, from 0 to `skew` in even steps and
@@ -10,6 +11,9 @@ in an order that is drawn:
 
 so that a typical token's logits are higher by a: MaxVio starts at 4, where E / K - 1 = 7 is the largest there is. All
 methods of a seed have the same weights and read the same batches; the seed also keys the routers' draws.
+
+With `probe`, the model is also served, plainly, after every so many steps, on the same 2048 validation bytes. "Steps
+until balanced" is the first step at which MaxVio is below 0.5 and stays there for 3 probes or steps.
 
 "own loss" is the model's own balancing loss at its own coefficient. SSR's p is large beside the paper's 0.1 to 1 %: a
 run is short, and is to have twenty or thirty Sinkhorn steps; with p = 0.01 it has a few.
@@ -49,7 +53,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ssr-b, p = 0.1": ("ssr-b", {"probability": 0.1}),
     "ssr-l, p = 0.01": ("ssr-l", {"probability": 0.01}),
     "ssr-l, p = 0.5": ("ssr-l", {"probability": 0.5}),
-    "ssr-fold, p = 0.1": ("ssr-fold", {"probability": 0.1, "balance": "load", "weights": "scores"}),
+    "ssr-fold, p = 0.1": ("ssr-fold", {"probability": 0.1, "balance": "load", "weights": "scores", "noise": 0.3}),
+    "ssr-dual": ("ssr-dual", {}),
+    "ssr-dual, exact": ("ssr-dual", {"exact": True}),
 }
 EXPERTS, TOP_K, LAYERS = 16, 2, 4
 SHAPE: dict[str, Any] = {
@@ -66,7 +72,8 @@ SHAPE: dict[str, Any] = {
 }
 
 
-SETTINGS = ("steps", "batch", "length", "lr", "skew", "window")
+SETTINGS = ("steps", "batch", "length", "lr", "skew", "window", "probe")
+BALANCED, STAYS = 0.5, 3
 
 
 @dataclass
@@ -91,6 +98,8 @@ class Benchmark:
     """Largest advantage of an expert, in logits."""
     window: int = 10
     """Steps that a point of the curve is the mean of."""
+    probe: int = 0
+    """After how many steps the loads of serving are looked at; 0: at the end only."""
     out: str = "benchmarks/results/hf_balance.json"
     """The figures, as JSON; written after every run. Runs that are there, with the same settings, are not repeated."""
     figure: str | None = None
@@ -136,7 +145,8 @@ def run(benchmark: Benchmark, name: str, method: str, seed: int) -> dict[str, An
         model.eval()(input_ids=first[: benchmark.batch])
     start = statistics.fmean(layer["max_vio"] for layer in monitor.metrics("eval", reset=True).values())
     model.train()
-    curve, sinkhorn = [], 0
+    curve, served_curve, sinkhorn = [], [], 0
+    probed = torch.from_numpy(corpus.valid[: 32 * benchmark.length].copy()).long().view(32, -1)
     for step in range(benchmark.steps):
         sinkroute.set_step(model, step, total_steps=benchmark.steps)
         items = data.__getitems__(range(step * benchmark.batch, (step + 1) * benchmark.batch))
@@ -150,6 +160,12 @@ def run(benchmark: Benchmark, name: str, method: str, seed: int) -> dict[str, An
         layers = list(monitor.metrics("train", reset=True).values())
         curve.append(statistics.fmean(layer["max_vio"] for layer in layers))
         sinkhorn += layers[0]["sinkhorn_share"] > 0
+        if benchmark.probe and (step + 1) % benchmark.probe == 0:
+            with torch.no_grad():
+                model.eval()(input_ids=probed)
+            layers = list(monitor.metrics("eval", reset=True).values())
+            served_curve.append(statistics.fmean(layer["max_vio"] for layer in layers))
+            model.train()
     loss, served = evaluate(benchmark, model, monitor, corpus.valid)
     handle.remove()
     last = benchmark.steps // 5
@@ -164,11 +180,27 @@ def run(benchmark: Benchmark, name: str, method: str, seed: int) -> dict[str, An
         "dead": sum(layer["dead"] for layer in served),
         "eval_loss": loss,
         "sinkhorn_steps": sinkhorn,
+        "balanced_after": _balanced_after(curve),
+        # A probe comes after its step.
+        "served_balanced_after": None if (at := _balanced_after(served_curve)) is None else (at + 1) * benchmark.probe,
+        "served_curve": [round(value, 4) for value in served_curve],
         "curve": [
             round(statistics.fmean(curve[i : i + benchmark.window]), 4) for i in range(0, len(curve), benchmark.window)
         ],
         "seconds": time.perf_counter() - begun,
     }
+
+
+def _balanced_after(curve: list[float]) -> int | None:
+    """From which place on MaxVio is low and stays so for some; None: never.
+
+    >>> _balanced_after([4.0, 0.4, 0.7, 0.4, 0.3, 0.2, 0.6])
+    3
+    """
+    for at in range(len(curve) - STAYS + 1):
+        if max(curve[at : at + STAYS]) < BALANCED:
+            return at
+    return None
 
 
 @torch.no_grad()
@@ -203,6 +235,8 @@ def rows(benchmark: Benchmark, runs: list[dict[str, Any]]) -> list[dict[str, Any
             row: dict[str, Any] = {"model": model, "method": method, "runs": len(own)}
             row |= {name: _spread([run[name] for run in own]) for name in figures}
             row["sinkhorn_steps"] = [run["sinkhorn_steps"] for run in own]
+            for name in ("balanced_after", "served_balanced_after"):
+                row[name] = [run.get(name) for run in own]
             if method != "none":
                 pairs = [(run["eval_loss"], plain.get((model, run["seed"]))) for run in own]
                 row["against_none"] = _spread([loss - other for loss, other in pairs if other is not None])
@@ -228,14 +262,16 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "against_none": "against none",
     }
     shown = Table(title="MaxVio and loss, mean ± half the 95 % t-interval over seeds")
-    for column in ("model", "method", *titles.values(), "Sinkhorn steps"):
+    for column in ("model", "method", *titles.values(), "Sinkhorn steps", "steps until balanced", "served"):
         shown.add_column(column, justify="left" if column in ("model", "method") else "right")
     for row in rows:
         cells = [
             _shown(row.get(name), 1 if name == "dead" else 3 if "loss" in name or "none" in name else 2)
             for name in titles
         ]
-        shown.add_row(row["model"], row["method"], *cells, " ".join(map(str, row["sinkhorn_steps"])))
+        lists = [row["sinkhorn_steps"], row["balanced_after"], row["served_balanced_after"]]
+        texts = [" ".join("–" if value is None else str(value) for value in values) for values in lists]
+        shown.add_row(row["model"], row["method"], *cells, *texts)
     return shown
 
 
@@ -269,7 +305,7 @@ def read_runs(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     content = json.loads(path.read_text(encoding="utf-8"))
-    same = all(content["settings"].get(name) == value for name, value in settings.items())
+    same = all(content["settings"].get(name, 0) == value for name, value in settings.items())
     return list(content["runs"]) if same else []
 
 

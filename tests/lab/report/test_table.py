@@ -212,4 +212,6 @@ def test_missing_numbers_are_dashes(make_run: MakeRun, tmp_path: Path) -> None:
     bare: dict[str, Any] = {"train": {}, "serving": {}, "attacked": {}}
     make_run(tmp_path, "a", "softmax", "Vanilla", result=bare)
     table = result_table(read_runs(tmp_path))
-    assert [table.cell("Vanilla", key).text for key in ("word-swap", "max_vio_train", "dead", "ms_per_step")] == ["–"] * 4
+    assert [table.cell("Vanilla", key).text for key in ("word-swap", "max_vio_train", "dead", "ms_per_step")] == [
+        "–"
+    ] * 4
