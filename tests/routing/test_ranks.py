@@ -28,8 +28,8 @@ KEPT = {
     "loss-free": {},
     "smebu": {},
     "quantile": {"scope": "batch", "score": "sigmoid"},
-    "ssr-bias": {"probability": 1.0, "noise": 0, "process_group": "world", "tol": 1e-6},
-    "ssr-fold": {"probability": 1.0, "noise": 0, "process_group": "world", "tol": 1e-6},
+    "ssr-bias": {"probability": 1.0, "balance": "plan", "process_group": "world", "tol": 1e-6},
+    "ssr-fold": {"probability": 1.0, "balance": "plan", "process_group": "world", "tol": 1e-6},
     "ssr-s": {"probability": "adaptive(high=1.3, low=1.1, decay=0.5)", "noise": 0, "process_group": "world"},
 }
 

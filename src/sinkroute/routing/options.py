@@ -22,7 +22,7 @@ from sinkroute.routing.losses.registry import LossesLike, read_losses
 from sinkroute.routing.ranks import Group, Ranks
 from sinkroute.routing.scores import GroupScore, Score
 
-__all__ = ["CommonOptions", "Described", "Ties", "described", "option"]
+__all__ = ["CommonOptions", "Described", "Ties", "described", "option", "with_default"]
 
 Ties = Literal["first", "spread"]
 
@@ -54,6 +54,12 @@ def option(
         default=default,
         metadata={"about": about, "least": least, "above": above, "most": most, "below": below, "hint": hint},
     )
+
+
+def with_default(options: type[CommonOptions], name: str, default: Any) -> Any:
+    """A field of a parent's options, with another default and the same meaning and bounds."""
+    known = next(each for each in fields(options) if each.name == name)
+    return field(default=default, metadata=known.metadata)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from sinkroute.routing.routers.ssr_bias import SSRBiasRouter
 from sinkroute.routing.routers.ssr_dual import SSRDualRouter
 from sinkroute.routing.routers.ssr_ec import SSRExpertChoiceRouter
 from sinkroute.routing.routers.ssr_fold import SSRFoldRouter
+from sinkroute.routing.routers.ssr_literal import SSRLinearLiteralRouter, SSRSoftmaxLiteralRouter
 from sinkroute.routing.routers.stable_moe import StableMoERouter
 from sinkroute.routing.routers.v_moe_noise import VMoENoiseRouter
 from sinkroute.routing.routers.with_loss import GlobalLoadBalanceRouter, GShardRouter, LoadBalanceRouter, ZLossRouter
@@ -57,9 +58,11 @@ ROUTERS: dict[str, type[Router]] = {
     "stable-moe": StableMoERouter,
     "smoe-dropout": SMoEDropoutRouter,
     "hash": HashRouter,
-    # Selective Sinkhorn routing, the paper's two and ours.
+    # Selective Sinkhorn routing: the paper's two, the same with another reading of its noise, and ours.
     "ssr-l": SSRLinearRouter,
     "ssr-s": SSRSoftmaxRouter,
+    "ssr-l-literal": SSRLinearLiteralRouter,
+    "ssr-s-literal": SSRSoftmaxLiteralRouter,
     "ssr-b": SSRBalancedRouter,
     "ssr-ec": SSRExpertChoiceRouter,
     "ssr-bias": SSRBiasRouter,

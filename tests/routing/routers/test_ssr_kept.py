@@ -11,6 +11,9 @@ from sinkroute.routing.metrics import max_violation
 both = pytest.mark.parametrize("name", ["ssr-bias", "ssr-fold"])
 
 
+OF_PLAN = {"balance": "plan", "weights": "plan"}
+
+
 def make(name, experts=4, top_k=1, **options):
     options = {"probability": "piecewise(0: 1, 1: 0)", "noise": 0} | options  # a plan at step 0, none after it
     return sinkroute.create_router(name, num_experts=experts, top_k=top_k, **options)
@@ -33,7 +36,7 @@ def take_step(router, *batches, step=0):
 
 
 def test_the_potentials_of_the_plan_are_the_bias_of_the_next_step():
-    router = make("ssr-bias")
+    router = make("ssr-bias", **OF_PLAN)
     take_step(router, skewed())
     plan = sinkroute.solve(skewed(), 0.5)
     torch.testing.assert_close(router.state.bias_E, plan.potentials.float(), rtol=1e-4, atol=1e-4)
@@ -72,7 +75,7 @@ def test_balanced_loads_leave_the_bias_that_makes_them():
 
 
 def test_the_bias_moves_by_its_rate():
-    whole, part = make("ssr-bias", probability=1), make("ssr-bias", probability=1, rate=0.25)
+    whole, part = (make("ssr-bias", probability=1, rate=rate, **OF_PLAN) for rate in (1.0, 0.25))
     for router in (whole, part):
         take_step(router, skewed())
     torch.testing.assert_close(part.state.bias_E, 0.25 * whole.state.bias_E)
@@ -84,7 +87,7 @@ def test_the_bias_moves_by_its_rate():
 
 @both
 def test_micro_batches_count_by_their_tokens(name):
-    router = make(name, probability=1)
+    router = make(name, probability=1, **OF_PLAN)
     gate = router.make_gate(3) if name == "ssr-fold" else None
     take_step(router, skewed(300, seed=1), skewed(100, seed=2))
     one, other = (sinkroute.solve(skewed(n, seed=s), 0.5).potentials.float() for n, s in ((300, 1), (100, 2)))
@@ -121,7 +124,7 @@ def test_serving_is_with_the_bias_or_plain():
 
 
 def test_on_the_scores_the_plan_is_that_of_the_scores_and_the_bias_chooses_after_them():
-    router = make("ssr-bias", top_k=2, score="sigmoid", bias_on="scores")
+    router = make("ssr-bias", top_k=2, score="sigmoid", bias_on="scores", **OF_PLAN)
     routes = take_step(router, skewed())
     plan = sinkroute.solve(skewed().sigmoid(), 0.1)
     torch.testing.assert_close(routes.weights, plan.topk(2)[0].float(), rtol=1e-3, atol=1e-3)
@@ -241,7 +244,7 @@ def gate_without_bias(shared, width=16, experts=4, seed=0):
 
 
 def test_without_a_bias_the_weight_moves_along_the_mean_token():
-    router = make("ssr-fold", top_k=2)
+    router = make("ssr-fold", top_k=2, **OF_PLAN)
     gate, x_TD = gate_without_bias(shared=2.0)
     router.bind_gate(gate)
     before_ED, logits_TE = gate.weight.detach().clone(), gate(x_TD).detach()
@@ -396,3 +399,73 @@ def test_it_can_be_adaptive_as_well(name):
     fired = [take_step(router, skewed(), step=step).branch for step in range(3)]
     # The gate of ssr-bias is measured with its bias: balanced after one plan. That of ssr-fold has no tokens to change.
     assert fired[:2] == ["softmax", "sinkhorn"]
+
+
+# -- the first plan --------------------------------------------------------------------------------------------------
+
+
+def branches(router, steps, batch=skewed):
+    return [take_step(router, batch(seed=step), step=step).branch for step in steps]
+
+
+@both
+def test_the_first_step_has_a_plan_however_small_its_probability(name):
+    router = make(name, probability=1e-9)
+    router.make_gate(3)
+    assert branches(router, range(3)) == ["sinkhorn", "softmax", "softmax"]
+    assert router.state.plans == 1
+
+
+@both
+def test_no_plan_comes_first_where_the_probability_is_zero(name):
+    router = make(name, probability="piecewise(0: 0, 2: 1e-9)")
+    router.make_gate(3)
+    assert branches(router, range(4)) == ["softmax", "softmax", "sinkhorn", "softmax"]
+    assert branches(make("ssr-bias", probability=0), range(2)) == ["softmax", "softmax"]
+
+
+def test_the_first_plan_waits_for_a_step_with_tokens():
+    router = make("ssr-bias", probability=1e-9)
+    for step in range(2):
+        take_step(router, skewed(0), step=step)
+    assert branches(router, (2, 3)) == ["sinkhorn", "softmax"]
+
+
+def test_all_micro_batches_of_the_first_step_have_a_plan_and_a_repetition_has_it_too():
+    router = make("ssr-bias", probability=1e-9)
+    found = []
+    for part in (0, 1, 0):
+        sinkroute.set_step(router, 0, part)
+        found.append(router(skewed(seed=part)).branch)
+    assert found == ["sinkhorn"] * 3
+    sinkroute.set_step(router, 1)
+    assert router(skewed()).branch == "softmax"
+
+
+@pytest.mark.parametrize("resumed_at", [0, 1, 7], ids=["the step again", "the next step", "a later step"])
+def test_a_run_that_is_resumed_has_no_plan_at_its_first_step(resumed_at):
+    router, resumed = make("ssr-bias", probability=1e-9), make("ssr-bias", probability=1e-9)
+    take_step(router, skewed())
+    resumed.load_state_dict(router.state_dict())
+    assert branches(resumed, [resumed_at]) == ["softmax"]
+
+
+def test_a_state_without_a_plan_that_is_loaded_has_its_first_plan_yet():
+    router, fresh = make("ssr-bias", probability=1e-9), make("ssr-bias", probability=1e-9)
+    assert branches(router, range(2)) == ["sinkhorn", "softmax"]
+    router.load_state_dict(fresh.state_dict())
+    assert branches(router, range(2)) == ["sinkhorn", "softmax"]
+    router.state.reset_parameters()
+    assert branches(router, range(2)) == ["sinkhorn", "softmax"]
+
+
+@both
+def test_the_defaults_are_loads_the_gates_own_weights_and_no_noise(name):
+    options = sinkroute.create_router(name, num_experts=8, top_k=2).options
+    assert (options.balance, options.weights, options.noise, options.probability) == ("load", "scores", 0, 0.08)
+
+
+def test_the_papers_routers_keep_the_papers_defaults():
+    for name in ("ssr-l", "ssr-s"):
+        options = sinkroute.create_router(name, num_experts=8, top_k=2).options
+        assert (options.weights, options.noise, options.probability) == ("plan", 0.3, 0.001)

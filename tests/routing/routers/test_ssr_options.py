@@ -175,7 +175,7 @@ def test_learned_noise_has_a_gradient_in_whatever_branch_it_is(noise_branch, pro
 
 
 def test_a_gradient_through_weights_that_are_not_the_plans_is_refused():
-    with pytest.raises(ValueError, match=r"plan_gradient='full' is of the plan's weights.*leave one of them out"):
+    with pytest.raises(ValueError, match=r"plan_gradient='full' is of the plan's weights.*give weights=.plan."):
         ssr(weights="scores", plan_gradient="full")
 
 
@@ -195,3 +195,23 @@ def test_what_was_decided_before_a_state_was_loaded_is_decided_again():
     sinkroute.set_step(fresh, 1)
     fresh.load_state_dict(trained.state_dict())
     assert fresh(scores()).branch == "sinkhorn"
+
+
+@pytest.mark.parametrize("cost", ["l", "s"])
+def test_the_literal_reading_has_noise_of_alpha_itself_on_plans_only(cost):
+    literal = sinkroute.create_router(f"ssr-{cost}-literal", num_experts=8, top_k=2, noise=0.7, probability=0.0)
+    plain = sinkroute.create_router("softmax", num_experts=8, top_k=2)
+    logits_TE = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    for router in (literal, plain):
+        sinkroute.set_step(router, 3)
+    found, expected = literal(logits_TE), plain(logits_TE)
+    assert torch.equal(found.experts, expected.experts) and torch.equal(found.weights, expected.weights)
+    sure, told = (
+        sinkroute.create_router(name, num_experts=8, top_k=2, noise=0.7, probability=1.0, **options)
+        for name, options in (
+            (f"ssr-{cost}-literal", {}),
+            (f"ssr-{cost}", {"noise_branch": "sinkhorn", "noise_scale": "absolute"}),
+        )
+    )
+    assert sure.noise_std == 0.7
+    assert torch.equal(sure(logits_TE).weights, told(logits_TE).weights)

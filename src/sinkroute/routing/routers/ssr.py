@@ -113,7 +113,7 @@ class SSRRouter(PlanRouter):
         if self.weights == "scores" and self.plan_gradient != "none":
             raise ValueError(
                 f'plan_gradient={self.plan_gradient!r} is of the plan\'s weights, and with weights="scores" there are '
-                "none; leave one of them out"
+                'none; give weights="plan", or leave plan_gradient out'
             )
         self.firing = Firing(self.probability)
         self._noise = Noise(self.noise, self.noise_scale, num_experts)
@@ -145,6 +145,10 @@ class SSRRouter(PlanRouter):
         if self.firing.rule is not None:
             sums |= {"gate_load": self.num_experts}
         return RouterState(self.num_experts, sums=sums, **values) if values or sums else None
+
+    def forget(self) -> None:
+        """The state was loaded: what was read off it is no longer so."""
+        self.firing.forget()
 
     # -- what members of the family override -------------------------------------------------------------------------
 
@@ -298,7 +302,7 @@ def _among_chosen(weights_TK: Tensor, chosen_TK: Tensor, normalise: bool) -> Ten
 
 def _prepare_again(router: SSRRouter, _: object = None) -> None:
     """Once a router is made, and when its state was loaded: what was decided from the state before is no longer so."""
-    router.firing.forget()
+    router.forget()
     with contextlib.suppress(ValueError):  # a schedule that spans the training: set_step says how long that is
         router.check_step(router.step, None)
         router.prepare_step()

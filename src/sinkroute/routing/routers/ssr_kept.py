@@ -2,6 +2,9 @@
 
 The plans of a step (one per micro-batch and rank, unless a process group solves one for all) give potentials each; what
 is remembered is their mean, weighted by tokens, so that all ranks remember the same.
+
+A step has a plan by the draw, and while nothing has been kept yet: so the first training step has one, whatever p is,
+unless p is 0 there. A resumed run has kept something and goes on by the draw.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sinkroute.routing.options import option
-from sinkroute.routing.routers.ssr import SSRRouter
+from sinkroute.routing.firing import ProbabilityLike
+from sinkroute.routing.noise import NoiseLike
+from sinkroute.routing.options import option, with_default
+from sinkroute.routing.routers.ssr import PlanWeights, SSRRouter
 from sinkroute.routing.routers.ssr_b import choose_balanced
 from sinkroute.routing.routes import Routes
 from sinkroute.transport import Plan
@@ -28,9 +33,13 @@ class SSRKeptRouter(SSRRouter):
 
     cost = "linear"
     keeps_groups = False
+    _kept = False  # whether `state.plans` was found above 0
 
     @dataclass(frozen=True, kw_only=True)
     class Options(SSRRouter.Options):
+        probability: ProbabilityLike = with_default(SSRRouter.Options, "probability", 0.08)
+        noise: NoiseLike = with_default(SSRRouter.Options, "noise", 0.0)
+        weights: PlanWeights = with_default(SSRRouter.Options, "weights", "scores")
         rate: float = option(
             1.0,
             "how far to move to the new potentials; 1 takes them as they are",
@@ -39,9 +48,9 @@ class SSRKeptRouter(SSRRouter):
             hint="1 takes new potentials as they are",
         )
         balance: Balance = option(
-            "plan",
-            'what a Sinkhorn step balances: the "plan"\'s mass, or the "load" after the top-k, by the bias that '
-            "balanced_topk finds",
+            "load",
+            'what a Sinkhorn step balances: the "load" after the top-k, by the bias that balanced_topk finds, or the '
+            '"plan"\'s mass, which leaves loads that are less even',
         )
         balance_tol: float = option(
             0.01, 'MaxVio on Sinkhorn steps with balance="load", at most', least=0, hint="0.01 is 1 %"
@@ -51,8 +60,27 @@ class SSRKeptRouter(SSRRouter):
         """Remember (E,) float64 potentials; `known` is a 0-d bool tensor, False if the step had no plan."""
         raise NotImplementedError
 
+    def state_values(self) -> dict[str, Tensor]:
+        return super().state_values() | {"plans": torch.tensor(0.0, device="cpu")}  # steps whose potentials were kept
+
     def state_sums(self) -> dict[str, int]:
         return {"potentials": self.num_experts, "tokens": 1}
+
+    def prepare_step(self) -> None:
+        super().prepare_step()
+        if self.probability_now > 0 and not self._has_kept():
+            self.sinkhorn_now = True
+
+    def _has_kept(self) -> bool:
+        """Whether any plan was kept. A device is asked once a step until one is."""
+        assert self.state is not None
+        if not self._kept or self.state.ended < 0:  # a state that was reset has not ended a step
+            self._kept = not self.state.plans.is_meta and float(self.state.plans) > 0
+        return self._kept
+
+    def forget(self) -> None:
+        super().forget()
+        self._kept = False
 
     def choose_by_plan(self, plan: Plan, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         if self.balance == "load":
@@ -73,4 +101,7 @@ class SSRKeptRouter(SSRRouter):
         super().finish_step(load_E, sums)
         potentials_E = sums["potentials"] / sums["tokens"].clamp(min=1)
         # A solve that failed (scores that are not finite, on a device that cannot say so) must not be remembered.
-        self.keep(potentials_E, (sums["tokens"] > 0).all() & potentials_E.isfinite().all())
+        known = (sums["tokens"] > 0).all() & potentials_E.isfinite().all()
+        self.keep(potentials_E, known)
+        assert self.state is not None
+        self.state.plans.add_(known)
