@@ -54,6 +54,10 @@ class DataConfig:
     """Where it lies; what a package brings along needs none."""
     length: int = 128
     """Symbols in a training or evaluation window, or in a block of a stream."""
+    switch_to: str | None = None
+    """Another text, of the same symbols, that training turns to in its midst; valid and test are then of that."""
+    switch_at: int = 0
+    """The first step that reads it, counted from 0."""
     augment: Augment = field(default_factory=Augment)
     """What is done to training images."""
 
@@ -82,6 +86,8 @@ class ModelConfig:
     """Of the experts: swiglu, gelu or relu."""
     shared_hidden: int | None = None
     """Hidden width of an expert that all tokens visit; None: no such expert."""
+    capacity: float | None = None
+    """In training an expert takes at most so many times its even share of the tokens; None: it takes all."""
 
 
 @dataclass
@@ -112,6 +118,8 @@ class StreamConfig:
     """Whether a block with a dense layer follows each block with a mixture, as in GLaM."""
     dropout: float = 0.1
     """In attention, inside the experts and behind the mixture."""
+    capacity: float | None = None
+    """In training an expert takes at most so many times its even share of the tokens; None: it takes all."""
 
 
 @dataclass
@@ -265,10 +273,25 @@ class Config:
             raise ValueError(f"eval.limit must be 1 or more, got {self.eval.limit}")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
+        self._check_switch()
         if self.train.batch % self.train.accumulation:
             raise ValueError(
                 f"train.batch={self.train.batch} must be a multiple of train.accumulation={self.train.accumulation}: "
                 "the batch is cut into equal micro-batches"
+            )
+
+    def _check_switch(self) -> None:
+        to, at = self.data.switch_to, self.data.switch_at
+        if to is None:
+            if at:
+                raise ValueError(f"data.switch_at={at} needs data.switch_to, the text that training turns to")
+            return
+        if isinstance(self.model, VisionConfig):
+            raise ValueError(f"data.switch_to={to!r} is for texts, and a 'vit' learns images; leave it out")
+        if not 0 < at < self.train.steps:
+            raise ValueError(
+                f"data.switch_at must be above 0 and below train.steps={self.train.steps}, got {at}; it is the first "
+                f"step that reads {to!r}"
             )
 
 

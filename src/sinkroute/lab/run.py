@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ def execute(
         "sinkhorn_steps": training.pop("sinkhorn_steps"),
         "parameters": model.count_parameters()._asdict(),
         "train": {**training, "peak_memory_mb": peak_memory_mb()},
+        **({} if config.data.switch_to is None else {"switch": _switch_summary(config, folder)}),
         **evaluate_split(model, task, "valid", **watchers),
     }
     others = {}
@@ -148,10 +149,14 @@ def kind_of(attack: str) -> str:
     return attack.partition("@")[0]
 
 
+def _training_lines(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line["kind"] == "train"]
+
+
 def _training_summary(config: Config, folder: Path, tokens: int) -> dict[str, Any]:
     """Figures of the whole training from its log, so that they are right after a resume too."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if line["kind"] == "train"]
+    lines = _training_lines(folder)
     starts = [0, *(line["step"] for line in lines[:-1])]
     weights = {line["step"]: line["step"] - start for start, line in zip(starts, lines, strict=True)}
     late = [line for line in lines if line["step"] > 0.75 * config.train.steps]
@@ -162,6 +167,7 @@ def _training_summary(config: Config, folder: Path, tokens: int) -> dict[str, An
 
     # The median line: the first pays for what happens once, and a machine that others use stalls now and then.
     seconds_per_token = statistics.median(1 / line["tokens_per_second"] for line in lines)
+    dropped = sum(weights[line["step"]] * line.get("dropped", 0.0) for line in lines) / lines[-1]["step"]
     return {
         "seconds": lines[-1]["seconds"],
         "ms_per_step": 1e3 * tokens * seconds_per_token,
@@ -169,4 +175,42 @@ def _training_summary(config: Config, folder: Path, tokens: int) -> dict[str, An
         "max_vio": late_mean(lambda line: sum(line["max_vio"]) / len(line["max_vio"])),
         "loss": late_mean(lambda line: line["loss"]),
         "sinkhorn_steps": sum(line["sinkhorn_steps"] for line in lines),
+        # Of all choices of the training; only a capacity drops any.
+        **({"dropped": dropped} if "dropped" in lines[-1] else {}),
     }
+
+
+# Balanced: MaxVio below this, on so many steps in a row. Where 512 tokens choose 2 of 16 experts evenly by chance,
+# MaxVio is 0.22 on average.
+BALANCED, IN_A_ROW = 0.5, 3
+# The first steps on the other text.
+EARLY = 100
+
+
+def _switch_summary(config: Config, folder: Path) -> dict[str, Any]:
+    """What the change of the text did, from the log: how long balance took, and how the first steps were.
+
+    MaxVio of a step is of its whole batch, the mean over layers. `steps_to_balance` is the first step on the other
+    text, counted from 1, that begins `IN_A_ROW` balanced ones; the number of all its steps, and `censored` 1, where
+    there is no such step. `loss` (nats) and `max_vio` are means over the first `EARLY` steps.
+    """
+    steps = [line["each_step"] for line in _training_lines(folder)]
+    max_vio, loss = ([value for step in steps for value in step[name]] for name in ("max_vio", "loss"))
+    max_vio, loss = max_vio[config.data.switch_at :], loss[config.data.switch_at :]
+    found = steps_to_balance(max_vio)
+    return {
+        "steps_to_balance": len(max_vio) if found is None else found,
+        "censored": int(found is None),  # a number, so that its mean over seeds is a share
+        "loss": statistics.fmean(loss[:EARLY]),
+        "max_vio": statistics.fmean(max_vio[:EARLY]),
+    }
+
+
+def steps_to_balance(max_vio: Sequence[float]) -> int | None:
+    """The first step, counted from 1, that begins `IN_A_ROW` balanced ones; None: there is none.
+
+    >>> steps_to_balance([1.4, 0.4, 0.6, 0.4, 0.3, 0.4, 0.9]), steps_to_balance([0.6, 0.4, 0.4])
+    (4, None)
+    """
+    starts = range(len(max_vio) - IN_A_ROW + 1)
+    return next((at + 1 for at in starts if max(max_vio[at : at + IN_A_ROW]) < BALANCED), None)

@@ -92,7 +92,8 @@ def _provenance(found: Results) -> list[tuple[str, str]]:
     done = [found.records[name] for name in found.results]
     machines = sorted({f"{record.get('gpu') or record.get('cpu')}, {record.get('cores')} cores" for record in done})
     versions = sorted({f"sinkroute {each['sinkroute']} ({each['commit']}), torch {each['torch']}" for each in done})
-    data = sorted({f"{cell.config.data.name}" for cell in found.plan.cells})
+    settings = [cell.config.data for cell in found.plan.cells]
+    data = sorted({f"{one.name}, then {one.switch_to}" if one.switch_to else one.name for one in settings})
     told = [("Data", data), ("Machine", machines), ("Code", versions), ("Configuration", [found.plan.path.name])]
     return [(name, " · ".join(each)) for name, each in told if each]
 

@@ -43,6 +43,9 @@ _KINDS = {
     "peak_memory_mb": (0, "peak MB"),
     "dead": (1, "dead experts"),
     "sinkhorn_steps": (0, "Sinkhorn steps"),
+    "dropped": (4, "share dropped"),
+    "steps_to_balance": (1, "steps to balance"),
+    "censored": (2, "share never balanced"),
 }
 _HIGHER = ("entropy", "tokens_per_second")
 
@@ -63,6 +66,8 @@ class Metric:
         'word-swap@2.5% perplexity'
         >>> Metric.of("inference.noise.serving.max_vio").title
         'inference by noise: serving MaxVio'
+        >>> Metric.of("switch.steps_to_balance").title
+        'after the switch: steps to balance'
         """
         *where, last = key.split(".")
         digits, name = _KINDS.get(last, (3, last.replace("_", " ")))
@@ -71,7 +76,7 @@ class Metric:
             prefix, where = f"inference by {where[1]}: ", where[2:]
         if where[:1] == ["attacked"]:
             where = where[1:]
-        place = {"train": "training"}.get(".".join(where), ".".join(where))
+        place = {"train": "training", "switch": "after the switch:"}.get(".".join(where), ".".join(where))
         if last == "ms_per_step":
             place = ""
         return cls(key, f"{prefix}{place} {name}".replace("  ", " ").strip(), digits, last not in _HIGHER)
@@ -274,6 +279,11 @@ def _default_metrics(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> li
     out = [f"valid.{headline}"]
     settings = [cell.config.eval for cell in plan.cells]
     out += [f"attacked.{name}.{headline}" for name in dict.fromkeys(name for one in settings for name in one.attacks)]
+    models, data = [cell.config.model for cell in plan.cells], [cell.config.data for cell in plan.cells]
+    if any(getattr(model, "capacity", None) is not None for model in models):
+        out.append("train.dropped")
+    if any(one.switch_to is not None for one in data):
+        out += ["switch.steps_to_balance", "switch.loss"]
     return [*out, "serving.max_vio", "train.max_vio", "train.ms_per_step"]
 
 

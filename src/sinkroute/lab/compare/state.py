@@ -136,10 +136,11 @@ def check_data(cells: Iterable[Cell], out: Path) -> None:
     Raises:
         ValueError: the data changed between runs; the message names two of them.
     """
-    seen: dict[tuple[str, str | None], tuple[str, str]] = {}
+    seen: dict[tuple[str, str | None, str | None], tuple[str, str]] = {}
     for cell in cells:
         digest = str(_read(out / cell.name / "corpus.json").get("sha256"))
-        other, known = seen.setdefault((cell.config.data.name, cell.config.data.path), (cell.name, digest))
+        data = cell.config.data
+        other, known = seen.setdefault((data.name, data.path, data.switch_to), (cell.name, digest))
         if digest != known:
             raise ValueError(
                 f"{out}: {other} and {cell.name} were trained on different data (SHA-256 {known[:12]}… and "

@@ -91,14 +91,14 @@ def _execute(order: dict[str, Any], folder: Path, stop: StopRequest | None, say:
         record_end(folder, time.monotonic() - began, done)
 
 
-_loaded: dict[tuple[str, str | None, int | None], Any] = {}
+_loaded: dict[tuple[str, str | None, str | None, int | None], Any] = {}
 
 
 def load_cell_data(config: Config) -> Any:
     """What a cell learns from; the last one loaded is kept, for most cells share it."""
     from sinkroute.lab.tasks import load_data
 
-    key = (config.data.name, config.data.path, getattr(config.model, "image_size", None))
+    key = (config.data.name, config.data.path, config.data.switch_to, getattr(config.model, "image_size", None))
     if key not in _loaded:
         _loaded.clear()
         _loaded[key] = load_data(config)

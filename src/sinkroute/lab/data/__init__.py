@@ -10,7 +10,7 @@ A corpus is a sequence of symbols: the 256 byte values, or the ids of a `Vocabul
 A new corpus is one file with a loader and one line in `registry.py`.
 """
 
-from sinkroute.lab.data.corpus import MIN_SPLIT_BYTES, Corpus, encoded_corpus, split_corpus
+from sinkroute.lab.data.corpus import MIN_SPLIT_BYTES, Corpus, encoded_corpus, split_corpus, switched_corpus
 from sinkroute.lab.data.evaluation import evaluation_windows
 from sinkroute.lab.data.registry import CORPORA, list_corpora, load_corpus
 from sinkroute.lab.data.streams import StreamBlocks, Streams, stream_evaluation
@@ -31,4 +31,5 @@ __all__ = [
     "load_corpus",
     "split_corpus",
     "stream_evaluation",
+    "switched_corpus",
 ]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from sinkroute.lab.data._symbols import require_symbols, symbol_dtype
 from sinkroute.lab.data.vocabulary import Vocabulary
 
-__all__ = ["MIN_SPLIT_BYTES", "Corpus", "encoded_corpus", "split_corpus"]
+__all__ = ["MIN_SPLIT_BYTES", "Corpus", "encoded_corpus", "split_corpus", "switched_corpus"]
 
 MIN_SPLIT_BYTES = 1024
 """Fewest bytes that valid and test must each hold: less than this gives no meaningful loss."""
@@ -29,6 +29,7 @@ class Corpus:
         valid: (n,) of the same dtype, read-only.
         test: (n,) of the same dtype, read-only.
         vocabulary: What the ids mean; None for plain bytes.
+        first: (n,), read-only: what training reads before it turns to `train`; None where it reads one text only.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Corpus:
     valid: np.ndarray = field(compare=False, repr=False)
     test: np.ndarray = field(compare=False, repr=False)
     vocabulary: Vocabulary | None = field(default=None, compare=False, repr=False)
+    first: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def symbols(self) -> int:
@@ -120,4 +122,33 @@ def split_corpus(name: str, source: str, content: bytes) -> Corpus:
         train=whole[:train_end],
         valid=whole[train_end:valid_end],
         test=whole[valid_end:],
+    )
+
+
+def switched_corpus(first: Corpus, then: Corpus) -> Corpus:
+    """`then`, for a training that begins with the training text of `first` and turns to its own in its midst.
+
+    Args:
+        first: What is read first. Its valid and test are in nothing.
+        then: What is read afterwards, and evaluated.
+
+    Raises:
+        ValueError: a number means one symbol in one of them and another in the other.
+
+    >>> texts = [split_corpus(name, "a line", name.encode() * 8000) for name in ("prose", "verse")]
+    >>> corpus = switched_corpus(*texts)
+    >>> corpus.name, corpus.first[:5].tobytes(), corpus.valid[:5].tobytes()
+    ('prose, then verse', b'prose', b'verse')
+    """
+    if first.vocabulary != then.vocabulary:
+        raise ValueError(
+            f"data.switch_to={then.name!r} has other symbols than {first.name!r}: {then.symbols:,} and "
+            f"{first.symbols:,}; take two texts of bytes, such as 'wikipedia' and 'stdlib'"
+        )
+    return replace(
+        then,
+        name=f"{first.name}, then {then.name}",
+        source=f"{first.source}; then {then.source}",
+        sha256=hashlib.sha256(f"{first.sha256} then {then.sha256}".encode()).hexdigest(),
+        first=first.train,
     )

@@ -9,6 +9,7 @@ from sinkroute._errors import unknown_name
 from sinkroute.lab.data.corpus import Corpus
 from sinkroute.lab.data.enwik8 import load_enwik8
 from sinkroute.lab.data.enwik8_symbols import load_enwik8_symbols
+from sinkroute.lab.data.stdlib import load_stdlib
 from sinkroute.lab.data.text import load_text
 from sinkroute.lab.data.wikipedia import load_wikipedia
 from sinkroute.lab.data.wikipedia_words import load_wikipedia_words
@@ -19,6 +20,7 @@ __all__ = ["BYTE_CORPORA", "CORPORA", "list_corpora", "load_corpus"]
 CORPORA: dict[str, Callable[[str | Path | None], Corpus]] = {
     "enwik8": load_enwik8,
     "enwik8-symbols": load_enwik8_symbols,
+    "stdlib": load_stdlib,
     "text": load_text,
     "wikipedia": load_wikipedia,
     "wikipedia-words": load_wikipedia_words,
@@ -26,7 +28,7 @@ CORPORA: dict[str, Callable[[str | Path | None], Corpus]] = {
 }
 """Name -> loader; a loader takes the `path` of `load_corpus` and returns a `Corpus`."""
 
-BYTE_CORPORA = ("enwik8", "text", "wikipedia")
+BYTE_CORPORA = ("enwik8", "stdlib", "text", "wikipedia")
 """Those whose symbols are the bytes themselves."""
 
 
@@ -34,7 +36,7 @@ def list_corpora() -> list[str]:
     """The names that `load_corpus` knows, sorted.
 
     >>> list_corpora()
-    ['enwik8', 'enwik8-symbols', 'text', 'wikipedia', 'wikipedia-words', 'wikitext-103']
+    ['enwik8', 'enwik8-symbols', 'stdlib', 'text', 'wikipedia', 'wikipedia-words', 'wikitext-103']
     """
     return sorted(CORPORA)
 
@@ -43,7 +45,8 @@ def load_corpus(name: str, path: str | Path | None = None) -> Corpus:
     """Load a corpus by name.
 
     Args:
-        name: Bytes: "wikipedia" (ships inside gensim, needs no path), "text" (any text file or folder), "enwik8".
+        name: Bytes: "wikipedia" (ships inside gensim, needs no path), "stdlib" (source code of the running Python,
+            needs no path), "text" (any text file or folder), "enwik8".
             Other symbols: "wikipedia-words" (words of the same dump, needs no path), "wikitext-103" (words),
             "enwik8-symbols" (enwik8's 205 different bytes, renumbered).
         path: Where the text is: a file or folder for "text"; `enwik8.zip`, or the file in it, for "enwik8" and

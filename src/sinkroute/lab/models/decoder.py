@@ -86,6 +86,7 @@ class _Block(nn.Module):
             router_options=router.options,
             activation=config.activation,
             shared_hidden=config.shared_hidden,
+            capacity=config.capacity,
         )
 
     def forward(self, x_BLD: Tensor, token_mask_BL: Tensor | None, symbols_BL: Tensor) -> Tensor:

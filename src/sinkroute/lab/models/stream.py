@@ -112,7 +112,7 @@ class _Block(nn.Module):
 
 
 class _Mixture(nn.Module):
-    """LN(h + MoE(h)): the inner of the two residuals. No expert has a capacity; nothing is dropped."""
+    """LN(h + MoE(h)): the inner of the two residuals."""
 
     def __init__(self, config: StreamConfig, router: RouterConfig) -> None:
         super().__init__()
@@ -130,6 +130,7 @@ class _Mixture(nn.Module):
             activation="relu",
             bias=True,
             dropout=config.dropout,
+            capacity=config.capacity,
         )
         gate = self.moe.gate if isinstance(self.moe, MoE) else self.moe.moe.gate
         # The family's gate has a bias; gates of another form have what they have.

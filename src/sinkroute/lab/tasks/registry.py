@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sinkroute.lab.config import Config, VisionConfig
-from sinkroute.lab.data import Corpus, load_corpus
+from sinkroute.lab.data import Corpus, load_corpus, switched_corpus
 from sinkroute.lab.tasks.base import Task
 from sinkroute.lab.tasks.streams import StreamTask
 from sinkroute.lab.tasks.windows import WindowTask
@@ -20,14 +20,22 @@ def load_data(config: Config) -> Corpus | ImageData:
     """The text, or for a vision model the images, of a configuration.
 
     Raises:
-        ValueError: an unknown name; data that is not what its name promises.
+        ValueError: an unknown name; data that is not what its name promises; a text to turn to that has other symbols
+            or needs a path.
         FileNotFoundError: it is not where `data.path` says.
     """
     if isinstance(config.model, VisionConfig):
         from sinkroute.lab.images import load_images
 
         return load_images(config.data.name, config.data.path, config.model.image_size)
-    return load_corpus(config.data.name, config.data.path)
+    corpus = load_corpus(config.data.name, config.data.path)
+    if config.data.switch_to is None:
+        return corpus
+    try:
+        then = load_corpus(config.data.switch_to)
+    except ValueError as error:
+        raise ValueError(f"data.switch_to must name a text that needs no path: {error}") from None
+    return switched_corpus(corpus, then)
 
 
 def make_task(config: Config, data: Corpus | ImageData) -> Task:

@@ -23,7 +23,8 @@ class StreamTask(TextTask):
     def __init__(self, config: Config, corpus: Corpus) -> None:
         super().__init__(config, corpus)
         train = config.train
-        self.items = Streams(corpus.train, config.data.length, train.batch, config.seed, train.steps)
+        length = config.data.length
+        self.items = self.in_turn(lambda text, steps: Streams(text, length, train.batch, config.seed, steps))
         # Of each micro-batch: its rows are other streams than those of the others.
         self._memory: dict[int, Tensor] = {}
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset
 
 from sinkroute.lab.attacks import attack_text
 from sinkroute.lab.config import Config, ModelConfig, StreamConfig
@@ -22,7 +23,7 @@ class TextTask(Task):
     """Predict the next symbol.
 
     Raises:
-        ValueError: a text with more symbols than the model has.
+        ValueError: a text with more symbols than the model has; one text where the configuration asks for two.
     """
 
     name = "text"
@@ -35,11 +36,23 @@ class TextTask(Task):
                 f"model.vocab must be {corpus.symbols:,} or more, got {config.model.vocab:,}: "
                 f"so many symbols has the text {corpus.name!r}"
             )
+        if (corpus.first is None) != (config.data.switch_to is None):
+            raise ValueError(
+                f"data.switch_to={config.data.switch_to!r}, but the data are {corpus.name!r}; load them with "
+                "load_data(config)"
+            )
         self.corpus = corpus
         vocabulary = corpus.vocabulary
         of_bytes = vocabulary is None or vocabulary.byte_values is not None
         self.metric = "bits_per_byte" if of_bytes else "perplexity"
         self.items_each = config.data.length
+
+    def in_turn(self, read: Callable[[np.ndarray, int], Dataset[dict[str, Tensor]]]) -> Dataset[dict[str, Tensor]]:
+        """`read(text, steps)` of the training text; where training turns to another, of one and then of the other."""
+        steps, at = self.config.train.steps, self.config.data.switch_at
+        if self.corpus.first is None:
+            return read(self.corpus.train, steps)
+        return ConcatDataset([read(self.corpus.first, at), read(self.corpus.train, steps - at)])
 
     def text(self, split: str, attack: tuple[str, Mapping[str, Any]] | None) -> tuple[np.ndarray, int]:
         """A split, attacked or not, and the symbol that stands before it."""

@@ -22,7 +22,8 @@ class WindowTask(TextTask):
 
     def __init__(self, config: Config, corpus: Corpus) -> None:
         super().__init__(config, corpus)
-        self.items = Windows(corpus.train, config.data.length, config.seed, config.train.steps * config.train.batch)
+        length, batch = config.data.length, config.train.batch
+        self.items = self.in_turn(lambda text, steps: Windows(text, length, config.seed, steps * batch))
 
     def loss(self, model: Any, batch: Mapping[str, Tensor], step: int, part: int) -> Tensor:
         return language_loss(model(batch["inputs"]), batch["targets"])
