@@ -328,6 +328,24 @@ def autoep_router(score="softmax", norm=False, groups=None, group_score="top2_su
     return router
 
 
+def biased_router(kept):
+    """As AutoEP copies DeepSeek-V3's: sigmoid, and the bias a buffer or a parameter that is not trained."""
+    router = autoep_router("sigmoid", norm=True, bias=True)
+    bias_E = 0 * router.e_score_correction_bias.detach()
+    del router.e_score_correction_bias
+    if kept == "buffer":
+        router.register_buffer("e_score_correction_bias", bias_E)
+    else:
+        router.e_score_correction_bias = nn.Parameter(bias_E, requires_grad=False)
+    return router
+
+
+def trained_bias(_):
+    router = autoep_router(bias=True)
+    router.e_score_correction_bias.requires_grad_(True)
+    return router
+
+
 # The first: their own code runs. The second: ours, with noise that changes nothing.
 @pytest.mark.parametrize("noise", [0.0, 1e-12])
 @pytest.mark.parametrize("bias", [False, True])
@@ -360,6 +378,47 @@ def test_autoeps_router_is_its_own_in_eval_and_balanced_by_a_plan_in_training():
         assert torch.equal(mine, his)
 
 
+# Methods that serve with a bias on the scores.
+MOVERS = {
+    "ssr-dual": {},
+    "ssr-dual exactly": {"exact": True},
+    "ssr-bias": {"probability": 0.5},
+    "loss-free": {"update_rate": 0.02},
+    "quantile": {"scope": "batch"},
+    "smebu": {"update_rate": 0.05},
+}
+
+
+@pytest.mark.parametrize("kept", ["buffer", "parameter"])
+@pytest.mark.parametrize("name", MOVERS)
+def test_a_bias_of_ours_is_autoeps_own_which_plain_autoep_serves_to_the_last_bit(name, kept):
+    ours, plain = (biased_router(kept) for _ in range(2))
+    handle = adapter.patch(ours, name.split()[0], **MOVERS[name])
+    for step in range(6):
+        sinkroute.set_step(ours, step)
+        ours(tokens())
+    sinkroute.end_step(ours)
+    (router,) = handle.routers.values()
+    learned_E = router.serving().bias_E
+    assert learned_E.abs().max() > 1e-3 and torch.equal(ours.e_score_correction_bias, learned_E)
+    before = plain(tokens())[2].max()
+    plain.load_state_dict({key: value for key, value in ours.state_dict().items() if not key.startswith("router.")})
+    served = ours.eval()(tokens())
+    handle.remove()
+    for mine, removed, its in zip(served, ours(tokens()), plain(tokens()), strict=True):
+        assert torch.equal(mine, its) and torch.equal(removed, its)
+    assert served[2].max() < before
+
+
+def test_training_begins_with_the_bias_that_the_model_has():
+    ours, theirs = autoep_router("sigmoid", bias=True), autoep_router("sigmoid", bias=True)
+    (router,) = adapter.patch(ours, "loss-free").routers.values()
+    assert torch.equal(router.serving().bias_E, theirs.e_score_correction_bias)
+    ours.e_score_correction_bias.data.mul_(2)
+    theirs.e_score_correction_bias.data.mul_(2)
+    assert torch.equal(ours(tokens())[2], theirs(tokens())[2])
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -371,7 +430,9 @@ def test_autoeps_router_is_its_own_in_eval_and_balanced_by_a_plan_in_training():
         (make_gate, "ssr-ec", {}, "does not give every token top_k=2 experts"),
         (make_gate, "ssr-l", {"score": "sigmoid"}, "score='sigmoid' is read from DeepSpeed's gate"),
         (autoep_router, "load-balance", {}, "auxiliary loss"),
-        (lambda _: autoep_router(bias=True), "loss-free", {}, "e_score_correction_bias"),
+        (lambda _: autoep_router(bias=True), "base", {}, "e_score_correction_bias"),
+        (lambda _: autoep_router(bias=True), "quantile", {}, "QuantileRouter serves with a bias on the logits"),
+        (trained_bias, "ssr-dual", {}, "e_score_correction_bias, which is trained"),
     ],
 )
 def test_a_method_that_does_not_fit_is_refused_and_nothing_is_patched(make, method, options, reason):

@@ -360,6 +360,124 @@ def test_per_token_losses_are_scaled_like_megatrons():
     torch.testing.assert_close(gradients[1], gradients[0] * 40)
 
 
+# -- its expert bias, moved by ours ----------------------------------------------------------------------------------
+
+BIASED = SIGMOID | {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.02}
+# Methods that serve with a bias on the scores.
+MOVERS = {
+    "ssr-dual": {},
+    "ssr-dual exactly": {"exact": True},
+    "ssr-bias": {"probability": 0.5},
+    "loss-free": {"update_rate": 0.02},
+    "quantile": {"scope": "batch"},
+    "smebu": {"update_rate": 0.05},
+}
+
+
+def moved(name, steps=6, **config):
+    """A router that has moved `expert_bias` in training, with Megatron's own updates after each global batch."""
+    ours = build(name.split()[0], options=MOVERS[name], **BIASED | config)
+    model = model_of(ours)
+    for step in range(steps):
+        for micro_batch in range(2):
+            sinkroute.set_step(model, step, micro_batch)
+            run(ours, random(64, 8, seed=2 * step + micro_batch))
+        before_E = ours.expert_bias.clone()
+        finalize._update_router_expert_bias([model], ours.config, dist.group.WORLD)
+        finalize.reset_model_temporary_tensors(ours.config, [model])
+        assert torch.equal(ours.expert_bias, before_E), "Megatron moved it"
+    sinkroute.end_step(model)
+    return ours
+
+
+@pytest.mark.parametrize("name", MOVERS)
+def test_a_bias_of_ours_is_megatrons_own_which_plain_megatron_serves_to_the_last_bit(name):
+    ours, theirs = moved(name), build(None, **BIASED)
+    learned_E = ours.router.serving().bias_E
+    assert learned_E.abs().max() > 1e-3 and torch.equal(ours.expert_bias, learned_E)
+    theirs.load_state_dict({key: value for key, value in ours.state_dict().items() if not key.startswith("router.")})
+    logits_TE = random(640, 8, seed=50)
+    for mine, its in zip(run(ours.eval(), logits_TE), run(theirs.eval(), logits_TE), strict=True):
+        assert torch.equal(mine, its)
+    plain = run(build(None, **BIASED).eval(), logits_TE)[1].sum(0).max()
+    assert run(theirs, logits_TE)[1].sum(0).max() < plain
+
+
+def test_ssr_dual_serves_plain_megatron_nearly_in_balance():
+    theirs = build(None, **BIASED)
+    theirs.expert_bias.copy_(moved("ssr-dual", steps=20).expert_bias)
+    load_E = run(theirs.eval(), random(4096, 8, seed=51))[1].sum(0)
+    assert load_E.max() < 1.2 * 4096 * 2 / 8 < 1.5 * run(build(None).eval(), random(4096, 8, seed=51))[1].sum(0).max()
+
+
+def test_loss_free_balancing_moves_the_bias_as_megatron_does():
+    ours, theirs = moved("loss-free"), build(None, **BIASED)
+    for step in range(6):
+        for micro_batch in range(2):
+            run(theirs, random(64, 8, seed=2 * step + micro_batch))
+        finalize._update_router_expert_bias([model_of(theirs)], theirs.config, dist.group.WORLD)
+        finalize.reset_model_temporary_tensors(theirs.config, [model_of(theirs)])
+    torch.testing.assert_close(ours.expert_bias, theirs.expert_bias, rtol=0, atol=1e-7)
+    assert theirs.expert_bias.abs().max() > 0.05
+
+
+def test_evaluation_with_gradients_does_not_move_the_bias_either():
+    ours = moved("ssr-dual")
+    run(ours.eval(), random(64, 8))
+    ours.train()
+    before_E = ours.expert_bias.clone()
+    finalize._update_router_expert_bias([model_of(ours)], ours.config, dist.group.WORLD)
+    assert torch.equal(ours.expert_bias, before_E)
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_ended_and_from_megatrons_with_its_bias():
+    ours, resumed, theirs = moved("ssr-dual"), build("ssr-dual", **BIASED), build(None, **BIASED)
+    resumed.load_state_dict(ours.state_dict(), strict=True)
+    for router in (ours, resumed):
+        sinkroute.set_step(router, 6)
+        run(router, random(64, 8, seed=60))
+        sinkroute.end_step(router)
+    assert torch.equal(ours.expert_bias, resumed.expert_bias)
+    theirs.expert_bias.copy_(random(1, 8, seed=61)[0])
+    resumed.load_state_dict(theirs.state_dict(), strict=True)
+    for mine, its in zip(run(resumed.eval(), random(64, 8)), run(theirs.eval(), random(64, 8)), strict=True):
+        assert torch.equal(mine, its)
+    assert torch.equal(resumed.router.serving().bias_E, theirs.expert_bias)
+
+
+def test_the_bias_is_float32_in_a_model_of_bfloat16():
+    ours = build("ssr-dual", **BIASED).bfloat16()
+    for step in range(3):
+        sinkroute.set_step(ours, step)
+        ours(torch.randn(64, 1, 12, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(step)))
+    sinkroute.end_step(ours)
+    assert ours.expert_bias.dtype == torch.float32
+    assert torch.equal(ours.expert_bias, ours.router.serving().bias_E) and ours.expert_bias.abs().max() > 0
+
+
+def test_a_model_whose_bias_ours_moved_keeps_it_when_ours_is_removed():
+    theirs = build(None, **BIASED)
+    model = model_of(theirs)
+    handle = patch(model, "ssr-dual")
+    for step in range(3):
+        sinkroute.set_step(model, step)
+        run(theirs, random(64, 8, seed=step))
+    sinkroute.end_step(model)
+    served = run(theirs.eval(), random(64, 8))
+    handle.remove()
+    assert type(theirs) is megatron_router.TopKRouter and theirs.expert_bias.abs().max() > 0
+    for before, after in zip(served, run(theirs, random(64, 8)), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_a_bias_that_is_frozen_is_not_moved():
+    ours = build("ssr-dual", **BIASED)
+    ours.frozen_expert_bias = True
+    with pytest.raises(ValueError, match="frozen_expert_bias=True, and SSRDualRouter moves expert_bias"):
+        run(ours, random(64, 8))
+    run(ours.eval(), random(64, 8))
+
+
 # -- the layer -------------------------------------------------------------------------------------------------------
 
 
@@ -550,6 +668,9 @@ def test_megatrons_distributed_checkpoints_go_there_and_back(tmp_path, monkeypat
     ours, theirs = trained(), build(None)
     save(ours, "ours")
     save(theirs, "theirs")
+    biased = moved("ssr-dual")
+    save(biased, "biased")
+    assert torch.equal(load(build(None, **BIASED), "biased").expert_bias, biased.expert_bias)
     resumed = load(build("ssr-bias"), "ours")
     assert torch.equal(resumed.router.state.bias_E, ours.router.state.bias_E)
     assert torch.equal(load(build(None), "ours").weight, ours.weight)
@@ -593,10 +714,16 @@ def test_set_inference_reaches_the_router():
         ("ssr-l", {}, {"moe_router_fusion": True}, "moe_router_fusion=True.* set it to False"),
         ("ssr-l", {}, {"moe_enable_routing_replay": True}, "moe_enable_routing_replay=True.* set it to False"),
         (
-            "loss-free",
+            "quantile",
             {},
             {"moe_router_enable_expert_bias": True, **SIGMOID},
-            "moe_router_enable_expert_bias puts a bias.* LossFreeRouter",
+            "QuantileRouter serves with a bias on the logits, and that of moe_router_enable_expert_bias is on",
+        ),
+        (
+            "ssr-dual",
+            {"bias_on": "logits"},
+            {"moe_router_enable_expert_bias": True, **SIGMOID},
+            "SSRDualRouter serves with a bias on the logits",
         ),
         (
             "sinkhorn",

@@ -177,9 +177,8 @@ def test_forced_balance_of_torchtitans_debugging_stays_as_it_is():
 # -- torchtitan's own bias -------------------------------------------------------------------------------------------
 
 
-def test_torchtitans_bias_joins_the_choice_between_plans_and_its_hook_moves_it():
-    moe = make_layer(coeff=0.05, route_norm=True)
-    adapter.patch(moe, "ssr-s", probability=0.0, noise=1e-12)
+def updated(moe):
+    """A model of one layer, and what torchtitan's optimiser does before each step of it."""
     block, model, updates = nn.Module(), nn.Module(), []
     block.moe_enabled, block.moe = True, moe
     model.layers = nn.ModuleDict({"0": block})
@@ -188,12 +187,19 @@ def test_torchtitans_bias_joins_the_choice_between_plans_and_its_hook_moves_it()
         [model],
         SimpleNamespace(get_optional_mesh=lambda name: None, ep_enabled=False, tp=1),
     )
+    return model, updates[0]
+
+
+def test_torchtitans_bias_joins_the_choice_between_plans_and_its_hook_moves_it():
+    moe = make_layer(coeff=0.05, route_norm=True)
+    adapter.patch(moe, "ssr-s", probability=0.0, noise=1e-12)
+    model, update = updated(moe)
     most = []
     for step in range(10):
         sinkroute.set_step(model, step)
         moe(tokens())
         most.append(moe.tokens_per_expert_E.max().item())
-        updates[0]()
+        update()
     assert most[-1] < 0.8 * most[0], "the bias has balanced nothing"
 
 
@@ -203,11 +209,101 @@ def test_a_method_with_another_rule_is_refused_beside_torchtitans_bias(method):
         (router,) = adapter.patch(make_layer(), method).routers.values()
     except ValueError:
         pytest.skip("it is refused without a bias too")
-    if router.takes_correction():
-        adapter.patch(make_layer(coeff=1e-3), method)
+    serving = router.serving()
+    learned = serving is not None and not serving.plain and (serving.on == "scores" or hasattr(router, "bias_on"))
+    if router.takes_correction() or learned:
+        (router,) = adapter.patch(make_layer(coeff=1e-3), method).routers.values()
+        assert bool(router.links) == learned
     else:
         with pytest.raises(ValueError, match="load_balance_coeff"):
             adapter.patch(make_layer(coeff=1e-3), method)
+
+
+# Methods that serve with a bias on the scores.
+MOVERS = {
+    "ssr-dual": {},
+    "ssr-dual exactly": {"exact": True},
+    "ssr-bias": {"probability": 0.5},
+    "loss-free": {"update_rate": 0.02},
+    "quantile": {"scope": "batch"},
+    "smebu": {"update_rate": 0.05},
+}
+
+
+def moved(moe, steps=6):
+    """After some steps of training, with torchtitan's own updates; they leave the bias where it is."""
+    model, update = updated(moe)
+    for step in range(steps):
+        for micro_batch in range(2):
+            sinkroute.set_step(model, step, micro_batch)
+            moe(tokens())
+        before_E = moe.expert_bias_E.clone()
+        assert moe.tokens_per_expert_E.sum() == 2 * 60 * TOP_K
+        update()
+        assert torch.equal(moe.expert_bias_E, before_E), "torchtitan moved it"
+        assert moe.tokens_per_expert_E.sum() == 0
+    sinkroute.end_step(model)
+    return moe
+
+
+@pytest.mark.parametrize("configured", [False, True])
+@pytest.mark.parametrize("name", MOVERS)
+def test_a_bias_of_ours_is_torchtitans_own_which_plain_torchtitan_serves_to_the_last_bit(name, configured):
+    method, options = name.split()[0], MOVERS[name]
+    if configured:
+        config = layer_config(coeff=0.05)
+        config.router = adapter.route(config.router, method, **options)
+        moe = config.build()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            moe.init_states()
+    else:
+        moe = make_layer(coeff=0.05)
+        handle = adapter.patch(moe, method, **options)
+    (router,) = sinkroute.routing.attached.named_routers(moved(moe)).values()
+    learned_E = router.serving().bias_E
+    assert learned_E.abs().max() > 1e-3 and torch.equal(moe.expert_bias_E, learned_E)
+    plain = make_layer(coeff=0.05)
+    before = largest_load(plain.eval().router(tokens(), plain.expert_bias_E)[1])
+    plain.load_state_dict({key: value for key, value in moe.state_dict().items() if "router.router." not in key})
+    assert torch.equal(moe.eval()(tokens()), plain(tokens()))
+    assert largest_load(plain.router(tokens(), plain.expert_bias_E)[1]) < before
+    if not configured:
+        handle.remove()
+        assert moe.load_balance_coeff == 0.05
+        assert torch.equal(moe(tokens()), plain(tokens()))
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_ended_and_from_torchtitans_with_its_bias():
+    ours, resumed, theirs = make_layer(coeff=0.05), make_layer(coeff=0.05), make_layer(coeff=0.05)
+    for moe in (ours, resumed):
+        adapter.patch(moe, "ssr-dual")
+    resumed.load_state_dict(moved(ours).state_dict())
+    for moe in (ours, resumed):
+        sinkroute.set_step(moe, 6)
+        moe(tokens())
+        sinkroute.end_step(moe)
+    assert torch.equal(ours.expert_bias_E, resumed.expert_bias_E)
+    theirs.expert_bias_E.copy_(torch.linspace(-0.2, 0.2, EXPERTS))
+    resumed.load_state_dict(theirs.state_dict(), strict=False)
+    assert torch.equal(resumed.eval()(tokens()), theirs.eval()(tokens()))
+    resumed.train()(tokens())
+    (router,) = sinkroute.routing.attached.named_routers(resumed).values()
+    assert torch.equal(router.serving().bias_E, theirs.expert_bias_E)
+
+
+def test_a_bias_on_every_rank_is_moved_on_every_rank(mesh):
+    moe = make_layer(coeff=0.05)
+    adapter.patch(moe, "ssr-dual", process_group="world")
+    moe.expert_bias_E = distribute_tensor(moe.expert_bias_E, mesh, [Replicate()])
+    moe.router.gate.weight = nn.Parameter(distribute_tensor(moe.router.gate.weight.detach(), mesh, [Replicate()]))
+    for step in range(3):
+        sinkroute.set_step(moe, step)
+        moe.router(distribute_tensor(tokens(), mesh, [Shard(0)]), moe.expert_bias_E)
+    sinkroute.end_step(moe)
+    (router,) = sinkroute.routing.attached.named_routers(moe).values()
+    assert isinstance(moe.expert_bias_E, DTensor) and router.serving().bias_E.abs().max() > 0
+    assert torch.equal(moe.expert_bias_E.to_local(), router.serving().bias_E)
 
 
 def test_a_new_router_that_keeps_a_bias_serves_with_it(newcomer):
@@ -223,10 +319,9 @@ def test_a_new_router_that_keeps_a_bias_serves_with_it(newcomer):
 
 def test_a_method_with_another_rule_is_refused_beside_the_bias_of_a_configured_layer():
     config = layer_config(coeff=1e-3)
-    config.router = adapter.route(config.router, "loss-free")
-    moe = config.build()
+    config.router = adapter.route(config.router, "base")
     with pytest.raises(ValueError, match="load_balance_coeff"):
-        moe(tokens())
+        config.build()
 
 
 # -- serving and checkpoints -----------------------------------------------------------------------------------------

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from sinkroute.adapters._links import BiasLink
 from sinkroute.routing import Router, create_router
 from sinkroute.routing.ranks import Ranks
+from sinkroute.routing.registry import ROUTERS, router_options
 from sinkroute.routing.routes import Routes
 
-__all__ = ["SCORING", "fit_router", "has_gate", "is_asked", "refuse_bias", "refuse_loss"]
+__all__ = ["SCORING", "fit_router", "has_gate", "is_asked", "join_bias", "on_scores", "refuse_bias", "refuse_loss"]
 
 # What the framework's router says itself, beside num_experts and top_k.
 SCORING = ("score", "norm_topk", "groups", "top_groups", "group_score", "route_scale")
@@ -98,6 +102,40 @@ def refuse_loss(router: Router, owner: str) -> None:
             f"{type(router).__name__} has an auxiliary loss, and nothing in {owner} adds it to the training loss; take "
             'a method without one, such as "ssr-s"'
         )
+
+
+def on_scores(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options for a model whose bias is on the scores: that of a method that can have it on either is there too."""
+    if name in ROUTERS and "bias_on" in router_options(name):
+        return {"bias_on": "scores", **options}
+    return options
+
+
+def join_bias(router: Router, what: str, find: Callable[[], Tensor]) -> None:
+    """Let the router and a bias on the scores, which the framework's layer has, be one balancing rule.
+
+    The bias of a method that serves with one is the framework's from now on: tied to it, and moved by our rule alone.
+    With methods that are plain top-k but for their plans it takes part in the choice, and stays the framework's.
+
+    Args:
+        what: the framework's option that made the bias.
+        find: gives its tensor (E,), which is asked each time.
+
+    Raises:
+        ValueError: the method has a bias on the logits, or another rule.
+    """
+    serving = router.serving()
+    if serving is None or serving.plain:
+        refuse_bias(router, what)
+        return
+    if serving.on != "scores":
+        raise ValueError(
+            f"{type(router).__name__} serves with a bias on the {serving.on}, and that of {what} is on the scores: "
+            'what is learned could not be served by it; take a method whose bias goes there, such as "ssr-dual", '
+            '"ssr-bias", or "quantile" with scope="batch"'
+        )
+    router.links.append(BiasLink(router, find))
+    router.links[-1].pull()
 
 
 def refuse_bias(router: Router, what: str) -> None:

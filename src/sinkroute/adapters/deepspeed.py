@@ -8,11 +8,13 @@ does not fit is dropped. For S tokens and K experts each
 
 `SinkrouteGate` keeps the gate's parameter `wg`, its capacity and what it drops, its jitter and expert-parallel group;
 in training a sinkroute router chooses and weighs. AutoEP's layers (module_inject/auto_ep_layer.py) have no capacity and
-ask a router of torchtitan's kind for weights, experts and loads: `SinkrouteEPRouter`. In `eval()` their own code runs.
+ask a router of torchtitan's kind for weights, experts and loads: `SinkrouteEPRouter`. The bias of a method that serves
+with one is its `e_score_correction_bias` where it has that. In `eval()` their own code runs.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import inspect
 import warnings
@@ -36,7 +38,7 @@ except ImportError as error:
         "`pip install deepspeed==0.19.8` where torch is installed"
     ) from error
 
-from sinkroute.adapters._fit import fit_router, is_asked, refuse_bias, refuse_loss
+from sinkroute.adapters._fit import fit_router, is_asked, join_bias, on_scores, refuse_bias, refuse_loss
 from sinkroute.adapters._patched import Kinds, Patched, holder, outputs_of, put_in
 from sinkroute.kernels.normal import normal_like
 from sinkroute.routing import Router
@@ -187,6 +189,8 @@ class SinkrouteEPRouter(TokenChoiceTopKRouter):
         if not is_asked(router):
             return super().forward(x, expert_bias)
         _check_ranks(router)
+        for link in router.links:
+            link.pull()
         if router.is_plain():
             # Their own code, to the last bit; ours counts.
             with outputs_of(self.gate) as logits:
@@ -194,7 +198,7 @@ class SinkrouteEPRouter(TokenChoiceTopKRouter):
             router(logits[0].detach(), plain=Routes(experts_TK, weights_TK))
             return weights_TK, experts_TK, load_E
         biases = [bias for bias in (expert_bias, self.e_score_correction_bias) if bias is not None]
-        if biases:
+        if expert_bias is not None or (biases and not router.links):
             refuse_bias(router, "expert_bias")
         router.correction_E = sum(bias.detach().float() for bias in biases) if biases else None  # type: ignore[assignment]
         routes = router(self.gate(x))
@@ -253,11 +257,30 @@ def _fit_autoep(theirs: TokenChoiceTopKRouter, name: str, options: dict[str, Any
             "top_groups": theirs.num_limited_groups,
             "group_score": theirs.group_score_func.replace("_", "-"),
         }
+    bias = theirs.e_score_correction_bias
+    if bias is not None:
+        options = on_scores(name, options)
     router = fit_router(name, theirs.num_experts, theirs.top_k, options, "AutoEP's router", **scoring)
     refuse_loss(router, "AutoEP")
-    if theirs.e_score_correction_bias is not None:
-        refuse_bias(router, "e_score_correction_bias")
+    if bias is not None:
+        join_bias(router, "e_score_correction_bias", functools.partial(getattr, theirs, "e_score_correction_bias"))
+        if router.links:
+            _check_bias_stays(bias, name)
     return router
+
+
+def _check_bias_stays(bias: Tensor, name: str) -> None:
+    """Refuse a bias that something else writes over, or that is not all here."""
+    if bias.requires_grad:
+        raise ValueError(
+            f"router {name!r} moves e_score_correction_bias, which is trained: an optimiser would write over it; set "
+            "its requires_grad to False before deepspeed.initialize, or take a method without a bias, such as ssr-s"
+        )
+    if hasattr(bias, "ds_id"):
+        raise ValueError(
+            f"router {name!r} moves e_score_correction_bias, which ZeRO 3 keeps in parts as a parameter; make it a "
+            "buffer, as transformers does, take ZeRO 2, or a method without a bias, such as ssr-s"
+        )
 
 
 def _check_ranks(router: Router) -> None:

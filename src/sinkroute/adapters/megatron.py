@@ -2,8 +2,9 @@
 
 `make_router` builds what `MoESubmodules(router=...)` takes: Megatron's own `TopKRouter` with another `routing`. In
 training one of our routers chooses and weighs, by the scores, groups and scale that Megatron's config tells. The gate,
-its input jitter, the z-loss and the other losses, capacity and the expert bias stay Megatron's. In `eval()` Megatron
-routes as ever, unless the method serves with a bias.
+its input jitter, the z-loss and the other losses and capacity stay Megatron's. In `eval()` Megatron routes as ever. The
+bias of a method that serves with one is Megatron's `expert_bias` where the config asks for that; elsewhere the method
+serves through ours.
 
 Written for and tested with Megatron-Core 0.19. docs/megatron.md says what is kept and what is refused.
 """
@@ -22,7 +23,7 @@ from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping,
 from torch import Tensor, nn
 
 from sinkroute._errors import unknown_name
-from sinkroute.adapters._fit import fit_router, is_asked, refuse_bias
+from sinkroute.adapters._fit import fit_router, is_asked, join_bias, on_scores
 from sinkroute.adapters._patched import Patched, hold, holder, put_in
 from sinkroute.routing import Router, Routes, list_routers
 from sinkroute.routing.ranks import Ranks
@@ -120,6 +121,7 @@ class TopKRouter(megatron_router.TopKRouter):
         padding_T = None if padding_mask is None else padding_mask.reshape(-1)
         real_T = None if padding_T is None else ~padding_T
         router = holder(self)
+        self._agree(router)
         if not self.training and router.is_plain():
             if is_asked(router):  # by a monitor: our router would choose the same
                 with torch.no_grad():
@@ -145,6 +147,23 @@ class TopKRouter(megatron_router.TopKRouter):
                 # Masked here: Megatron 0.19 takes (T,) & (T, E) for the same shape.
                 self._apply_expert_bias(map_TE if real_T is None else map_TE & real_T[:, None])
         return probs_TE, map_TE
+
+    def _agree(self, router: Router) -> None:
+        """Take over what `expert_bias` was set to since (a checkpoint was loaded), where our router moves that."""
+        if not router.links:
+            return
+        if self.training and self.frozen_expert_bias:
+            raise ValueError(
+                f"frozen_expert_bias=True, and {type(router).__name__} moves expert_bias in training; leave it False, "
+                'or take a method without a bias, such as "ssr-l"'
+            )
+        for link in router.links:
+            link.pull()
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        # What Megatron counts here moves the bias, by its own rule. A bias that ours moves is moved by ours alone.
+        if not holder(self).links:
+            super()._apply_expert_bias(routing_map, padding_mask)
 
     def _attach_losses(
         self, probs_TE: Tensor, logits_TE: Tensor, routes: Routes, padding_T: Tensor | None, length: int, batch: int
@@ -215,6 +234,8 @@ def _fit(host: megatron_router.TopKRouter, name: str, options: dict[str, Any], p
         )
     config = host.config
     _check(config)
+    if config.moe_router_enable_expert_bias:
+        options = on_scores(name, options)
     router = fit_router(
         name,
         config.num_moe_experts,
@@ -227,7 +248,7 @@ def _fit(host: megatron_router.TopKRouter, name: str, options: dict[str, Any], p
     # The layers of one pipeline stage: "all ranks" would add up the loads of different layers.
     router.batch_ranks = Ranks(host.tp_dp_cp_group)
     if config.moe_router_enable_expert_bias:
-        refuse_bias(router, "moe_router_enable_expert_bias")
+        join_bias(router, "moe_router_enable_expert_bias", functools.partial(getattr, host, "expert_bias"))
     if host.is_aux_loss_enabled():
         warnings.warn(
             f"moe_aux_loss_coeff={config.moe_aux_loss_coeff} with router={name!r}: both balance, and Megatron's "

@@ -5,8 +5,10 @@ torchtitan's `MoE` (models/common/moe.py) asks its router for weights and ids of
     scores_BLK, ids_BLK, scores_BLE = self.router(x_BLD, self.expert_bias_E)
 
 `SinkrouteRouter` is their `TokenChoiceTopKRouter` with its gate, scoring and parameter names; in training a sinkroute
-router chooses and weighs. In `eval()`, and wherever the method does no more than plain top-k, their own code runs. It
-comes into a model in three ways: `SinkrouteRouter.Config` in a model configuration, `route` as an override on
+router chooses and weighs. In `eval()`, and wherever the method does no more than plain top-k, their own code runs. The
+bias of a method that serves with one is their `expert_bias_E` where the layer has that (`load_balance_coeff`).
+
+It comes into a model in three ways: `SinkrouteRouter.Config` in a model configuration, `route` as an override on
 torchtitan's command line, `patch` on a built model.
 """
 
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_buffer_registration_hook
 
 try:
     from torchtitan.config.override import derive, override
@@ -33,7 +36,7 @@ except ImportError as error:
         "and triton; install it with `pip install torchtitan==0.3.0 triton`"
     ) from error
 
-from sinkroute.adapters._fit import fit_router, is_asked, refuse_bias, refuse_loss
+from sinkroute.adapters._fit import fit_router, is_asked, join_bias, on_scores, refuse_bias, refuse_loss
 from sinkroute.adapters._patched import Patched, hold, holder, outputs_of, put_in
 from sinkroute.routing import Router
 from sinkroute.routing.ranks import Ranks
@@ -44,6 +47,10 @@ __all__ = ["SinkrouteRouter", "patch", "route"]
 # What decides how their router routes, as known; a field more is a rule that we would not follow.
 _KNOWN = {"gate", "num_experts", "num_expert_groups", "num_limited_groups", "top_k"}
 _KNOWN |= {"score_func", "route_norm", "route_scale", "_debug_force_load_balance"}
+
+# What their optimiser hook moves a bias by, in place of load_balance_coeff, where ours moves it; it goes on counting.
+# (None would be a layer without a bias to them.)
+_OFF = 0.0
 
 
 @functools.cache
@@ -92,6 +99,7 @@ class SinkrouteRouter(TokenChoiceTopKRouter):
     def __init__(self, config: SinkrouteRouter.Config) -> None:
         super().__init__(config)
         hold(self, _fit(self, config.router, config.options))
+        self._unsettled = config  # until the layer is there that it is a part of
 
     def forward(self, x_BLD: Tensor, expert_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """As theirs: (..., D) and (E,) → weights (..., K), experts (..., K), scores (..., E).
@@ -106,8 +114,10 @@ class SinkrouteRouter(TokenChoiceTopKRouter):
             return super().forward(x_BLD, expert_bias_E)
         if self.training or not router.is_plain():
             _refuse_frozen(x_BLD)
-        if expert_bias_E is not None:
+        if expert_bias_E is not None and not router.links:
             refuse_bias(router, "load_balance_coeff")
+        for link in router.links:
+            link.pull()
         if router.is_plain():
             # Their own code, to the last bit; ours counts.
             with outputs_of(self.gate) as logits:
@@ -136,6 +146,27 @@ class SinkrouteRouter(TokenChoiceTopKRouter):
         if router.process_group == Ranks(None) and parallel_dims.tp_enabled and not parallel_dims.ep_enabled:
             mesh = parallel_dims.get_optional_mesh("loss")
             router.batch_ranks = Ranks(None if mesh is None else mesh.get_group())
+
+
+def _settle(layer: nn.Module, name: str, _: Tensor | None) -> None:
+    """Fit the router of a configured layer, which does not know the layer that it is built for, to that layer's bias.
+
+    Called for every buffer of every module. That of the counts is the last thing that a layer makes.
+    """
+    if name != "tokens_per_expert_E" or not isinstance(layer, MoE):
+        return
+    host = layer.router
+    if not isinstance(host, SinkrouteRouter):
+        return
+    config = vars(host).pop("_unsettled", None)
+    if config is not None and layer.load_balance_coeff is not None:
+        router = _fit(host, config.router, config.options, layer)
+        hold(host, router)
+        if router.links:
+            layer.load_balance_coeff = _OFF
+
+
+register_module_buffer_registration_hook(_settle)
 
 
 @override(target=TokenChoiceTopKRouter.Config, exact=True, description="sinkroute's router")
@@ -167,10 +198,10 @@ def patch(model: nn.Module, router: str, **options: Any) -> Patched:
             that is parallelized already.
         RuntimeError: a torchtitan whose router is another.
     """
-    biased = {}
+    layers = {}
     for path, part in model.named_modules():
         if isinstance(part, MoE):
-            biased[id(part.router)] = part.load_balance_coeff is not None
+            layers[id(part.router)] = part
             if not isinstance(part.router, TokenChoiceTopKRouter):
                 raise ValueError(
                     f"{path}.router is a {type(part.router).__name__}, not torchtitan's TokenChoiceTopKRouter; patch "
@@ -184,19 +215,26 @@ def patch(model: nn.Module, router: str, **options: Any) -> Patched:
                 "ranks hold the same tokens and must draw the same noise; patch it before, configure it, or give "
                 'the group of ranks with other tokens, parallel_dims.get_mesh("loss").get_group()'
             )
-        fitted = _fit(theirs, router, options)
-        if biased.get(id(theirs)):
-            refuse_bias(fitted, "load_balance_coeff")
+        fitted = _fit(theirs, router, options, layers.get(id(theirs)))
         # The number of the block, the same in each pipeline stage.
         if not fitted.layer_is_given and (block := re.search(r"(?:^|\.)layers\.(\d+)\.", path)):
             fitted.layer, fitted.layer_is_given = int(block[1]), True
         return fitted
 
-    return put_in(model, router, {TokenChoiceTopKRouter: (SinkrouteRouter, fit)}, "torchtitan")
+    patched = put_in(model, router, {TokenChoiceTopKRouter: (SinkrouteRouter, fit)}, "torchtitan")
+    for layer in layers.values():
+        if holder(layer.router).links:
+            patched.on_remove(setattr, layer, "load_balance_coeff", layer.load_balance_coeff)
+            layer.load_balance_coeff = _OFF
+    return patched
 
 
-def _fit(theirs: TokenChoiceTopKRouter, name: str, options: dict[str, Any]) -> Router:
+def _fit(theirs: TokenChoiceTopKRouter, name: str, options: dict[str, Any], layer: MoE | None = None) -> Router:
+    """The router that does as `theirs`, in `layer` or by itself."""
     check_contract()
+    biased = layer is not None and layer.load_balance_coeff is not None
+    if biased:
+        options = on_scores(name, options)
     scoring = {"score": theirs.score_func, "norm_topk": theirs.route_norm, "route_scale": theirs.route_scale}
     if theirs.num_expert_groups is not None:
         scoring |= {"groups": theirs.num_expert_groups, "top_groups": theirs.num_limited_groups}
@@ -207,6 +245,8 @@ def _fit(theirs: TokenChoiceTopKRouter, name: str, options: dict[str, Any]) -> R
         # torchtitan refuses models with parts that are not its `Module`.
         for part in router.modules():
             part.__class__ = _as_titan_module(type(part))  # type: ignore[arg-type]
+    if biased:
+        join_bias(router, "load_balance_coeff", functools.partial(getattr, layer, "expert_bias_E"))
     return router
 
 
