@@ -158,7 +158,7 @@ def _settle(layer: nn.Module, name: str, _: Tensor | None) -> None:
     host = layer.router
     if not isinstance(host, SinkrouteRouter):
         return
-    config = vars(host).pop("_unsettled", None)
+    config = host.__dict__.pop("_unsettled", None)
     if config is not None and layer.load_balance_coeff is not None:
         router = _fit(host, config.router, config.options, layer)
         hold(host, router)
