@@ -8,6 +8,7 @@ import sinkroute
 from sinkroute._errors import NonFiniteLogits
 from sinkroute.routing.registry import router_options
 from sinkroute.routing.routes import Routes
+from sinkroute.routing.serving import Link
 
 QUIET = {"noise": 0.0}
 # Every rule of every router, without noise, where the routes are functions of the scores alone.
@@ -361,14 +362,14 @@ def test_noise_in_front_of_a_correction_is_on_the_logits():
 def test_links_are_heard_before_a_step_ends_and_told_after_it():
     router, said = make("loss-free", {"update_rate": 0.5}, experts=2, top_k=1), []
 
-    class Link:
+    class Told(Link):
         def pull(self):
             router.state.bias_E.fill_(7.0)
 
         def push(self):
             said.append(router.state.bias_E.tolist())
 
-    router.links.append(Link())
+    router.links.append(Told())
     sinkroute.set_step(router, 0)
     router(torch.tensor([[1.0, 0.0]]))
     sinkroute.end_step(router)

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from sinkroute.routing.ranks import distribute
 from sinkroute.routing.router import Router
+from sinkroute.routing.serving import Link
 
 __all__ = ["BiasLink"]
 
 
-class BiasLink:
+class BiasLink(Link):
     """The router's bias is the model's own: that is the one which serves, is saved and is loaded.
 
     Args:

@@ -168,6 +168,8 @@ class MoE(nn.Module):
         """The gate's logits in float32 or better, whatever the model's dtype or autocast: near-ties decide routes."""
         # Before the gate: of some dtypes torch makes no error of weights without values, but logits from nowhere.
         require_values(self.experts.w_in, x_TD)
+        for link in self.router.links:
+            link.see(x_TD)
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         x_TD, gate = x_TD.to(dtype), self.gate
         # The meta device has no autocast.

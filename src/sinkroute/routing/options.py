@@ -22,7 +22,7 @@ from sinkroute.routing.losses.registry import LossesLike, read_losses
 from sinkroute.routing.ranks import Group, Ranks
 from sinkroute.routing.scores import GroupScore, Score
 
-__all__ = ["CommonOptions", "Described", "Ties", "described", "option", "with_default"]
+__all__ = ["CommonOptions", "Described", "Ties", "checked_groups", "described", "option", "with_default"]
 
 Ties = Literal["first", "spread"]
 
@@ -129,6 +129,32 @@ class CommonOptions:
         ranks = Ranks(self.process_group)
         if not isinstance(self.process_group, (str, type(None))):
             object.__setattr__(self, "process_group", ranks)  # a group cannot be copied; this is shared by copies
+
+
+def checked_groups(options: CommonOptions, num_experts: int, top_k: int, method: str, keeps_groups: bool) -> int:
+    """From how many groups of experts a token may choose.
+
+    Raises:
+        ValueError: sizes that do not fit, or some groups only for a method that cannot keep to them.
+
+    >>> checked_groups(CommonOptions(groups=4, top_groups=2), 8, 2, "softmax", True)
+    2
+    """
+    groups, top_groups = options.groups, options.top_groups
+    if num_experts % groups:
+        raise ValueError(f"groups must divide num_experts={num_experts}, got {groups}; 1 means no groups")
+    top_groups = groups if top_groups is None else top_groups
+    if top_groups > groups or top_groups * (num_experts // groups) < top_k:
+        raise ValueError(
+            f"top_groups must be between 1 and groups={groups} and hold top_k={top_k} experts "
+            f"({num_experts // groups} in a group), got {top_groups}"
+        )
+    if top_groups < groups and not keeps_groups:
+        raise ValueError(
+            f"top_groups={top_groups} of groups={groups}: {method} cannot keep a token's experts in some groups; take "
+            "ssr-l or ssr-s, or all groups"
+        )
+    return top_groups
 
 
 class Described(NamedTuple):

@@ -27,7 +27,7 @@ from sinkroute.routing.logits import checked_logits
 from sinkroute.routing.losses.auxiliary import AuxiliaryLosses
 from sinkroute.routing.losses.inputs import LossInputs
 from sinkroute.routing.losses.registry import read_losses
-from sinkroute.routing.options import CommonOptions, described
+from sinkroute.routing.options import CommonOptions, checked_groups, described
 from sinkroute.routing.ranks import Ranks
 from sinkroute.routing.routes import Routes
 from sinkroute.routing.scores import limit_to_groups, scores, weigh
@@ -71,7 +71,7 @@ class Router(nn.Module):
     needs_step = False
     # Whether it serves by the top-k of any gate's logits; not if it has a gate or a rule that no other model has.
     serves_any_gate: ClassVar[bool] = True
-    # Whether it moves the gate that `bind_part` tells it of, and is to `see` what that gate is given.
+    # Whether it serves with potentials that are in the gate: it has to be given a `GateFold`, or to make its gate.
     moves_gate: ClassVar[bool] = False
     # What `sinkroute.set_inference` may choose from.
     inference_modes: ClassVar[tuple[str, ...]] = ("none",)
@@ -108,7 +108,7 @@ class Router(nn.Module):
         self.options = self.Options(**options)
         for each in fields(self.options):
             setattr(self, each.name, getattr(self.options, each.name))
-        self._check_groups()
+        self.top_groups = checked_groups(self.options, num_experts, top_k, type(self).__name__, self.keeps_groups)
         if self.options.norm_topk is None:
             self.norm_topk = top_k > 1 if self.renormalises is None else self.renormalises
         if self.ties == "spread":
@@ -124,22 +124,6 @@ class Router(nn.Module):
         self.correction_on: Literal["scores", "logits"] = "scores"
         self.links: list[Link] = []
         self._warned_of_passes = False
-
-    def _check_groups(self) -> None:
-        experts, groups = self.num_experts, self.groups
-        if experts % groups:
-            raise ValueError(f"groups must divide num_experts={experts}, got {groups}; 1 means no groups")
-        self.top_groups = groups if self.options.top_groups is None else self.options.top_groups
-        if self.top_groups > groups or self.top_groups * (experts // groups) < self.top_k:
-            raise ValueError(
-                f"top_groups must be between 1 and groups={groups} and hold top_k={self.top_k} experts "
-                f"({experts // groups} in a group), got {self.top_groups}"
-            )
-        if self.top_groups < groups and not self.keeps_groups:
-            raise ValueError(
-                f"top_groups={self.top_groups} of groups={groups}: {type(self).__name__} cannot keep a token's "
-                "experts in some groups; take ssr-l or ssr-s, or all groups"
-            )
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}"
@@ -182,7 +166,10 @@ class Router(nn.Module):
         if not self.training:
             return routes
         if self.state is not None and not recomputing():
-            self.state.note(routes.load, self.step_sums(logits_TX, routes, token_mask))
+            sums = self.step_sums(logits_TX, routes, token_mask)
+            for link in self.links:
+                sums = {**sums, **link.count(token_mask)}
+            self.state.note(routes.load, sums)
         return self._with_losses(routes, logits_TE, token_mask)
 
     def _checked(self, logits_TE: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -223,6 +210,16 @@ class Router(nn.Module):
     def serving(self) -> Serving | None:
         """How the method serves, in either mode: by the top-k of a gate's logits and this; None: by something else."""
         return (self.choice_bias() or Serving()) if self.serves_any_gate else None
+
+    def potentials(self) -> tuple[Tensor, ...]:
+        """What the state holds that is added to logits or scores, (E,) each: first that which serves."""
+        served = self.serving()
+        return () if served is None or served.bias_E is None else (served.bias_E,)
+
+    def rebase(self, moved_E: Tensor) -> None:
+        """What `moved_E` (E,) says has been added to the gate: all that is added to its logits is less by that."""
+        for potentials_E in self.potentials():
+            potentials_E.sub_(moved_E)
 
     def takes_correction(self) -> bool:
         """Whether `correction_E` takes part in the choice, in training too: not where the method has another rule."""
@@ -275,7 +272,11 @@ class Router(nn.Module):
         if bias_E is not None:
             values_TE = logits_TE.detach()
             values_TE = scores(values_TE, self.score) if on == "scores" else values_TE
-            return values_TE + bias_E.to(values_TE.dtype)
+            values_TE = values_TE + bias_E.to(values_TE.dtype)
+            if added is None or on == "scores" or self.group_score == "max" or self.top_groups == self.groups:
+                return values_TE
+            # Groups are judged by scores, as where the bias is a part of the gate.
+            return values_TE.where(self.within_groups(scores(values_TE, self.score), None).isfinite(), -torch.inf)
         if self.top_groups < self.groups and self.group_score == "top2-sum":
             return scores(logits_TE, self.score)
         # Logits are in the order of their scores, and tell apart what a softmax or sigmoid rounds to the same number.
@@ -345,9 +346,11 @@ class Router(nn.Module):
         assert self.state is not None
         for link in self.links:
             link.pull()
-        self.finish_step(*self.state.split(totals))
+        load_E, sums = self.state.split(totals)
+        self.finish_step(load_E, sums)
         self.state.end()
         for link in self.links:
+            link.learn(sums)
             link.push()
 
     def draw_uniform(self, tag: str, *, per_layer: bool) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -26,11 +27,21 @@ class Serving(NamedTuple):
         return self.bias_E is None
 
 
-class Link(Protocol):
-    """Ties a router's state to a tensor of the model that it is plugged into."""
+class Link:
+    """Ties a router's state to a tensor of the model that it is plugged into. What is not overridden does nothing."""
 
     def pull(self) -> None:
         """Take over what the model's tensor was set to since the last step."""
+
+    def see(self, tokens: Tensor) -> None:
+        """What the model's gate is given in this pass, (..., D); before the router is called with its logits."""
+
+    def count(self, token_mask: Tensor | None) -> Mapping[str, Tensor]:
+        """What this micro-batch adds to the state's sums for the link."""
+        return {}
+
+    def learn(self, sums: Mapping[str, Tensor]) -> None:
+        """The state's sums of the whole batch, when a step is over."""
 
     def push(self) -> None:
         """Set the model's tensor to what the state has become."""

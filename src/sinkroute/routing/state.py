@@ -139,12 +139,30 @@ class RouterState(nn.Module):
         # Whatever the default dtype was when they were made.
         values = {name: value.float() for name, value in values.items()}
         copies = {f"saved_{name}": count.double() for name, count in self._counts().items()}
-        values |= {"saved_steps": self._steps(), **copies}
-        self._initial = {name: value.clone() for name, value in values.items()}
+        self._initial: dict[str, Tensor] = {}
         device = torch.empty(0).device  # the default one
-        for name, value in self._initial.items():
-            self.register_buffer(name, value.clone().to(device))
+        self._register(values | {"saved_steps": self._steps(), **copies}, device)
         self._move_counts(device)
+
+    def _register(self, values: dict[str, Tensor], device: torch.device) -> None:
+        for name, value in values.items():
+            self._initial[name] = value.clone()
+            self.register_buffer(name, value.clone().to(device))
+
+    @torch.inference_mode(False)
+    def add_sums(self, **sizes: int) -> None:
+        """Sum further numbers over a step from now on, as those of `sums`; what is summed already stays.
+
+        >>> state = RouterState(4)
+        >>> state.add_sums(token=3)
+        >>> state.token
+        tensor([0., 0., 0.], dtype=torch.float64)
+        """
+        for name in sizes.keys() - set(self._sum_names):
+            self._sum_names += (name,)
+            count = torch.zeros(sizes[name], dtype=torch.float64, device="cpu")
+            setattr(self, name, count.to(self.load_E.device))
+            self._register({f"saved_{name}": count}, self.saved_steps.device)
 
     if TYPE_CHECKING:  # what was registered
 

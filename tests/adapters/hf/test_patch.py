@@ -11,6 +11,7 @@ import torch
 import sinkroute
 from sinkroute.adapters._fit import has_gate
 from sinkroute.routing.attached import named_routers
+from sinkroute.routing.registry import RECOMMENDED, router_options
 
 pytest.importorskip("transformers")
 
@@ -109,12 +110,31 @@ def test_what_the_model_decides_is_no_option(option):
         sinkroute.patch(make(), "ssr-l", **option)
 
 
-@pytest.mark.parametrize("router", [name for name, router in ALL.items() if router.choice_bias() is not None])
-def test_a_router_that_serves_with_a_bias_is_refused_where_there_is_none(router):
+BIASED = {name: bias.on for name, router in ALL.items() if (bias := router.choice_bias()) is not None}
+
+
+@pytest.mark.parametrize("router", [name for name, on in BIASED.items() if on == "scores"])
+def test_a_router_that_serves_with_a_bias_on_scores_is_refused_where_there_is_none(router):
     model = make()
-    with pytest.raises(ValueError, match=f"{router}.*MixtralTopKRouter.*take one of .*ssr-l"):
+    with pytest.raises(ValueError, match=f"{router}.*MixtralTopKRouter.*take one of .*ssr-l.*ssr-bias.*ssr-dual"):
         sinkroute.patch(model, router)
     assert named_routers(model) == {}
+
+
+@pytest.mark.parametrize("router", [name for name, on in BIASED.items() if on == "logits"])
+def test_a_bias_on_logits_is_folded_into_the_gate_and_refused_where_another_bias_is_on_scores(router):
+    _, handle = make("mixtral", router)
+    assert str(handle).splitlines()[0].endswith("; its potentials are folded into the gate")
+    options = {"bias_on": "logits"} if "bias_on" in router_options(router) else {}
+    with pytest.raises(ValueError, match=r"a bias on logits, and MiniMaxM2TopKRouter adds e_score.* scores"):
+        make("minimax_m2", router, **options)
+
+
+def test_without_a_name_the_recommended_router_is_taken_and_says_where_its_potentials_are():
+    for name, place in (("gpt_oss", "folded into the gate"), ("minimax_m2", "in e_score_correction_bias")):
+        handle = sinkroute.patch(make(name))
+        assert str(handle).startswith("ssr-dual in 2 of 2 layers of ") and handle.router == RECOMMENDED
+        assert str(handle).splitlines()[0].endswith(f"; its potentials are {place}")
 
 
 @pytest.mark.parametrize("router", [name for name, router in ALL.items() if has_gate(router)])
@@ -593,7 +613,7 @@ def test_ssr_fold_balances_the_gate_that_serves_and_leaves_nothing_else(name):
 
 
 def test_ssr_fold_is_refused_where_a_correction_bias_would_undo_it():
-    with pytest.raises(ValueError, match="chooses by e_score_correction_bias, too, which would undo it; take ssr-bias"):
+    with pytest.raises(ValueError, match="chooses by e_score_correction_bias, too, which would undo it; take ssr-dual"):
         make("minimax_m3_vl", "ssr-fold")
 
 

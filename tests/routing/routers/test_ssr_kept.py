@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sinkroute
+from sinkroute.routing.fold import GateFold
 from sinkroute.routing.metrics import max_violation
 
 both = pytest.mark.parametrize("name", ["ssr-bias", "ssr-fold"])
@@ -22,6 +23,13 @@ def make(name, experts=4, top_k=1, **options):
 def skewed(tokens=800, experts=4, seed=0):
     logits_TE = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed))
     return logits_TE + torch.linspace(0, 2, experts)
+
+
+def bind(router, gate):
+    """Have the router fold into a plain gate, and see what that is given."""
+    link = GateFold(router, gate, "weight")
+    router.links.append(link)
+    gate.register_forward_pre_hook(lambda _, args: link.see(args[0]))
 
 
 def take_step(router, *batches, step=0):
@@ -246,7 +254,7 @@ def gate_without_bias(shared, width=16, experts=4, seed=0):
 def test_without_a_bias_the_weight_moves_along_the_mean_token():
     router = make("ssr-fold", top_k=2, **OF_PLAN)
     gate, x_TD = gate_without_bias(shared=2.0)
-    router.bind_gate(gate)
+    bind(router, gate)
     before_ED, logits_TE = gate.weight.detach().clone(), gate(x_TD).detach()
     sinkroute.set_step(router, 0)
     router(gate(x_TD))
@@ -262,7 +270,7 @@ def test_without_a_bias_the_weight_moves_along_the_mean_token():
 def test_moved_along_the_mean_token_the_gate_is_balanced_on_other_tokens():
     router = make("ssr-fold", probability=1, balance="load")
     gate, x_TD = gate_without_bias(shared=2.0)
-    router.bind_gate(gate)
+    bind(router, gate)
     before = max_violation(gate(x_TD[1000:]).topk(1).indices.flatten().bincount(minlength=4))
     for step in range(3):
         sinkroute.set_step(router, step)
@@ -276,7 +284,7 @@ def moved_by(parts, masks=None, seed=0):
     """How far the tokens' logits move, in all, when a plain gate is given these micro-batches in one step."""
     gate, _ = gate_without_bias(0.0, seed=seed)
     before_ED, router = gate.weight.detach().clone(), make("ssr-fold", probability=1)
-    router.bind_gate(gate)
+    bind(router, gate)
     for part, x in enumerate(parts):
         sinkroute.set_step(router, 0, part)
         router(gate(x) + torch.tensor([1.0, 0, 0, 0]), None if masks is None else masks[part])
@@ -305,7 +313,7 @@ def test_padding_may_be_anything_to_a_weight_that_moves():
 def test_a_pass_that_failed_on_a_device_does_not_touch_the_gate(name):
     gate, x_TD = gate_without_bias(2.0)
     before_ED, router = gate.weight.detach().clone(), make("ssr-fold", probability=1)
-    router.bind_gate(gate)
+    bind(router, gate)
     sinkroute.set_step(router, 0)
     router(gate(x_TD))
     router.state.sums[name].fill_(float("nan"))
@@ -316,7 +324,7 @@ def test_a_pass_that_failed_on_a_device_does_not_touch_the_gate(name):
 def test_a_weight_that_is_nowhere_is_not_moved_in_silence():
     gate, x_TD = gate_without_bias(2.0)
     router = make("ssr-fold", probability=1)
-    router.bind_gate(gate)
+    bind(router, gate)
     sinkroute.set_step(router, 0)
     router(gate(x_TD))
     gate.to("meta")
@@ -353,7 +361,7 @@ def test_micro_batches_and_masks_count_in_the_mean_token():
         with torch.no_grad():
             gate.weight.copy_(start_ED)
         router = make("ssr-fold", probability=1)
-        router.bind_gate(gate)
+        bind(router, gate)
         for part, x in enumerate(parts):
             sinkroute.set_step(router, 0, part)
             mask_T = torch.arange(len(x)) < (800 if part == 0 else 400)
@@ -367,7 +375,7 @@ def test_micro_batches_and_masks_count_in_the_mean_token():
 @pytest.mark.parametrize("gate", [torch.nn.Linear(3, 5, bias=False), torch.nn.Linear(3, 5), torch.nn.Identity()])
 def test_a_gate_for_other_experts_is_refused(gate):
     with pytest.raises(ValueError, match=r"gate must have a bias of shape \(4,\)"):
-        make("ssr-fold").bind_gate(gate)
+        GateFold(make("ssr-fold"), gate, "bias" if getattr(gate, "bias", None) is not None else "weight")
 
 
 # -- both ------------------------------------------------------------------------------------------------------------

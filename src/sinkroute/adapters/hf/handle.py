@@ -50,13 +50,18 @@ class Handle(Patched):
         return self._pass.aux_loss()
 
     def _remark(self) -> str:
-        return f"; its own balancing loss ({', '.join(self.switched_off)}) is off" if self.switched_off else ""
+        told = f"; its own balancing loss ({', '.join(self.switched_off)}) is off" if self.switched_off else ""
+        held = [self.scorings[path].correction for path, router in self.routers.items() if router.links]
+        places = dict.fromkeys("folded into the gate" if bias is None else f"in {bias.name}" for bias in held)
+        return f"{told}; its potentials are {' or '.join(places)}" if places else told
 
     def take(self, site: Site, scoring: Scoring, router: Router) -> None:
         """Put `router` into the place of the one at `site`."""
         self.add(site.path, site.host, router, str(scoring))
         self.scorings[site.path] = scoring
         self._seats.append(Seat(router, site, scoring, self._pass))
+        for hook in self._seats[-1].listen():
+            self.on_remove(hook.remove)
         attach(site.host, router)
         self.on_remove(detach, site.host)
         self.on_remove(site.host.register_forward_hook(self._seats[-1], with_kwargs=True).remove)

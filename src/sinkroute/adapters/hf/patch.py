@@ -17,11 +17,12 @@ from sinkroute.adapters.hf.handle import Handle
 from sinkroute.adapters.hf.quirks import refuse_kernels
 from sinkroute.adapters.hf.seat import fit_to_site
 from sinkroute.routing.attached import attached
+from sinkroute.routing.registry import RECOMMENDED
 
 __all__ = ["patch"]
 
 
-def patch(model: nn.Module, router: str, *, keep_aux_loss: bool | None = None, **options: Any) -> Handle:
+def patch(model: nn.Module, router: str = RECOMMENDED, *, keep_aux_loss: bool | None = None, **options: Any) -> Handle:
     """Route a Hugging Face transformers model by a router of sinkroute, in place.
 
     In training every mixture-of-experts layer is routed by `router`, with the model's own logits, score function,
@@ -74,7 +75,8 @@ def patch(model: nn.Module, router: str, *, keep_aux_loss: bool | None = None, *
     handle = Handle(model, router, refused, router == "softmax" if keep_aux_loss is None else keep_aux_loss)
     for site, scoring in known.items():
         handle.take(site, scoring, routers[site])
-    if hasattr(model, "peft_config") and any(made.links for made in routers.values()):
+    moves_bias = any(made.links and known[site].correction is not None for site, made in routers.items())
+    if hasattr(model, "peft_config") and moves_bias:
         warnings.warn(
             f"{router!r} moves the model's own correction bias, and PEFT's checkpoints do not hold that: save "
             "merge_and_unload() of it, or take a router that leaves nothing behind, such as ssr-l",

@@ -11,8 +11,9 @@ import copy
 import inspect
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -74,8 +75,9 @@ class Scoring:
         expert_scale: factors of the weights, one per expert, or None.
         probabilities: whether the router returns the softmax in the place of logits.
         normalised: whether the height of the gate's logits is lost: the router returns their softmax or log-softmax.
-        gate_weight: W (E, D), where the logits are W x or W x + b of the tokens that the router is given, or None.
+        gate_weight: W (E, D), where the logits are W x or W x + b, but for what is added to all of a token's, or None.
         gate_bias: that b, or None.
+        gate_module: dotted, the part of the router that is given x; "": the router itself, which is given tokens.
     """
 
     contract: Contract
@@ -94,6 +96,7 @@ class Scoring:
     normalised: bool = False
     gate_weight: Source | None = None
     gate_bias: Source | None = None
+    gate_module: str = ""
 
     def __str__(self) -> str:
         more = [f"{self.correction.name} on {self.correction_on}"] if self.correction else []
@@ -121,14 +124,19 @@ def read_scoring(site: Site) -> Scoring:
     host = _random_copy(site.host)
     trial = Site(site.path, host, site.parent)
     handed_on = _handed_on(site)
-    tokens_TD, outputs = _ask(host, {name: value for name, (_, value) in handed_on.items()})
+    arguments = {name: value for name, (_, value) in handed_on.items()}
+    tokens_TD, outputs = _ask(host, arguments)
     contract = next((contract for contract in CONTRACTS if contract.fits(outputs, trial)), None)
     if contract is None:
         raise NotARouter(f"it returns {_described(outputs)}")
     with torch.no_grad():
         decision = contract.read(outputs, trial)
-        weight, bias = _gate(decision.logits_TE, tokens_TD, host)
-        return replace(_recognise(contract, decision, trial, handed_on), gate_weight=weight, gate_bias=bias)
+        rule = _recognise(contract, decision, trial, handed_on)
+        logits_TE = rule.logits(decision)
+        weight, bias = _gate(logits_TE, tokens_TD, host, rule.normalised)
+        if weight is not None:
+            return replace(rule, gate_weight=weight, gate_bias=bias)
+        return replace(rule, **_gate_within(logits_TE, host, rule.normalised, partial(_ask, host, arguments)))
 
 
 # -- the trial -------------------------------------------------------------------------------------------------------
@@ -239,19 +247,41 @@ def _recognise(
     raise Unknown("its choice is plain top-k, its weights follow no known rule")
 
 
-def _gate(returned_TE: Tensor, tokens_TD: Tensor, host: nn.Module) -> tuple[Source | None, Source | None]:
+def _gate(
+    logits_TE: Tensor, tokens_TD: Tensor, host: nn.Module, normalised: bool
+) -> tuple[Source | None, Source | None]:
     """The weight, and the bias if there is one, of which the logits are the linear map of the tokens."""
     parameters = dict(host.named_parameters())
     for name, weight in parameters.items():
-        if weight.shape != (returned_TE.shape[-1], tokens_TD.shape[-1]):
+        if weight.shape != (logits_TE.shape[-1], tokens_TD.shape[-1]):
             continue
-        rest_TE = returned_TE - tokens_TD @ weight.T
-        if torch.allclose(rest_TE, torch.zeros(()), atol=_TOLERANCE):
-            return Source("host", name), None
-        for other, bias in parameters.items():
-            if bias.shape == rest_TE.shape[1:] and torch.allclose(rest_TE, bias, atol=_TOLERANCE):
-                return Source("host", name), Source("host", other)
+        rest_TE = logits_TE - tokens_TD @ weight.T
+        biases = {other: bias for other, bias in parameters.items() if bias.shape == logits_TE.shape[1:]}
+        for other, bias in (None, torch.zeros(())), *biases.items():
+            left_TE = rest_TE - bias
+            if normalised:  # logits are known but for what is added to all of a token's
+                left_TE = left_TE - left_TE.mean(-1, keepdim=True)
+            if torch.allclose(left_TE, torch.zeros(()), atol=_TOLERANCE):
+                return Source("host", name), None if other is None else Source("host", other)
     return None, None
+
+
+def _gate_within(logits_TE: Tensor, host: nn.Module, normalised: bool, again: Callable[[], Any]) -> dict[str, Any]:
+    """The linear gate in a router that makes something of the tokens before it, as fields of `Scoring`."""
+    for path, part in list(host.named_modules())[1:]:
+        given: list[Tensor] = []
+        hook = part.register_forward_pre_hook(lambda _, args, given=given: given.extend(args[:1]))
+        again()
+        hook.remove()
+        if len(given) == 1 and isinstance(given[0], Tensor) and given[0].numel() % len(logits_TE) == 0:
+            weight, bias = _gate(logits_TE, given[0].reshape(len(logits_TE), -1), part, normalised)
+            if weight is not None:
+                return {
+                    "gate_module": path,
+                    "gate_weight": Source("host", f"{path}.{weight.name}"),
+                    "gate_bias": None if bias is None else Source("host", f"{path}.{bias.name}"),
+                }
+    return {}
 
 
 def _selections(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from sinkroute.adapters._fit import fit_router, has_gate, is_asked
 from sinkroute.adapters._links import BiasLink
@@ -14,10 +15,11 @@ from sinkroute.adapters.hf.contracts import Site
 from sinkroute.adapters.hf.model_pass import ModelPass
 from sinkroute.adapters.hf.scoring import Scoring
 from sinkroute.adapters.hf.settings import Settings
+from sinkroute.routing.fold import GateFold
 from sinkroute.routing.registry import ROUTERS, router_options
 from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
-from sinkroute.routing.serving import Serving
+from sinkroute.routing.serving import Link, Serving
 
 __all__ = ["Seat", "fit_to_site"]
 
@@ -35,6 +37,13 @@ class Seat:
     def __init__(self, router: Router, site: Site, scoring: Scoring, model_pass: ModelPass) -> None:
         self.router, self.site, self.scoring, self.model_pass = router, site, scoring, model_pass
         self._settings = Settings(site, scoring)
+
+    def listen(self) -> list[RemovableHandle]:
+        """Hooks that tell links what the gate is given, where that is a part of the model's router."""
+        if not self.scoring.gate_module:
+            return []
+        gate = self.site.host.get_submodule(self.scoring.gate_module)
+        return [gate.register_forward_pre_hook(_Hand(link)) for link in self.router.links]
 
     def prepare(self) -> bool:
         """Before a pass of the model: whether the router is asked in it. It learns what the model's bias was set to."""
@@ -61,8 +70,9 @@ class Seat:
             # Detached, or it would be registered as a buffer of the router's too.
             router.correction_E = scoring.correction.find(self.site).detach().flatten()
         mask_T = self.model_pass.token_mask(self.site.path, len(logits_TE))
-        if router.moves_gate:
-            router.see(args[0] if args else next(iter(kwargs.values())))
+        for link in router.links:
+            if not scoring.gate_module:  # or a hook of that tells it
+                link.see(args[0] if args else next(iter(kwargs.values())))
         routes = router(logits_TE, mask_T, plain=Routes(decision.experts_TK, decision.weights_TK))
         if host.training:
             self.model_pass.note(routes.aux_loss)
@@ -77,6 +87,16 @@ class Seat:
         """Refuse a model's router that was changed since, unless its choice stays: then it is only counted."""
         if self.router.training or not self.router.is_plain():
             self._settings.check()
+
+
+class _Hand:
+    """Hands a link what a module is given."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+
+    def __call__(self, gate: nn.Module, args: tuple[Any, ...]) -> None:
+        self.link.see(args[0])
 
 
 def fit_to_site(name: str, site: Site, scoring: Scoring, options: dict[str, Any]) -> Router:
@@ -104,38 +124,52 @@ def fit_to_site(name: str, site: Site, scoring: Scoring, options: dict[str, Any]
         )
     router.correction_on = scoring.correction_on
     bias = router.eval().choice_bias()  # with which it serves
-    if router.moves_gate:
-        _bind_gate(name, router, site, scoring)
-    elif bias is not None:
-        if scoring.correction is None or bias.on != scoring.correction_on:
-            tried = {known: kind(2, 1) for known, kind in ROUTERS.items()}
-            able = [known for known, other in tried.items() if other.serving() == Serving() and not has_gate(other)]
-            raise ValueError(
-                f"router {name!r} serves with a bias on {bias.on}, which {type(site.host).__name__} has no place for, "
-                f"so that eval() and saved checkpoints would be another model's; take one of {', '.join(able)}"
-            )
-        link = BiasLink(router, partial(scoring.correction.find, site))
+    if router.moves_gate or bias is not None:
+        link = _link(name, router, bias, site, scoring)
         link.pull()
         router.links.append(link)
     return router.train(site.host.training)
 
 
-def _bind_gate(name: str, router: Router, site: Site, scoring: Scoring) -> None:
-    """Tell a router that moves the gate which tensor it is."""
-    if scoring.correction is not None:
-        raise ValueError(
-            f"router {name!r} balances the gate, and {type(site.host).__name__} chooses by "
-            f"{scoring.correction.name}, too, which would undo it; take ssr-bias or loss-free, which move that"
-        )
+def _link(name: str, router: Router, bias: Serving | None, site: Site, scoring: Scoring) -> Link:
+    """What of the model holds what the router serves with: its correction bias, or its linear gate."""
+    host, correction = type(site.host).__name__, scoring.correction
+    if correction is not None:
+        if router.moves_gate:
+            raise ValueError(
+                f"router {name!r} balances the gate, and {host} chooses by {correction.name}, too, which would undo "
+                "it; take ssr-dual, ssr-bias or loss-free, which move that"
+            )
+        if bias is not None and bias.on != scoring.correction_on:
+            raise ValueError(
+                f"router {name!r} serves with a bias on {bias.on}, and {host} adds {correction.name} to "
+                f"{scoring.correction_on}, so that eval() and saved checkpoints would be another model's; take one "
+                "with a bias there, such as ssr-dual without bias_on"
+            )
+        return BiasLink(router, partial(correction.find, site))
     moved = scoring.gate_bias or scoring.gate_weight
+    if bias is not None and (bias.on != "logits" or moved is None):
+        able = [known for known, kind in ROUTERS.items() if _serves_there(kind(2, 1), moved is not None)]
+        raise ValueError(
+            f"router {name!r} serves with a bias on {bias.on}, which {host} has no place for, so that eval() and saved "
+            f"checkpoints would be another model's; take one of {', '.join(able)}"
+        )
     if moved is None:
         raise ValueError(
-            f"router {name!r} moves a linear gate, and the logits of {type(site.host).__name__} are no linear map of "
-            "its tokens; take ssr-l or ssr-s"
+            f"router {name!r} moves a linear gate, and the logits of {host} are no linear map of its tokens; take "
+            "ssr-l or ssr-s"
         )
     if not moved.find(site).requires_grad:
         raise ValueError(
             f"router {name!r} moves {moved.name} of {site.block}, which is frozen; let it be trained and saved "
             "(PEFT: modules_to_save), or take ssr-l"
         )
-    router.bind_part(site.host, moved.name)
+    return GateFold(router, site.host, moved.name)
+
+
+def _serves_there(router: Router, gate: bool) -> bool:
+    """Whether a model without a correction bias can serve what the router learns; `gate`: its gate can be moved."""
+    serving = router.serving()
+    if serving is None or has_gate(router) or (router.moves_gate and not gate):
+        return False
+    return serving.plain or (gate and serving.on == "logits")

@@ -15,14 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
+from sinkroute.routing.fold import GateFold
+from sinkroute.routing.gate import add_bias
 from sinkroute.routing.options import option
 from sinkroute.routing.routers.ssr_kept import SSRKeptRouter
 from sinkroute.routing.scores import scores
 from sinkroute.routing.serving import Serving
-from sinkroute.routing.state import RouterState
 
 __all__ = ["SSRBiasRouter"]
 
@@ -31,11 +31,7 @@ BiasOn = Literal["logits", "scores"]
 
 
 class SSRBiasRouter(SSRKeptRouter):
-    """SSR-L whose potentials stay as a bias of the choice between solves. Without groups.
-
-    Attributes:
-        state: holds `bias_E` (E,) float32.
-    """
+    """SSR-L whose potentials stay as a bias of the choice between solves. Without groups."""
 
     @dataclass(frozen=True, kw_only=True)
     class Options(SSRKeptRouter.Options):
@@ -49,11 +45,6 @@ class SSRBiasRouter(SSRKeptRouter):
             'what the bias is added to, and what the plan\'s cost is: the "logits", or their "scores", as in models '
             "with a correction bias (DeepSeek-V3). ξ is 0.5 or 0.1 unless told",
         )
-
-    state: RouterState
-
-    def state_values(self) -> dict[str, Tensor]:
-        return super().state_values() | {"bias_E": torch.zeros(self.num_experts, device="cpu")}
 
     def default_reg(self) -> float:
         return super().default_reg() if self.bias_on == "logits" else 0.1
@@ -71,11 +62,6 @@ class SSRBiasRouter(SSRKeptRouter):
     def starting_potentials(self) -> Tensor:
         return self.state.bias_E
 
-    def keep(self, potentials_E: Tensor, known: Tensor) -> None:
-        bias_E = self.state.bias_E
-        bias_E.copy_(torch.where(known, torch.lerp(bias_E.double(), potentials_E, self.rate), bias_E))
-
-    @torch.no_grad()
     def fold_into(self, gate: nn.Linear) -> None:
         """Add the bias to that of the gate (made if there is none) and forget it: serving is plain top-k then.
 
@@ -86,8 +72,5 @@ class SSRBiasRouter(SSRKeptRouter):
         """
         if self.bias_on == "scores":
             raise ValueError('bias_on="scores": a bias of the scores cannot move into the gate; serve with the bias')
-        if gate.bias is None:
-            with torch.inference_mode(False):
-                gate.bias = nn.Parameter(torch.zeros_like(gate.weight[:, 0]))
-        gate.bias.add_(self.state.bias_E.to(gate.bias.dtype))
-        self.state.bias_E.zero_()
+        add_bias(gate)
+        GateFold(self, gate, "bias").push()

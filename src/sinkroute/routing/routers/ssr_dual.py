@@ -125,6 +125,9 @@ class SSRDualRouter(Router):
     def serving(self) -> Serving:
         return Serving(self.state.average_E, self.bias_on)
 
+    def potentials(self) -> tuple[Tensor, ...]:
+        return self.state.average_E, self.state.bias_E
+
     def prepare_step(self) -> None:
         self._plans = None
 

@@ -21,6 +21,7 @@ from sinkroute.routing.options import option, with_default
 from sinkroute.routing.routers.ssr import PlanWeights, SSRRouter
 from sinkroute.routing.routers.ssr_b import choose_balanced
 from sinkroute.routing.routes import Routes
+from sinkroute.routing.state import RouterState
 from sinkroute.transport import Plan
 
 __all__ = ["SSRKeptRouter"]
@@ -29,7 +30,11 @@ Balance = Literal["plan", "load"]
 
 
 class SSRKeptRouter(SSRRouter):
-    """SSR-L that does something with the potentials of a step's plans when the step is over: `keep`. Without groups."""
+    """SSR-L that keeps the potentials of its plans when a step is over. Without groups.
+
+    Attributes:
+        state: holds `bias_E` (E,) float32.
+    """
 
     cost = "linear"
     keeps_groups = False
@@ -56,12 +61,12 @@ class SSRKeptRouter(SSRRouter):
             0.01, 'MaxVio on Sinkhorn steps with balance="load", at most', least=0, hint="0.01 is 1 %"
         )
 
-    def keep(self, potentials_E: Tensor, known: Tensor) -> None:
-        """Remember (E,) float64 potentials; `known` is a 0-d bool tensor, False if the step had no plan."""
-        raise NotImplementedError
+    state: RouterState
 
     def state_values(self) -> dict[str, Tensor]:
-        return super().state_values() | {"plans": torch.tensor(0.0, device="cpu")}  # steps whose potentials were kept
+        # `plans`: steps whose potentials were kept.
+        plans = torch.tensor(0.0, device="cpu")
+        return super().state_values() | {"bias_E": torch.zeros(self.num_experts, device="cpu"), "plans": plans}
 
     def state_sums(self) -> dict[str, int]:
         return {"potentials": self.num_experts, "tokens": 1}
@@ -73,7 +78,6 @@ class SSRKeptRouter(SSRRouter):
 
     def _has_kept(self) -> bool:
         """Whether any plan was kept. A device is asked once a step until one is."""
-        assert self.state is not None
         if not self._kept or self.state.ended < 0:  # a state that was reset has not ended a step
             self._kept = not self.state.plans.is_meta and float(self.state.plans) > 0
         return self._kept
@@ -102,6 +106,9 @@ class SSRKeptRouter(SSRRouter):
         potentials_E = sums["potentials"] / sums["tokens"].clamp(min=1)
         # A solve that failed (scores that are not finite, on a device that cannot say so) must not be remembered.
         known = (sums["tokens"] > 0).all() & potentials_E.isfinite().all()
-        self.keep(potentials_E, known)
-        assert self.state is not None
+        bias_E = self.state.bias_E
+        bias_E.copy_(torch.where(known, torch.lerp(bias_E.double(), potentials_E, self.rate), bias_E))
         self.state.plans.add_(known)
+
+    def potentials(self) -> tuple[Tensor, ...]:
+        return (self.state.bias_E,)
