@@ -54,3 +54,9 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path):
         "# Top\n[a](there.md#here) [b](there.md#gone) [c](gone.md) [d](#top) [e](#bottom) [f](https://x.y/#z)\n"
     )
     assert broken(page) == ["there.md#gone", "gone.md", "#bottom"]
+
+
+def test_each_page_is_in_the_contents_of_the_readme():
+    linked = set(LINK.findall((ROOT / "README.md").read_text(encoding="utf-8")))
+    pages = {page.relative_to(ROOT).as_posix() for page in PAGES if page.parent == ROOT / "docs"}
+    assert pages - {link.partition("#")[0] for link in linked} == set()

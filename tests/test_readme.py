@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import sinkroute
+
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
@@ -20,8 +22,21 @@ def test_code_in_the_readme_runs(block: str) -> None:
     exec(compile(block, "README.md", "exec"), {})
 
 
-def test_every_picture_and_page_the_readme_points_to_is_there() -> None:
-    targets = re.findall(r"\]\(([^)#:]+)\)", README.read_text(encoding="utf-8"))
-    missing = [target for target in targets if not (README.parent / target).exists()]
-    assert targets
-    assert not missing
+def test_texts_name_as_many_routers_as_there_are() -> None:
+    count = str(len(sinkroute.list_routers()))
+    for page in (README, README.parent / "docs" / "which-router.md"):
+        assert set(re.findall(r"(\d+)\s+routers", page.read_text(encoding="utf-8"))) == {count}, page.name
+
+
+def test_the_table_of_which_router_names_routers_that_there_are() -> None:
+    text = (README.parent / "docs" / "which-router.md").read_text(encoding="utf-8")
+    taken = re.findall(r"^\| [^|]+ \| ([^|]+) \| [^|]+ \|$", text, flags=re.MULTILINE)[1:]
+    named = {name for cell in taken for name in re.findall(r"`([\w-]+)`", cell)}
+    assert len(taken) >= 10
+    assert named <= set(sinkroute.list_routers())
+
+
+def test_the_readme_is_short_and_begins_with_the_two_commands() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 220
+    assert [line.split("  ")[0] for line in lines[:12] if line.startswith("make ")] == ["make demo", "make test"]
