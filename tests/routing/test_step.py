@@ -369,3 +369,52 @@ def test_a_schedule_that_spans_a_training_of_unknown_length_is_an_error():
 def test_a_length_of_training_that_is_none_is_refused(value):
     with pytest.raises(ValueError, match=r"^total_steps must be an integer of [01] or more, got "):
         sinkroute.set_step(TwoRouters(), 1, total_steps=value)
+
+
+# -- a run without plans ---------------------------------------------------------------------------------------------
+
+
+def planless(name, steps, layers=2, **options):
+    """What is said in so many steps of a model whose passes are left out."""
+    model = nn.ModuleList(sinkroute.create_router(name, num_experts=4, top_k=2, **options) for _ in range(layers))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(steps):
+            sinkroute.set_step(model, step)
+            sinkroute.set_step(model, step, 1)
+    return [warning for warning in said if "no plan" in str(warning.message)]
+
+
+def test_a_model_that_has_made_no_plan_in_a_thousand_steps_is_warned_of_once():
+    assert planless("ssr-l", 1000, probability=1e-12) == []
+    (warning,) = planless("ssr-l", 1500, probability=1e-12)
+    assert str(warning.message).startswith(
+        "SSRLinearRouter has made no plan in 1000 training steps: probability=1e-12 is too small"
+    )
+    assert "such as 0.01, or a router that balances the steps between plans (ssr-dual, ssr-bias)" in str(
+        warning.message
+    )
+    assert warning.filename == __file__
+
+
+def test_without_a_chance_of_a_plan_nothing_is_warned_of():
+    assert planless("ssr-l", 1100, probability=0) == []
+    assert planless("ssr-l", 1900, probability="piecewise(0: 0, 1000: 1e-12)") == []
+    assert planless("softmax", 1100) == []
+
+
+def test_ssr_dual_that_waits_for_its_first_plan_in_vain_is_warned_of():
+    (warning,) = planless("ssr-dual", 1100)
+    assert "see that training passes reach the router" in str(warning.message)
+
+
+def test_one_plan_in_one_layer_is_enough():
+    model = nn.ModuleList(
+        sinkroute.create_router("ssr-l", num_experts=4, top_k=2, draw="layer", probability=p) for p in (1.0, 1e-12)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(1100):
+            sinkroute.set_step(model, step)
+            if step == 0:
+                model[0](torch.zeros(4, 4))

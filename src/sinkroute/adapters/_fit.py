@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sinkroute.adapters._links import BiasLink
+from sinkroute.adapters._tally import Tally
 from sinkroute.routing import Router, create_router
 from sinkroute.routing.ranks import Ranks
 from sinkroute.routing.registry import ROUTERS, router_options
@@ -154,4 +155,5 @@ def refuse_bias(router: Router, what: str) -> None:
 
 def is_asked(router: Router) -> bool:
     """Whether the router is asked in this pass: where the framework's own choice stays, only if somebody watches."""
-    return router.training or not router.is_plain() or bool(router._forward_hooks)
+    watched = any(not isinstance(hook, Tally) for hook in router._forward_hooks.values())  # in evaluation
+    return router.training or not router.is_plain() or watched

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from sinkroute.adapters._tally import Tally, tally_table
 from sinkroute.routing import Router
 from sinkroute.routing.attached import attach, attached, detach
 
@@ -36,12 +37,12 @@ class Patched:
     def __init__(self, model: nn.Module, router: str, refused: Mapping[str, str] | None = None) -> None:
         self.model, self.router, self.refused = model, router, dict(refused or {})
         self.routers: dict[str, Router] = {}
+        self._tallies: dict[str, Tally] = {}
         self._rows: list[tuple[str, str, str]] = []
         self._undo: list[Callable[[], Any]] = []
 
     def __str__(self) -> str:
-        total = len(self.routers) + len(self.refused)
-        head = f"{self.router} in {len(self.routers)} of {total} layers of {type(self.model).__name__}"
+        head = self._head()
         rows = [(f"{count} × {path}", host, rule) for (path, host, rule), count in Counter(self._rows).items()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -49,11 +50,51 @@ class Patched:
         return "\n".join([head + self._remark(), *lines])
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.routers})"
+        return f"{type(self).__name__}({self.routers}, {self._told()})"
+
+    def __len__(self) -> int:
+        """How many routers were taken over."""
+        return len(self.routers)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def _head(self) -> str:
+        total = len(self.routers) + len(self.refused)
+        return f"{self.router} in {len(self.routers)} of {total} layers of {type(self.model).__name__}"
+
+    def _told(self) -> str:
+        passes = max((int(tally.passes) for tally in self._tallies.values()), default=0)
+        return f"{passes} training pass{'' if passes == 1 else 'es'}" if passes else "no training pass yet"
 
     def _remark(self) -> str:
         """What else the first line of the description says."""
         return ""
+
+    def summary(self) -> str:
+        """What training has come to, as a table: by layer, the steps with a plan, and MaxVio and dead experts of the
+        first ten training passes and of the last ten, on this rank. It waits for the device.
+
+        >>> import torch, transformers, sinkroute
+        >>> config = transformers.MixtralConfig(
+        ...     vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        ...     num_key_value_heads=2, num_local_experts=4,
+        ... )
+        >>> handle = sinkroute.patch(transformers.MixtralForCausalLM(config), "ssr-l", probability=1.0)
+        >>> print(handle.summary())
+        ssr-l in 1 of 1 layers of MixtralForCausalLM: no training pass yet
+        >>> for step in range(3):
+        ...     sinkroute.set_step(handle.model, step)
+        ...     _ = handle.model(input_ids=torch.randint(16, (2, 50)))
+        >>> for line in handle.summary().splitlines()[:2]:
+        ...     print(line)
+        ssr-l in 1 of 1 layers of MixtralForCausalLM: 3 training passes
+        layer  plans  MaxVio then  MaxVio now  dead then  dead now
+        """
+        head = f"{self._head()}: {self._told()}"
+        if not any(int(tally.passes) for tally in self._tallies.values()):
+            return head
+        return f"{head}\n{tally_table(self._tallies, self.routers)}"
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the routers remember between steps, by name; empty if they remember nothing."""
@@ -80,6 +121,8 @@ class Patched:
     def add(self, path: str, host: nn.Module, router: Router, rule: str) -> None:
         """Note that `router` is asked in the place of the model's own, which chooses by `rule`."""
         self.routers[path] = router
+        self._tallies[path] = Tally(router.num_experts)
+        self.on_remove(router.register_forward_hook(self._tallies[path]).remove)
         self._rows.append((re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path) or "itself", type(host).__name__, rule))
 
     def on_remove(self, undo: Callable[..., Any], *args: Any) -> None:

@@ -12,7 +12,7 @@ from sinkroute.routing.metrics import max_violation
 from sinkroute.routing.schedules import Schedule, check_bounds, make_schedule
 from sinkroute.routing.state import RouterState
 
-__all__ = ["Firing", "ProbabilityLike"]
+__all__ = ["Firing", "PlanCount", "ProbabilityLike"]
 
 # What the option takes.
 ProbabilityLike = float | str | Schedule | Adaptive | Callable[[int], float]
@@ -89,3 +89,37 @@ class Firing:
     def forget(self) -> None:
         """The state was loaded: what was read off it is no longer so."""
         self._measured = None
+
+
+class PlanCount:
+    """How many steps could have had a plan, and how many had one, since the router was made or patched in.
+
+    Args:
+        cure: what to do about a router that makes none.
+
+    Attributes:
+        due: steps at which a plan had a chance, or was waited for.
+        made: steps with a plan.
+
+    >>> count = PlanCount("wait longer")
+    >>> for step in (0, 0, 1):  # two micro-batches and the next step
+    ...     count.expect(step)
+    >>> count.note(1)
+    >>> count.due, count.made
+    (2, 1)
+    """
+
+    def __init__(self, cure: str) -> None:
+        self.cure, self.warned = cure, False
+        self.due = self.made = 0
+        self._due_at = self._made_at = -1
+
+    def expect(self, step: int) -> None:
+        """A step may have a plan."""
+        self.due += step != self._due_at
+        self._due_at = step
+
+    def note(self, step: int) -> None:
+        """A training pass has made a plan."""
+        self.made += step != self._made_at
+        self._made_at = step

@@ -22,6 +22,7 @@ from sinkroute.kernels.normal import normal_like
 from sinkroute.kernels.topk import topk
 from sinkroute.routing.clock import Clock, Draws
 from sinkroute.routing.draws import uniform
+from sinkroute.routing.firing import PlanCount
 from sinkroute.routing.gate import LinearGate
 from sinkroute.routing.logits import checked_logits
 from sinkroute.routing.losses.auxiliary import AuxiliaryLosses
@@ -78,6 +79,7 @@ class Router(nn.Module):
     inference: str = "none"
     # Whether this step is routed by a plan; None: the method has no steps of two kinds.
     sinkhorn_now: bool | None = None
+    plan_count: PlanCount | None = None  # of a method that is to make plans now and then
     state: RouterState | None
     norm_topk: bool
     top_groups: int

@@ -17,6 +17,10 @@ from sinkroute.routing.router import Router
 __all__ = ["end_step", "set_step"]
 
 
+PLANLESS_STEPS = 1000
+"""After so many steps that could have had a plan and had none somebody is told."""
+
+
 def set_step(module: nn.Module, step: int, micro_batch: int = 0, *, total_steps: int | None = None) -> None:
     """Tell all routers in `module` which step this is, so that their random draws are keyed to it.
 
@@ -59,6 +63,7 @@ def set_step(module: nn.Module, step: int, micro_batch: int = 0, *, total_steps:
     _number(routers)
     for router in routers:
         router.set_step(step, micro_batch, total_steps)
+    _warn_without_plans(routers)
 
 
 def end_step(module: nn.Module) -> None:
@@ -108,6 +113,19 @@ def _end_step(routers: list[Router]) -> None:
         totals = ranks.sum(torch.cat(parts)).split([len(part) for part in parts])
         for (router, _), total in zip(members, totals, strict=True):
             router.end_step(total)
+
+
+def _warn_without_plans(routers: list[Router]) -> None:
+    """Say once of a model whose routers are to make plans that in many steps they have made none."""
+    counts = {router: router.plan_count for router in routers if router.plan_count is not None}
+    late = next((router for router, count in counts.items() if count.due > PLANLESS_STEPS), None)
+    if late is None or any(count.made or count.warned for count in counts.values()):
+        return
+    for count in counts.values():
+        count.warned = True
+    warnings.warn(
+        f"{type(late).__name__} has made no plan in {PLANLESS_STEPS} training steps: {counts[late].cure}", stacklevel=3
+    )
 
 
 def _is_over(router: Router, step: int) -> bool:

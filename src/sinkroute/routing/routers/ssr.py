@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sinkroute.kernels.operations import uncompiled
 from sinkroute.kernels.topk import noisy_topk
 from sinkroute.routing.adaptive import Adaptive
-from sinkroute.routing.firing import Firing, ProbabilityLike
+from sinkroute.routing.firing import Firing, PlanCount, ProbabilityLike
 from sinkroute.routing.noise import Noise, NoiseLike, NoiseScale
 from sinkroute.routing.options import option
 from sinkroute.routing.routers.plan import PlanRouter
@@ -31,7 +31,7 @@ from sinkroute.routing.routes import Routes
 from sinkroute.routing.schedules import Constant, check_bounds
 from sinkroute.routing.scores import weigh_chosen
 from sinkroute.routing.serving import Serving
-from sinkroute.routing.state import RouterState
+from sinkroute.routing.state import RouterState, recomputing
 
 __all__ = ["Cost", "Inference", "SSRLinearRouter", "SSRRouter", "SSRSoftmaxRouter"]
 
@@ -116,6 +116,11 @@ class SSRRouter(PlanRouter):
                 'none; give weights="plan", or leave plan_gradient out'
             )
         self.firing = Firing(self.probability)
+        self.plan_count: PlanCount = PlanCount(
+            f"probability={self.probability!r} is too small for a run of that length: take a larger one, such as 0.01, "
+            "or a router that balances the steps between plans (ssr-dual, ssr-bias); where it is large, see that "
+            "training passes reach the router; 0 says that there are to be none"
+        )
         self._noise = Noise(self.noise, self.noise_scale, num_experts)
         self.raw_noise: nn.Parameter | None = None
         if self._noise.learned:
@@ -172,6 +177,11 @@ class SSRRouter(PlanRouter):
         return None
 
     # -- steps -------------------------------------------------------------------------------------------------------
+
+    def set_step(self, step: int, micro_batch: int = 0, total_steps: int | None = None) -> None:
+        super().set_step(step, micro_batch, total_steps)
+        if self.probability_now > 0:
+            self.plan_count.expect(step)
 
     def check_step(self, step: int, total_steps: int | None) -> None:
         total_steps = self.total_steps if total_steps is None else total_steps
@@ -241,6 +251,8 @@ class SSRRouter(PlanRouter):
     @uncompiled  # the solver's loop ends when the data say so
     def route_by_plan(self, logits_TE: Tensor, token_mask: Tensor | None, noisy: bool) -> Routes:
         """Choose and weigh by the transport plan."""
+        if self.training and not recomputing():
+            self.plan_count.note(self.step)
         gradient = self.plan_gradient if self.weights == "plan" else "none"
         cost_TE = self.make_cost(logits_TE.detach() if gradient == "none" else logits_TE)
         if noisy:

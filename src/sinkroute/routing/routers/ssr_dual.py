@@ -32,6 +32,7 @@ from torch import Tensor
 
 from sinkroute.kernels.operations import uncompiled
 from sinkroute.kernels.topk import topk
+from sinkroute.routing.firing import PlanCount
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
@@ -115,6 +116,10 @@ class SSRDualRouter(Router):
             **{name: torch.zeros(num_experts, device="cpu") for name in vectors},
             **{name: torch.tensor(value, device="cpu") for name, value in numbers.items()},
         )
+        self.plan_count: PlanCount = PlanCount(
+            "the first plan is of the first training step with a real token, and none has come: see that training "
+            "passes reach the router"
+        )
         self._plans: bool | None = None
         self._edge: tuple[Tensor, Tensor] | None = None
         self.register_load_state_dict_post_hook(_ask_again)  # type: ignore[no-untyped-call]
@@ -152,6 +157,8 @@ class SSRDualRouter(Router):
 
     @uncompiled  # which tokens move is known from the data only
     def _route_exactly(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
+        if not recomputing():
+            self.plan_count.note(self.step)
         cost_TE = self._cost(logits_TE)
         experts_TK, bias_E = balanced_topk(cost_TE, self.top_k, TOL, token_mask=token_mask, init=self.state.average_E)
         experts_TK = best_first(experts_TK, cost_TE + bias_E)
@@ -178,6 +185,7 @@ class SSRDualRouter(Router):
 
     @uncompiled
     def _potentials(self, logits_TE: Tensor, token_mask: Tensor | None) -> Tensor:
+        self.plan_count.note(self.step)
         return balanced_topk(self._cost(logits_TE), self.top_k, TOL, token_mask=token_mask, init=self.state.bias_E).bias
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -188,6 +196,7 @@ class SSRDualRouter(Router):
         if self.exact:
             self._follow(vector_E / tokens, known)
         elif self.plans_now():
+            self.plan_count.expect(self.step)
             self._begin_at(vector_E / tokens, known)
         else:
             self._move(load_E.double(), vector_E, sums["width"] / tokens, known)
