@@ -8,7 +8,7 @@ TORCH_LATEST ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-oldest test-latest lock lint slow fuzz bench bench-routing bench-transport test-peers test-megatron clean
+.PHONY: help demo test test-oldest test-latest lock lint slow fuzz bench bench-routing bench-transport test-peers test-megatron test-trainers clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make bench   time per step of SSR against vanilla        make bench-transport   the solver against public ones"
 	@echo "make test-peers   our routers against those of Megatron-Core, torchtitan and DeepSpeed, each in its environment"
 	@echo "make test-megatron   the adapter to Megatron-Core (docs/megatron.md), in Megatron-Core's environment"
+	@echo "make test-trainers   patched models in Trainer, TRL, accelerate, FSDP2 and DeepSpeed (docs/trainers.md)"
 	@echo "PYTHON=python3.12 chooses the interpreter, TORCH='torch==2.13.0 --index-url ...' the build of torch"
 
 PIP := python -m pip --disable-pip-version-check install --quiet
@@ -140,5 +141,20 @@ $(PEERS:%=.venv-%/.torch): .venv-%/.torch: tests/peers/requirements.txt pyprojec
 		--no-build-isolation -r tests/peers/requirements-deepspeed.txt
 	@touch $@
 
+# Patched models in the trainers that people use, each wrapped in each way, against one plain loop (docs/trainers.md).
+# A machine's own cap on versions is lifted: the pins say what was tried.
+test-trainers: export PIP_CONSTRAINT := /dev/null
+test-trainers: .venv-trainers/.installed
+	.venv-trainers/bin/python -m pytest -q tests/trainers $(ARGS)
+
+.venv-trainers/.installed: tests/trainers/requirements.txt pyproject.toml scripts/make_venv.py
+	$(PYTHON) scripts/make_venv.py .venv-trainers
+	.venv-trainers/bin/$(PIP) $(TORCH)
+	.venv-trainers/bin/$(PIP) setuptools wheel packaging psutil numpy
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv-trainers/bin/$(PIP) --no-build-isolation -r tests/trainers/requirements.txt \
+		$$(.venv-trainers/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))')
+	.venv-trainers/bin/$(PIP) --no-deps -e .
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-latest .venv-lock .venv-bench $(PEERS:%=.venv-%) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-latest .venv-lock .venv-bench .venv-trainers $(PEERS:%=.venv-%) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

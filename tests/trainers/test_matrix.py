@@ -1,0 +1,25 @@
+"""The matrix of trainers, in the environment of `make test-trainers`; elsewhere what it needs is not installed."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("matrix.py")
+NEEDED = ("accelerate", "datasets", "deepspeed", "trl")
+missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+
+@pytest.mark.skipif(bool(missing), reason=f"{missing} are in the environment of `make test-trainers`")
+@pytest.mark.parametrize("wrapper", ["single", "DDP", "FSDP2", "ZeRO-1", "ZeRO-2", "ZeRO-3"])
+def test_a_patched_model_is_trained_as_by_one_plain_loop_or_refused_by_name(wrapper, tmp_path):
+    out = tmp_path / "found.json"
+    done = subprocess.run([sys.executable, str(PROGRAM), "--wrapper", wrapper, "--out", str(out)], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    rows = json.loads(out.read_text(encoding="utf-8"))
+    assert len(rows) == 5 * 3 * 4
+    bad = {" | ".join(row["cell"]): row for row in rows if row["found"] in ("wrong", "failed")}
+    assert not bad, json.dumps(bad, indent=1)
