@@ -46,7 +46,7 @@ METHODS = {
 
 
 def make_model(method: Method) -> transformers.PreTrainedModel:
-    """Tiny, with gates that are out of balance; its own loss is on wherever it is ours to switch it off."""
+    """Tiny, with gates that are out of balance; the loss of the model is on wherever it is ours to switch it off."""
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"num_experts_per_tok": TOP_K, "initializer_range": 0.2, "pad_token_id": PAD, "eos_token_id": EOS}
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def prompts() -> list[list[int]]:
 
 
 def completion(prompt: list[int], number: int) -> list[int]:
-    """What a rollout is taken to have written, whatever it wrote: its own tokens would hang on the last bits."""
+    """What a rollout is taken to have written, whatever it wrote: which tokens it picks would hang on the last bits."""
     written = tokens(*prompt, number, length=6)
     return written if number == 0 else [*written[:3], EOS]
 

@@ -1,4 +1,4 @@
-"""The same training by the trainers that people use, each wrapped in each way: to be compared with `plain.plain_run`."""
+"""The same training by the trainers that people use, wrapped in each way; `plain.plain_run` is what it must find."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _zero(stage: str) -> dict[str, Any]:
     }
 
 
-# -- a loop of one's own with accelerate -----------------------------------------------------------------------------
+# -- a loop that is written by hand, with accelerate ----------------------------------------------------------------
 
 
 def loop(cell: Cell, method: Method, model: Any, handle: Any, folder: Path) -> list[float]:
