@@ -9,7 +9,7 @@ from torch.func import functional_call, grad
 from torch.utils.checkpoint import checkpoint
 
 import sinkroute
-from sinkroute.moe.capacity import places, within_capacity
+from sinkroute.moe.capacity import millionths, places, within_capacity
 
 D, HIDDEN, E, K = 6, 5, 4, 2
 
@@ -77,11 +77,12 @@ def test_output_and_gradients_are_those_of_a_loop_that_drops_the_lowest_weights(
 
 
 def test_an_expert_takes_the_even_share_times_the_capacity_rounded_up():
-    assert places(Fraction(1), 512, num_experts=16, top_k=2) == 64
-    assert places(Fraction(5, 4), 512, num_experts=16, top_k=2) == 80
-    assert places(Fraction(1), 5, num_experts=4, top_k=2) == 3  # 2.5
-    assert places(Fraction(1), 0, num_experts=4, top_k=2) == 0
-    assert make(1.1, experts=10, top_k=1)._capacity * 100 / 10 == 11  # and not the 12 of floats
+    assert places(millionths(1), 512, num_experts=16, top_k=2) == 64
+    assert places(millionths(1.25), 512, num_experts=16, top_k=2) == 80
+    assert places(millionths(1), 5, num_experts=4, top_k=2) == 3  # 2.5
+    assert places(millionths(1), 0, num_experts=4, top_k=2) == 0
+    assert places(millionths(1.1), 100, num_experts=10, top_k=1) == 11  # and not the 12 of floats
+    assert make(1.1).capacity == 1.1
 
 
 def test_equal_weights_are_kept_in_the_order_of_the_tokens():

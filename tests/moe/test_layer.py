@@ -13,6 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import sinkroute
 from sinkroute.moe import experts as experts_module
+from sinkroute.routing.registry import RECOMMENDED, router_class
 
 D, HIDDEN, EXPERTS = 20, 12, 5
 
@@ -559,8 +560,23 @@ def test_a_router_that_is_made_does_what_its_name_does():
     assert torch.equal(layer(random(9, D)), named(random(9, D)))
 
 
-def test_the_layer_is_routed_by_ssr_unless_told():
-    assert type(sinkroute.MoE(4, 4, 4, 2).router).__name__ == "SSRSoftmaxRouter"
+@pytest.mark.parametrize(
+    "make_layer", [lambda: sinkroute.MoE(4, 4, 4, 2), lambda: sinkroute.MultiHeadMoE(4, 2, 4, 4, 2)]
+)
+def test_the_layer_takes_the_recommended_router_unless_told_and_says_which(make_layer):
+    layer = make_layer()
+    router = getattr(layer, "moe", layer).router
+    assert type(router) is router_class(RECOMMENDED)
+    assert f"router={RECOMMENDED}" in repr(layer)
+
+
+def test_the_recommended_router_may_have_one_expert_a_token_or_one_in_all():
+    for experts, top_k in ((4, 1), (1, 1), (4, 4)):
+        layer = sinkroute.MoE(4, 4, experts, top_k)
+        sinkroute.set_step(layer, 0)
+        layer(random(9, 4)).sum().backward()
+        sinkroute.end_step(layer)
+        assert layer.eval()(random(9, 4)).isfinite().all()
 
 
 # -- input -----------------------------------------------------------------------------------------------------------

@@ -4,59 +4,53 @@ Of T real tokens with K places each, over E experts, an expert takes at most
 
     C = ⌈c · K · T / E⌉
 
-(GShard, Lepikhin et al., arXiv 2006.16668, section 2.2; Switch Transformer, Fedus et al., arXiv 2101.03961, section
-2.2, for K = 1; `get_capacity` of Megatron-Core). Those papers keep the tokens that come first in the batch. Here, as by
-Megatron-Core's default `moe_token_drop_policy="probs"` and in the spirit of V-MoE's batch priority (Riquelme et al.,
-arXiv 2106.05974, section 4.1), an expert keeps the tokens that give it the largest weights. Equal weights: the token
-that comes first.
+(`get_capacity` of Megatron-Core, of K · T choices; for K = 1 the expert capacity of the Switch Transformer, Fedus et
+al., arXiv 2101.03961; GShard, arXiv 2006.16668, bounds experts likewise). Of padding nothing is counted, in which this
+differs from Megatron-Core. An expert keeps the tokens that give it the largest weights, as by Megatron-Core's default,
+`moe_token_drop_policy="probs"`; of equal weights those that come first. Position alone, Megatron-Core's other policy,
+would drop what stands at the end of a batch however much it wants its expert.
 """
 
 from __future__ import annotations
 
 import math
-from fractions import Fraction
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_capacity", "places", "within_capacity"]
+__all__ = ["MILLION", "millionths", "places", "within_capacity"]
 
-Count = TypeVar("Count", int, Tensor)
-
-# The denominator of a capacity: finer than anyone sets it, and c · K · T stays far below 2^63.
-_FINEST = 1_000_000
+# A capacity is counted in millionths: finer than anyone sets it, and c · K · T stays far below 2^63.
+MILLION = 1_000_000
 
 
-def check_capacity(capacity: float | None) -> Fraction | None:
-    """A capacity as the fraction that was written: in floats, 1.1 · 10 is above 11, and would give one more place.
+def millionths(capacity: float) -> int:
+    """A capacity as a whole number of millionths: in floats 1.1 · 10 is above 11, and would give one place more.
 
     Raises:
         TypeError: it is no number.
-        ValueError: it is not a finite number of at least 1/1,000,000.
+        ValueError: it is not a finite number of at least a millionth.
 
-    >>> check_capacity(1.1)
-    Fraction(11, 10)
+    >>> millionths(1.1)
+    1100000
     """
-    if capacity is None:
-        return None
     if isinstance(capacity, bool) or not isinstance(capacity, (int, float)):
         raise TypeError(f"capacity must be a number or None, got {capacity!r}; 1.25 gives experts a quarter to spare")
-    if not (math.isfinite(capacity) and capacity >= 1 / _FINEST):
+    if not (math.isfinite(capacity) and capacity >= 1 / MILLION):
         raise ValueError(
             f"capacity must be a finite number above 0, got {capacity}; 1 is an expert's even share of the tokens, "
             "None drops nothing"
         )
-    return Fraction(repr(capacity)).limit_denominator(_FINEST)
+    return round(capacity * MILLION)
 
 
-def places(capacity: Fraction, tokens: Count, num_experts: int, top_k: int) -> Count:
-    """C of so many real tokens: an int, or 0-d int64 where they are counted on a device.
+def places(capacity: int, tokens: int | Tensor, num_experts: int, top_k: int) -> int | Tensor:
+    """C of a capacity in millionths and so many real tokens: an int, or 0-d int64 where they are counted on a device.
 
-    >>> places(Fraction(5, 4), 10, num_experts=4, top_k=1), places(Fraction(11, 10), 10, num_experts=2, top_k=2)
+    >>> places(1_250_000, 10, num_experts=4, top_k=1), places(1_100_000, 10, num_experts=2, top_k=2)
     (4, 11)
     """
-    return -(-(tokens * (capacity.numerator * top_k)) // (capacity.denominator * num_experts))
+    return -(-(tokens * (capacity * top_k)) // (MILLION * num_experts))
 
 
 def within_capacity(

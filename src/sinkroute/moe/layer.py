@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from typing_extensions import Never
 
 from sinkroute.kernels.storage import holds_values, plain
-from sinkroute.moe.capacity import check_capacity, places, within_capacity
+from sinkroute.moe.capacity import MILLION, millionths, places, within_capacity
 from sinkroute.moe.dispatch import combine, dispatch, plan_dispatch
 from sinkroute.moe.experts import Experts, refuse_tangents, require_values
 from sinkroute.routing import Router, Routes, create_router
 from sinkroute.routing.beside import checked_ids, checked_mask, kind_of
 from sinkroute.routing.gate import add_bias
+from sinkroute.routing.registry import RECOMMENDED
 
 __all__ = ["MoE", "check_inputs", "zero_padding"]
 
@@ -31,7 +32,8 @@ class MoE(nn.Module):
         d_hidden: F, hidden width of each expert.
         num_experts: E.
         top_k: K.
-        router: a name from `sinkroute.list_routers()`, or a router made by `sinkroute.create_router`.
+        router: a name from `sinkroute.list_routers()`, or a router made by `sinkroute.create_router`; without one, the
+            recommended router, which `print(layer)` names.
         activation: of the experts: `"swiglu"`, `"gelu"` or `"relu"`.
         shared_hidden: hidden width of an expert that all tokens visit beside their K; None: no shared expert.
         bias: whether the experts' matrices have biases.
@@ -67,7 +69,7 @@ class MoE(nn.Module):
         d_hidden: int,
         num_experts: int,
         top_k: int,
-        router: str | Router = "ssr-s",
+        router: str | Router = RECOMMENDED,
         activation: str = "swiglu",
         *,
         shared_hidden: int | None = None,
@@ -93,16 +95,18 @@ class MoE(nn.Module):
         self.shared: Experts | None = None
         if shared_hidden is not None:
             self.shared = Experts(d_model, shared_hidden, 1, activation, bias=bias, dropout=dropout)
-        self._capacity = check_capacity(capacity)
+        self._router_name = router if isinstance(router, str) else None
+        self._millionths = None if capacity is None else millionths(capacity)
         self.routes: Routes | None = None
         self.dropped: Tensor | None = None
 
     @property
     def capacity(self) -> float | None:
-        return None if self._capacity is None else float(self._capacity)
+        return None if self._millionths is None else self._millionths / MILLION
 
     def extra_repr(self) -> str:
-        return "" if self.capacity is None else f"capacity={self.capacity}"
+        told = {"router": self._router_name, "capacity": self.capacity}
+        return ", ".join(f"{name}={value}" for name, value in told.items() if value is not None)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, *, token_ids: Tensor | None = None) -> Tensor:
         """(..., D) → (..., D).
@@ -145,11 +149,11 @@ class MoE(nn.Module):
     def _limited(self, routes: Routes, mask_T: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weights (T, K) and places (T, K) bool, None: all, of what the experts take of the router's choices."""
         self.dropped = None
-        if self._capacity is None or not self.training:
+        if self._millionths is None or not self.training:
             return routes.weights, routes.chosen
         experts_TK, chosen_TK, num_experts = routes.experts, routes.chosen, self.router.num_experts
         tokens = len(experts_TK) if mask_T is None else mask_T.sum()
-        most = places(self._capacity, tokens, num_experts, self.router.top_k)
+        most = places(self._millionths, tokens, num_experts, self.router.top_k)
         kept_TK = within_capacity(experts_TK, routes.weights, most, num_experts, chosen_TK)
         self.dropped = routes.load.sum() - kept_TK.sum()
         return routes.weights.masked_fill(~kept_TK, 0.0), kept_TK

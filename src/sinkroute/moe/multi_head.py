@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sinkroute.moe.experts import ACTIVATIONS
 from sinkroute.moe.layer import MoE, check_inputs, zero_padding
 from sinkroute.routing import Router, Routes
+from sinkroute.routing.registry import RECOMMENDED
 
 __all__ = ["MultiHeadMoE"]
 
@@ -57,7 +58,7 @@ class MultiHeadMoE(nn.Module):
         d_hidden: int,
         num_experts: int,
         top_k: int,
-        router: str | Router = "ssr-s",
+        router: str | Router = RECOMMENDED,
         activation: str = "swiglu",
         **options: Any,
     ) -> None:
