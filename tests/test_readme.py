@@ -22,6 +22,17 @@ def test_code_in_the_readme_runs(block: str) -> None:
     exec(compile(block, "README.md", "exec"), {})
 
 
+def test_the_first_lines_of_the_readme_balance_and_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for router in ("model", 'model, "softmax"'):
+        assert "sinkroute.patch(model)" in BLOCKS[0]
+        exec(compile(BLOCKS[0].replace("patch(model)", f"patch({router})"), "README.md", "exec"), {})
+        last = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("all "))
+        found[router] = float(last.split()[-3])  # MaxVio now; behind it are dead experts, then and now
+    assert found["model"] < 0.3
+    assert found['model, "softmax"'] > 0.8
+
+
 def test_texts_name_as_many_routers_as_there_are() -> None:
     count = str(len(sinkroute.list_routers()))
     for page in (README, README.parent / "docs" / "which-router.md"):
