@@ -50,7 +50,7 @@ COUNTED = {
     "serving, 24,476 words": (24476, 16, 2),
 }
 
-# Name of a table -> comparison, its rows, and against whom each is held.
+# Name of a table -> comparison, its rows, against whom each is held, and in what; the headline's metric unless told.
 PAIRS = {
     "rivals": (
         "paper-lm",
@@ -58,6 +58,17 @@ PAIRS = {
         ("load-balance", "sinkhorn", "loss-free", "quantile"),
     ),
     "heads": ("paper-lm", ("2-head ssr-s", "2-head z-loss"), ("2-head vanilla",)),
+    "dual-serving": (
+        "dual",
+        ("ssr-dual", "ssr-dual exact", "ssr-bias every step"),
+        ("quantile ema 0.9", "loss-free 0.001", "load-balance", "bip cold"),
+        "serving.max_vio",
+    ),
+    "dual-loss": (
+        "dual",
+        ("ssr-dual", "ssr-dual exact", "ssr-bias every step"),
+        ("quantile ema 0.9", "quantile", "loss-free 0.001", "load-balance", "vanilla"),
+    ),
 }
 
 
@@ -138,9 +149,9 @@ def _comparison(found: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _pairs(name: str, rows: tuple[str, ...], columns: tuple[str, ...]) -> str:
+def _pairs(name: str, rows: tuple[str, ...], columns: tuple[str, ...], key: str = "") -> str:
     found = read(name)
-    metric = found["metrics"][0]
+    metric = next(metric for metric in found["metrics"] if not key or metric["key"] == key)
     values = {row["method"]: row["seeds"] for row in found["statistics"] if row["metric"] == metric["key"]}
     lines = ["| | " + " | ".join(f"against `{other}`" for other in columns) + " |", "|" + "---|" * (len(columns) + 1)]
     pairs = {}
@@ -152,7 +163,7 @@ def _pairs(name: str, rows: tuple[str, ...], columns: tuple[str, ...]) -> str:
     for method in rows:
         cells = [f"`{method}`"]
         for other in columns:
-            shown = _spread(asdict(pairs[method, other].difference), metric["digits"], sign=True)
+            shown = _spread(asdict(pairs[method, other].difference), 3, sign=True)
             p = corrected[method, other]
             cells.append(f"**{shown}**, {_chance(p)}" if p < LEVEL else f"{shown}, {_chance(p)}")
         lines.append("| " + " | ".join(cells) + " |")
