@@ -394,6 +394,7 @@ def test_routers_lists_the_ways_of_routing_and_the_options_of_one(capsys: pytest
     assert main(["routers"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in list_routers())
+    assert max(map(len, shown.splitlines())) <= 80
     assert main(["routers", "ssr-fold"]) == 0
     shown = capsys.readouterr().out
     assert all(f" {name} " in shown for name in ("probability", "rate", "gate", "norm_topk"))

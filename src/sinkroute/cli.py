@@ -534,31 +534,20 @@ class RoutersCommand:
 
 
 def _routers(arguments: list[str], console: Console) -> int:
+    from sinkroute.lab.overview import overview
     from sinkroute.routing.options import described
-    from sinkroute.routing.registry import ROUTERS, router_class
+    from sinkroute.routing.registry import router_class
 
     command = tyro.cli(RoutersCommand, args=arguments, prog="sinkroute routers")
-    table = Table(show_lines=command.name is not None)
     if command.name is None:
-        table.add_column("router", no_wrap=True)
-        for column in ("what it does", "serves as", "remembers"):
-            table.add_column(column)
-        for name, kind in ROUTERS.items():
-            serving, state = (router := kind(8, 2)).serving(), router.state
-            served = "its gate or rule" if serving is None else f"top-k of {serving.on} + bias"
-            kept = [] if state is None else [key for key in state.state_dict() if not key.startswith("saved_")]
-            table.add_row(
-                escape(name),
-                escape((kind.__doc__ or "").partition("\n")[0]),
-                "a plain model" if serving is not None and serving.plain else served,
-                ", ".join(kept) or "–",
-            )
-    else:
-        for column in ("option", "default", "what it means"):
-            table.add_column(column, overflow="fold")
-        for option in described(router_class(command.name).Options):
-            named = f"{escape(option.name)}\n[dim]{escape(option.kind)}[/]"
-            table.add_row(named, escape(option.default), escape(option.about))
+        console.print(overview(console.width), highlight=False, markup=False, soft_wrap=True)
+        return 0
+    table = Table(show_lines=True)
+    for column in ("option", "default", "what it means"):
+        table.add_column(column, overflow="fold")
+    for option in described(router_class(command.name).Options):
+        named = f"{escape(option.name)}\n[dim]{escape(option.kind)}[/]"
+        table.add_row(named, escape(option.default), escape(option.about))
     console.print(table)
     return 0
 

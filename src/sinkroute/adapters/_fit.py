@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +17,55 @@ from sinkroute.routing.ranks import Ranks
 from sinkroute.routing.registry import ROUTERS, router_options
 from sinkroute.routing.routes import Routes
 
-__all__ = ["SCORING", "fit_router", "has_gate", "is_asked", "join_bias", "on_scores", "refuse_bias", "refuse_loss"]
+__all__ = [
+    "FRAMEWORKS",
+    "SCORING",
+    "fit_router",
+    "frameworks",
+    "has_gate",
+    "is_asked",
+    "join_bias",
+    "on_scores",
+    "refuse_bias",
+    "refuse_loss",
+]
 
 # What the framework's router says itself, beside num_experts and top_k.
 SCORING = ("score", "norm_topk", "groups", "top_groups", "group_score", "route_scale")
+
+
+class Takes(NamedTuple):
+    """What a framework's layers take: any number of experts for a token, an auxiliary loss, a gate that is moved."""
+
+    any_width: bool
+    loss: bool
+    moved_gate: bool
+
+
+# Some layers of a framework take less; its `patch` refuses a router there, with the reason.
+FRAMEWORKS = {
+    "Hugging Face": Takes(any_width=True, loss=True, moved_gate=True),
+    "Megatron-Core": Takes(any_width=False, loss=True, moved_gate=False),
+    "torchtitan": Takes(any_width=False, loss=False, moved_gate=False),
+    "DeepSpeed": Takes(any_width=False, loss=True, moved_gate=False),
+}
+
+
+def frameworks(router: Router) -> list[str]:
+    """The frameworks whose layers the router can route.
+
+    >>> frameworks(create_router("load-balance", num_experts=4, top_k=2))
+    ['Hugging Face', 'Megatron-Core', 'DeepSpeed']
+    """
+    if has_gate(router) or next(router.parameters(), None) is not None:
+        return []
+    routes = trials(router)
+    wide, loss = any(part.chosen is not None for part in routes), any(part.aux_loss is not None for part in routes)
+    return [
+        name
+        for name, takes in FRAMEWORKS.items()
+        if (takes.any_width or not wide) and (takes.loss or not loss) and (takes.moved_gate or not router.moves_gate)
+    ]
 
 
 def fit_router(
@@ -83,7 +129,8 @@ def trials(router: Router) -> list[Routes]:
     """What the router gives in training for a few tokens, on each of its branches; it is left as it was."""
     trial = copy.deepcopy(router).train()
     trial.process_group = trial.batch_ranks = Ranks(None)  # others are not asked
-    with torch.device("cpu"):
+    with torch.device("cpu"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a gate that it is yet to be told of
         logits_TE = torch.zeros(router.num_experts, router.num_experts)
         routes = [trial(logits_TE)]
         if trial.sinkhorn_now is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from sinkroute.routing.draws import hash63
 
-__all__ = ["Clock", "Draws"]
+__all__ = ["Clock", "Draws", "warn_of_passes"]
 
 # After so many passes without set_step, accumulation and recomputation cannot explain it: somebody forgot.
 _PASSES_BEFORE_WARNING = 64
@@ -64,3 +66,20 @@ class Draws:
             with torch._C._DisableFuncTorch():
                 self.seed.fill_(hash63("noise", *key))
             self._key = key
+
+
+def warn_of_passes(name: str, passes: int, step: int, of_batch: bool) -> None:
+    """Say that nobody tells a router the steps.
+
+    Args:
+        name: of the router.
+        passes: so many were of this step.
+        step: the last that it was told.
+        of_batch: whether it has a loss of the global batch.
+    """
+    warnings.warn(
+        f"{name} has been trained {passes} times for step {step}: its random draws repeat, its state does not move"
+        f"{', the load of its global batch begins anew' if of_batch else ''}. Call sinkroute.set_step(model, step) "
+        "before every training step, with micro_batch= where a step has several.",
+        stacklevel=4,
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-import warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from sinkroute._errors import require_count
 from sinkroute.kernels.normal import normal_like
 from sinkroute.kernels.topk import topk
-from sinkroute.routing.clock import Clock, Draws
+from sinkroute.routing.card import Card
+from sinkroute.routing.clock import Clock, Draws, warn_of_passes
 from sinkroute.routing.draws import uniform
 from sinkroute.routing.firing import PlanCount
 from sinkroute.routing.gate import LinearGate
@@ -60,6 +60,8 @@ class Router(nn.Module):
 
     # The options of the method; a subclass has a subclass of them.
     Options: ClassVar[type[CommonOptions]] = CommonOptions
+    # What `sinkroute routers` says of it.
+    card: ClassVar[Card] = Card("no", "no", "top-k")
     # Losses of the method: name → the option that holds the coefficient.
     own_losses: ClassVar[Mapping[str, str]] = {}
     # Whether the weights are renormalised with norm_topk=None; None: for K > 1.
@@ -394,9 +396,4 @@ class Router(nn.Module):
         if self._warned_of_passes or not (self.needs_step or of_batch):
             return
         self._warned_of_passes = True
-        warnings.warn(
-            f"{type(self).__name__} has been trained {passes} times for step {self.step}: its random draws repeat, its "
-            f"state does not move{', the load of its global batch begins anew' if of_batch else ''}. Call "
-            "sinkroute.set_step(model, step) before every training step, with micro_batch= where a step has several.",
-            stacklevel=3,
-        )
+        warn_of_passes(type(self).__name__, passes, self.step, of_batch)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sinkroute.kernels.operations import uncompiled
+from sinkroute.routing.card import Card
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
@@ -38,6 +39,7 @@ class BaseRouter(Router):
     ([0, 0, 1, 1], [2, 2])
     """
 
+    card = Card("exact", "no", "a balanced assignment")
     renormalises = False
     keeps_groups = False
 

@@ -39,6 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkroute.routing.card import Card
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.router import Router
 from sinkroute.routing.routers.quantile import balancing_quantile
@@ -65,6 +66,7 @@ class BIPRouter(Router):
     True
     """
 
+    card = Card("yes", "yes", "some rounds of prices, then top-k")
     needs_step = True
     keeps_groups = False
     state: RouterState

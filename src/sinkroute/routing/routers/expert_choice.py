@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sinkroute.kernels.operations import uncompiled
+from sinkroute.routing.card import Card
 from sinkroute.routing.expert_side import take_best_tokens
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.router import Router
@@ -44,6 +45,7 @@ class ExpertChoiceRouter(Router):
     ([2, 2], [True, True, True, True])
     """
 
+    card = Card("exact", "no", "the best tokens of every expert")
     renormalises = False
     keeps_groups = False
 

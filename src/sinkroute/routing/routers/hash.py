@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkroute.routing.beside import checked_ids, kind_of
+from sinkroute.routing.card import Card
 from sinkroute.routing.draws import hash63
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.router import Router
@@ -141,6 +142,7 @@ class HashRouter(Router):
     ([2, 2, 2, 2], [0.5])
     """
 
+    card = Card("partly", "partly", "a look-up")
     serves_any_gate = False
 
     keeps_groups = False

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkroute.routing.card import Card
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.router import Router
 from sinkroute.routing.serving import Serving
@@ -28,6 +29,7 @@ class LossFreeRouter(Router):
         state: holds `bias_E` (E,) float32.
     """
 
+    card = Card("yes", "yes", "top-k and a count")
     needs_step = True
     state: RouterState
 

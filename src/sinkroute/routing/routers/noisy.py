@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sinkroute.routing.card import Card
 from sinkroute.routing.gate import LinearGate
 from sinkroute.routing.losses.importance import cv_squared
 from sinkroute.routing.masked import mean_over_tokens
@@ -48,6 +49,7 @@ class NoisyRouter(Router):
     (torch.Size([8, 16]), torch.Size([10, 2]), 0)
     """
 
+    card = Card("yes", "yes", "top-k of noisy logits, a gate of twice the width, and two losses")
     logit_parts = 2
     needs_step = True
     keeps_groups = False

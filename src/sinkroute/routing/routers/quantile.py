@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from sinkroute.routing.beside import checked_mask
+from sinkroute.routing.card import Card
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
@@ -61,6 +62,7 @@ class QuantileRouter(Router):
     [-1.0, 1.0]
     """
 
+    card = Card("yes", "yes", "top-k, and a quantile of every expert's scores")
     needs_step = True
     keeps_groups = False
     state: RouterState

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sinkroute.kernels.operations import uncompiled
+from sinkroute.routing.card import Card
 from sinkroute.routing.options import option
 from sinkroute.routing.routers.plan import PlanRouter
 from sinkroute.routing.routes import Routes
@@ -21,6 +22,8 @@ __all__ = ["SinkhornRouter"]
 
 class SinkhornRouter(PlanRouter):
     """Experts from the plan on every training step, weights from the scores."""
+
+    card = Card("partly", "partly", "a plan")
 
     @dataclass(frozen=True, kw_only=True)
     class Options(PlanRouter.Options):

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkroute.routing.card import Card
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.router import Router
 from sinkroute.routing.serving import Serving
@@ -52,6 +53,7 @@ class SMEBURouter(Router):
     [-0.3808, 0.3808]
     """
 
+    card = Card("yes", "yes", "top-k and a count")
     needs_step = True
     state: RouterState
 

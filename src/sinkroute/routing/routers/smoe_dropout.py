@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sinkroute._errors import require_count
 from sinkroute.kernels.topk import topk
+from sinkroute.routing.card import Card
 from sinkroute.routing.draws import hash63
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.router import Router
@@ -48,6 +49,7 @@ class SMoEDropoutRouter(Router):
     8
     """
 
+    card = Card("no", "no", "top-k with a k that grows to E")
     needs_step = True
     serves_any_gate = False
     _warned = False

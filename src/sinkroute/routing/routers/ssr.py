@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sinkroute.kernels.operations import uncompiled
 from sinkroute.kernels.topk import noisy_topk
 from sinkroute.routing.adaptive import Adaptive
+from sinkroute.routing.card import Card
 from sinkroute.routing.firing import Firing, PlanCount, ProbabilityLike
 from sinkroute.routing.noise import Noise, NoiseLike, NoiseScale
 from sinkroute.routing.options import option
@@ -49,6 +50,8 @@ class SSRRouter(PlanRouter):
     With `process_group`, the plan is that of all its ranks' tokens. (Loads after the top-k, where a member of the
     family balances these, are those of this rank.)
     """
+
+    card = Card("plans", "no", "top-k; on a share p of the steps a plan")
 
     @dataclass(frozen=True, kw_only=True)
     class Options(PlanRouter.Options):
@@ -321,13 +324,13 @@ def _prepare_again(router: SSRRouter, _: object = None) -> None:
 
 
 class SSRLinearRouter(SSRRouter):
-    """SSR-L: the transport cost is the logits themselves. ξ is 0.5 unless told, where the paper's sweeps are."""
+    """The paper's SSR-L: the transport cost is the logits themselves. ξ is 0.5 unless told, where its sweeps are."""
 
     cost = "linear"
 
 
 class SSRSoftmaxRouter(SSRRouter):
-    """SSR-S: the transport cost is the row softmax of the logits, in [0, 1]. ξ is 0.1 unless told.
+    """The paper's SSR-S: the transport cost is the row softmax of the logits, in [0, 1]. ξ is 0.1 unless told.
 
     Of ξ from 0.01 to 1 this leaves the top-k of the plan best balanced (unit-variance logits, 16 experts, top-2).
     """

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sinkroute.routing.card import Card
 from sinkroute.routing.options import option
 from sinkroute.routing.routers.ssr import Cost, SSRRouter
 from sinkroute.routing.scores import best_first
@@ -36,6 +37,7 @@ class SSRBalancedRouter(SSRRouter):
     True
     """
 
+    card = Card("plans", "no", "top-k; on a share p of the steps a plan and a balanced choice")
     keeps_groups = False
 
     @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from sinkroute.kernels.operations import uncompiled
 from sinkroute.kernels.topk import topk
+from sinkroute.routing.card import Card
 from sinkroute.routing.firing import PlanCount
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.router import Router
@@ -72,6 +73,9 @@ class SSRDualRouter(Router):
     True
     """
 
+    card = Card(
+        "yes", "yes", "top-(k + 1) and counts; a balanced choice at first and after shifts; with exact in every pass"
+    )
     needs_step = True
     state: RouterState
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sinkroute.routing.card import Card
 from sinkroute.routing.expert_side import take_best_tokens
 from sinkroute.routing.options import option
 from sinkroute.routing.routers.ssr import Cost, SSRRouter
@@ -22,6 +23,7 @@ __all__ = ["SSRExpertChoiceRouter"]
 class SSRExpertChoiceRouter(SSRRouter):
     """SSR whose Sinkhorn steps let the experts choose, by the plan's columns. Without groups."""
 
+    card = Card("plans", "no", "top-k; on a share p of the steps a plan and the best tokens of every expert")
     keeps_groups = False
 
     @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sinkroute.routing.card import Card
 from sinkroute.routing.firing import ProbabilityLike
 from sinkroute.routing.noise import NoiseLike
 from sinkroute.routing.options import option, with_default
@@ -36,6 +37,7 @@ class SSRKeptRouter(SSRRouter):
         state: holds `bias_E` (E,) float32.
     """
 
+    card = Card("yes", "yes", "top-k; on a share p of the steps a plan and a balanced choice")
     cost = "linear"
     keeps_groups = False
     _kept = False  # whether `state.plans` was found above 0

@@ -25,7 +25,7 @@ class _Literal(SSRRouter.Options):
 
 
 class SSRLinearLiteralRouter(SSRLinearRouter):
-    """SSR-L with the noise of the paper's component map: on plans only, of standard deviation α.
+    """The paper's SSR-L with the noise of its component map: on plans only, of standard deviation α.
 
     >>> import sinkroute
     >>> options = sinkroute.create_router("ssr-l-literal", num_experts=8, top_k=2).options
@@ -37,6 +37,6 @@ class SSRLinearLiteralRouter(SSRLinearRouter):
 
 
 class SSRSoftmaxLiteralRouter(SSRSoftmaxRouter):
-    """SSR-S with the noise of the paper's component map: on plans only, of standard deviation α."""
+    """The paper's SSR-S with the noise of its component map: on plans only, of standard deviation α."""
 
     Options = _Literal

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sinkroute.kernels.storage import holds_values
 from sinkroute.kernels.topk import topk
 from sinkroute.routing.beside import checked_ids
+from sinkroute.routing.card import Card
 from sinkroute.routing.masked import mean_over_tokens
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.orthogonal import fill_orthogonal
@@ -169,6 +170,7 @@ class StableMoERouter(Router):
         state: holds `frozen`, 0-d float32: 1.0 when stage 2 has begun, 0.0 before.
     """
 
+    card = Card("yes", "yes", "top-k, a second gate and two losses; frozen, a look-up")
     logit_parts = 2
     needs_step = True
     serves_any_gate = False

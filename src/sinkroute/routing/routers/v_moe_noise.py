@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sinkroute.routing.card import Card
 from sinkroute.routing.losses.importance import cv_squared
 from sinkroute.routing.masked import mean_over_tokens
 from sinkroute.routing.options import CommonOptions, option
@@ -35,6 +36,7 @@ class VMoENoiseRouter(Router):
     V-MoE has `norm_topk=False`. Without groups.
     """
 
+    card = Card("yes", "yes", "top-k of noisy logits and two losses")
     needs_step = True
     keeps_groups = False
     own_losses: ClassVar = {"importance": "importance_coefficient"}

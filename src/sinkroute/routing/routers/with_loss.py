@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from sinkroute.routing.card import Card
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.router import Router
 
@@ -19,6 +20,7 @@ __all__ = ["GShardRouter", "GlobalLoadBalanceRouter", "LoadBalanceRouter", "ZLos
 class LoadBalanceRouter(Router):
     """Top-k with the load-balancing loss of the Switch Transformer (arXiv 2101.03961), per micro-batch."""
 
+    card = Card("yes", "yes", "top-k and a loss")
     own_losses: ClassVar = {"load-balance": "coefficient"}
 
     @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class GShardRouter(Router):
     (0.015, [2, 2])
     """
 
+    card = Card("yes", "yes", "top-k and a loss")
     own_losses: ClassVar = {"gshard": "coefficient"}
 
     @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,7 @@ class GlobalLoadBalanceRouter(Router):
     Qiu et al., arXiv 2501.11873, section 3.
     """
 
+    card = Card("yes", "yes", "top-k and a loss; E numbers over ranks a pass")
     needs_step = True  # or no micro-batch knows of those before
     own_losses: ClassVar = {"global-load-balance": "coefficient"}
 
@@ -65,6 +69,7 @@ class GlobalLoadBalanceRouter(Router):
 class ZLossRouter(Router):
     """Top-k with the router z-loss of ST-MoE (arXiv 2202.08906)."""
 
+    card = Card("no", "no", "top-k and a loss")
     own_losses: ClassVar = {"z-loss": "coefficient"}
 
     @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sinkroute.routing.card import Card
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.orthogonal import fill_orthogonal
 from sinkroute.routing.router import Router
@@ -83,6 +84,7 @@ class XMoERouter(Router):
     (torch.Size([8, 64]), True)
     """
 
+    card = Card("yes", "yes", "top-k of cosines and a loss")
     serves_any_gate = False
     own_losses: ClassVar = {"load-balance": "coefficient"}
 
