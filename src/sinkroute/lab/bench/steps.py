@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from sinkroute.lab.bench.timing import Call, compare
-from sinkroute.lab.config import Config, RouterConfig
+from sinkroute.lab.config import Config, RouterConfig, VisionConfig
 from sinkroute.lab.models import make_model
 from sinkroute.routing import set_step
 
@@ -37,7 +37,13 @@ class StepTimes(NamedTuple):
 
 
 def stepper(config: Config, device: torch.device) -> Callable[[], None]:
-    """What makes one training step of this run's model on random bytes: forward, backward, clipping, AdamW."""
+    """What makes one training step of this run's model on random symbols: forward, backward, clipping, AdamW.
+
+    Raises:
+        ValueError: the model is none of text.
+    """
+    if isinstance(config.model, VisionConfig):
+        raise ValueError("config.model is of images, and steps are timed on text; give a decoder's or a stream's")
     model = make_model(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     size = (config.train.batch, config.data.length + 1)
