@@ -48,6 +48,7 @@ def test_the_public_names_are_these():
         "create_router",
         "end_step",
         "list_routers",
+        "no_balancing",
         "patch",
         "set_inference",
         "set_step",

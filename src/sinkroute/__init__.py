@@ -7,6 +7,7 @@ MoE             tokens -> tokens, a layer with any of these routers
 MultiHeadMoE    the same on parts of tokens
 set_step        tells all routers of a model which training step it is
 end_step        brings what routers remember up to date with the step that is over
+no_balancing    passes in train() that are no training: routed as when serving, counted nowhere
 LoadMonitor     counts what the routers of a model do: load, balance, plans, in training and serving
 patch           puts a router into a Hugging Face model, in place, and takes it out again
 set_inference   what SSR routers do when serving: plain top-k, noise, a plan, or both
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         create_router,
         end_step,
         list_routers,
+        no_balancing,
         set_inference,
         set_step,
     )
@@ -45,6 +47,7 @@ __all__ = [
     "create_router",
     "end_step",
     "list_routers",
+    "no_balancing",
     "patch",
     "set_inference",
     "set_step",
@@ -63,6 +66,7 @@ _HOMES = {
     "create_router": "routing",
     "end_step": "routing",
     "list_routers": "routing",
+    "no_balancing": "routing",
     "patch": "adapters.hf",
     "set_inference": "routing",
     "set_step": "routing",

@@ -30,6 +30,7 @@ def define(
     *,
     backward: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
+    tags: tuple[torch.Tag, ...] = (),
 ) -> None:
     """Register an operation, once, at import.
 
@@ -38,10 +39,11 @@ def define(
         kernel: what computes it, on any device.
         shape: the same arguments to a result that has its shape and dtype and no values.
         backward, save: its gradient and what that needs, as in `torch.autograd.Function`; None: no gradient.
+        tags: what else compilers are to know.
     """
     short = schema.partition("(")[0]
     name = f"sinkroute::{short}"
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     _LIBRARY.impl(short, kernel, "CompositeExplicitAutograd")
     library.register_fake(name, shape, lib=_LIBRARY)
     library.register_vmap(name, _one_by_one(short), lib=_LIBRARY)

@@ -23,20 +23,25 @@ class Clock:
         step, micro_batch: 0 until they are told.
         told: whether they were.
         total_steps: the length of the training, or None.
+        micro_batches: how many a step has, or None where nobody told.
     """
 
     def __init__(self) -> None:
         self.step, self.micro_batch, self.told = 0, 0, False
         self.total_steps: int | None = None
+        self.micro_batches: int | None = None
         self._of_call = self._of_step = 0  # training passes since it was set, and of this step
 
-    def set(self, step: int, micro_batch: int, total_steps: int | None) -> bool:
+    def set(
+        self, step: int, micro_batch: int, total_steps: int | None = None, micro_batches: int | None = None
+    ) -> bool:
         """Go on to this step and micro-batch; whether the step is another one."""
         is_new = (step, True) != (self.step, self.told)
         self._of_step = 0 if is_new else self._of_step
         self._of_call = 0
         self.step, self.micro_batch, self.told = step, micro_batch, True
         self.total_steps = self.total_steps if total_steps is None else total_steps
+        self.micro_batches = self.micro_batches if micro_batches is None else micro_batches
         return is_new
 
     def count_pass(self) -> int:
@@ -49,6 +54,15 @@ class Clock:
         passes = max(self._of_call, self._of_step)
         self._of_call = self._of_step = 0
         return passes
+
+    def reminder(self, name: str, passes: int, of_batch: bool) -> str:
+        """What to say where nobody tells the steps, of this router after so many passes."""
+        anew = ", the load of its global batch begins anew" if of_batch else ""
+        return (
+            f"{name} has been trained {passes} times for step {self.step}: its random draws repeat, its state does not "
+            f"move{anew}. Call sinkroute.set_step(model, step) before every training step, with micro_batch= where a "
+            "step has several."
+        )
 
 
 class Draws:

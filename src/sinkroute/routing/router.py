@@ -53,6 +53,7 @@ class Router(nn.Module):
             (`e_score_correction_bias`), or None. Plain top-k includes it; methods that choose otherwise do not look.
         correction_on: whether it is added to the `"scores"` or to the `"logits"`.
         links: what the state is to agree with, such as that model's own bias.
+        balances: False in `sinkroute.no_balancing`, where passes in training mode are routed as when serving.
 
     Raises:
         TypeError, ValueError: sizes that do not fit, an unknown name, a number out of range.
@@ -127,6 +128,7 @@ class Router(nn.Module):
         self.correction_E: Tensor | None = None
         self.correction_on: Literal["scores", "logits"] = "scores"
         self.links: list[Link] = []
+        self.balances = True
         self._warned_of_passes = False
 
     def extra_repr(self) -> str:
@@ -154,6 +156,12 @@ class Router(nn.Module):
             ValueError: a wrong shape; non-finite logits of a real token (checked on CPU only: elsewhere it would stall
                 the device); on a CPU, another rank has refused its logits in a pass for which the ranks talk.
         """
+        if self.training and not self.balances:
+            self.training = False
+            try:
+                return self.forward(logits_TE, token_mask, plain=plain)
+            finally:
+                self.training = True
         logits_TX, token_mask = self._checked(logits_TE, token_mask)  # (T, E) or (T, logit_parts · E)
         logits_TE = logits_TX[:, : self.num_experts]
         if self.training:
@@ -336,9 +344,9 @@ class Router(nn.Module):
         """The length of the training, or None where nobody told."""
         return self.clock.total_steps
 
-    def set_step(self, step: int, micro_batch: int = 0, total_steps: int | None = None) -> None:
+    def set_step(self, step: int, micro_batch: int = 0, **lengths: int | None) -> None:
         """See `sinkroute.set_step`, which also ends the step before and numbers the layers."""
-        if self.clock.set(step, micro_batch, total_steps):
+        if self.clock.set(step, micro_batch, **lengths):
             self._auxiliary.forget()
         if self.state is not None:
             self.state.begin(step)

@@ -21,7 +21,14 @@ PLANLESS_STEPS = 1000
 """After so many steps that could have had a plan and had none somebody is told."""
 
 
-def set_step(module: nn.Module, step: int, micro_batch: int = 0, *, total_steps: int | None = None) -> None:
+def set_step(
+    module: nn.Module,
+    step: int,
+    micro_batch: int = 0,
+    *,
+    total_steps: int | None = None,
+    micro_batches: int | None = None,
+) -> None:
     """Tell all routers in `module` which step this is, so that their random draws are keyed to it.
 
     Call it once per training step, before the forward pass (with gradient accumulation: before each micro-batch, with
@@ -39,12 +46,14 @@ def set_step(module: nn.Module, step: int, micro_batch: int = 0, *, total_steps:
         step: the optimiser step, 0 or more.
         micro_batch: the micro-batch within the step, 0 or more.
         total_steps: the length of training, for schedules that span it; once is enough.
+        micro_batches: how many forward passes the step has whose gradients are added up; once is enough where all steps
+            have as many. A model that `sinkroute.patch` patched weighs its routers' losses by 1 / `micro_batches`.
 
     A module without any router is left alone, with a warning.
 
     Raises:
-        ValueError: `step` or `micro_batch` is not an integer of 0 or more, or `total_steps` of 1 or more; a schedule
-            that spans the training is not told how long it is.
+        ValueError: `step` or `micro_batch` is not an integer of 0 or more, or `total_steps` or `micro_batches` of
+            1 or more; a schedule that spans the training is not told how long it is.
 
     >>> import sinkroute
     >>> router = sinkroute.create_router("ssr-s", num_experts=8, top_k=2)
@@ -55,6 +64,8 @@ def set_step(module: nn.Module, step: int, micro_batch: int = 0, *, total_steps:
     step, micro_batch = _count("step", step), _count("micro_batch", micro_batch)
     if total_steps is not None and _count("total_steps", total_steps) == 0:
         raise ValueError("total_steps must be an integer of 1 or more, got 0; leave it out if it is not known")
+    if micro_batches is not None and _count("micro_batches", micro_batches) == 0:
+        raise ValueError("micro_batches must be an integer of 1 or more, got 0; leave it out if there is one")
     routers = _routers(module, "set_step")
     for router in routers:
         router.check_step(step, total_steps)
@@ -62,7 +73,7 @@ def set_step(module: nn.Module, step: int, micro_batch: int = 0, *, total_steps:
     _end_step([router for router in routers if _is_over(router, step)])
     _number(routers)
     for router in routers:
-        router.set_step(step, micro_batch, total_steps)
+        router.set_step(step, micro_batch, total_steps=total_steps, micro_batches=micro_batches)
     _warn_without_plans(routers)
 
 

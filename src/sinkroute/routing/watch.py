@@ -86,7 +86,7 @@ class Watch:
         self.counts = {mode: _Counts(router.num_experts, names, device) for mode in get_args(Mode)}
 
     def __call__(self, router: Router, args: tuple[Any, ...], kwargs: dict[str, Any], routes: Routes) -> None:
-        if self.paused:
+        if self.paused or (router.training and not router.balances):
             return
         logits_TE, token_mask = called_with(*args, **kwargs)
         if router.training:

@@ -170,11 +170,11 @@ def test_generation_is_the_models_own(name):
     assert torch.equal(model.eval().generate(**prompt, max_new_tokens=6, do_sample=False), expected)
 
 
-def test_a_model_left_in_training_mode_generates_by_the_router():
+def test_a_model_left_in_training_mode_generates_as_it_serves():
     prompt = FAMILY["mixtral"].inputs()
     expected = make().generate(**prompt, max_new_tokens=6, do_sample=False)
     model = make("mixtral", "ssr-l", probability=1.0)
-    assert not torch.equal(model.generate(**prompt, max_new_tokens=6, do_sample=False), expected)
+    assert torch.equal(model.generate(**prompt, max_new_tokens=6, do_sample=False), expected)
 
 
 def test_layers_in_eval_are_the_models_own_in_a_model_that_trains():
@@ -238,13 +238,13 @@ def test_hooks_of_accelerate_may_be_there(offload, patched_first):
             return accelerate.cpu_offload(model, torch.device("cpu"))
         return accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
 
-    expected = make("mixtral", "ssr-l", probability=1.0)(**given()).logits
-    model = make()
-    model = model if patched_first else hook(model)
-    sinkroute.patch(model, "ssr-l", probability=1.0)
-    model = hook(model) if patched_first else model
-    sinkroute.set_step(model, 0)
-    with torch.no_grad() if offload else torch.enable_grad():
+    with torch.no_grad() if offload else torch.enable_grad():  # what is offloaded is not trained
+        expected = make("mixtral", "ssr-l", probability=1.0)(**given()).logits
+        model = make()
+        model = model if patched_first else hook(model)
+        sinkroute.patch(model, "ssr-l", probability=1.0)
+        model = hook(model) if patched_first else model
+        sinkroute.set_step(model, 0)
         assert torch.equal(model(**given()).logits, expected)
 
 
@@ -289,9 +289,11 @@ def test_a_routers_loss_reaches_an_adapted_models(patched_first):
     if not patched_first:
         sinkroute.patch(model, "load-balance")
     sinkroute.set_step(model, 0)
-    loss = model(**given()).loss
-    by_hand = adapted(make("mixtral", "softmax", keep_aux_loss=False), "attention")(**given()).loss
-    assert loss.item() > by_hand.item() + 1e-3
+    model(**given()).loss.backward()
+    plain = adapted(make("mixtral", "softmax", keep_aux_loss=False), "attention")
+    plain(**given()).loss.backward()
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    assert any((one.grad - other.grad).abs().max() > 1e-6 for one, other in pairs if one.grad is not None)
 
 
 def test_a_gate_that_peft_replaced_after_the_patch_is_noticed():

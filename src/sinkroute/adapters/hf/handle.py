@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sinkroute.adapters._patched import Patched
 from sinkroute.adapters.hf.contracts import Site
+from sinkroute.adapters.hf.entrance import Entrance, entrances
 from sinkroute.adapters.hf.model_pass import ModelPass
-from sinkroute.adapters.hf.quirks import own_coefficients
+from sinkroute.adapters.hf.quirks import is_half, own_coefficients, silence, with_loss
 from sinkroute.adapters.hf.scoring import Scoring
 from sinkroute.adapters.hf.seat import Seat
+from sinkroute.kernels.operations import uncompiled
 from sinkroute.routing.attached import attach, detach
 from sinkroute.routing.router import Router
+from sinkroute.routing.state import recomputing
 
 __all__ = ["Handle", "handle_of"]
 
@@ -25,29 +31,31 @@ class Handle(Patched):
         model, router, routers, refused: see `Patched`.
         scorings: path of each router that was taken over → the rule that it follows.
         switched_off: name → value of the model's own loss coefficients that are 0 in training passes.
+        loss_scale: a function that gives what the training loss is multiplied by before its backward pass (fp16:
+            `scaler.get_scale` of a `GradScaler`), or None. `RouterCallback` finds it out.
     """
 
-    def __init__(self, model: nn.Module, router: str, refused: dict[Site, str], keep_aux_loss: bool) -> None:
+    def __init__(
+        self, model: nn.Module, router: str, refused: dict[Site, str], keep_aux_loss: bool, show_aux_loss: bool
+    ) -> None:
         super().__init__(model, router, {site.block: reason for site, reason in refused.items()})
         self.scorings: dict[str, Scoring] = {}
         self._seats: list[Seat] = []
-        self._pass = ModelPass(model)
+        self.model_pass = ModelPass()
+        self.loss_scale: Callable[[], float] | None = None
+        self._shows_loss = show_aux_loss
+        self._step, self._passes, self._said = -1, 0, set[str]()
         self._coefficients = [] if keep_aux_loss else own_coefficients(model)
         self.switched_off = {name: value for _, name, value in self._coefficients}
-        for hook in (
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after),
-            model.register_forward_hook(self._restore, always_call=True),
-        ):
-            self.on_remove(hook.remove)
 
     def aux_loss(self) -> Tensor | None:
-        """The routers' own losses of the last training pass, coefficients included, or None.
+        """0-d: the routers' own losses of the last training pass, coefficients included, to be shown; or None.
 
-        They are in `outputs.loss` already if the model computed one (it was given `labels`); add them to a loss
-        that you compute yourself.
+        It has no graph. Their gradient is attached to the routing weights and comes with that of whatever loss is made
+        of the model's outputs.
         """
-        return self._pass.aux_loss()
+        losses = [seat.loss for seat in self._seats if seat.loss is not None]
+        return torch.stack([loss.float().to(losses[0].device) for loss in losses]).sum() if losses else None
 
     def _remark(self) -> str:
         told = f"; its own balancing loss ({', '.join(self.switched_off)}) is off" if self.switched_off else ""
@@ -59,38 +67,111 @@ class Handle(Patched):
         """Put `router` into the place of the one at `site`."""
         self.add(site.path, site.host, router, str(scoring))
         self.scorings[site.path] = scoring
-        self._seats.append(Seat(router, site, scoring, self._pass))
+        self._seats.append(Seat(router, site, scoring, self.model_pass))
         for hook in self._seats[-1].listen():
             self.on_remove(hook.remove)
         attach(site.host, router)
         self.on_remove(detach, site.host)
         self.on_remove(site.host.register_forward_hook(self._seats[-1], with_kwargs=True).remove)
 
+    def watch(self) -> None:
+        """Hear of the model's passes, once all routers are taken."""
+        for module in entrances(self.model):
+            for hook in Entrance(self, module).hooks:
+                self.on_remove(hook.remove)
+
     # -- the model's forward pass ------------------------------------------------------------------------------------
 
-    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model.training:
-            self._pass.begin()
+    def begin(self, module: nn.Module) -> bool:
+        """See `Owner`."""
+        self.model_pass.idle |= module.training and not any(seat.router.balances for seat in self._seats)
+        asked = [seat.prepare() for seat in self._seats]
+        if module.training:
+            if not (self.model_pass.idle or recomputing()):
+                self._begin_training()
             # During the pass only: evaluation, copies and what is saved with a configuration have what they had.
             self._switch(on=False)
-        asked = [seat.prepare() for seat in self._seats]
-        if any(asked):
-            self._pass.read_masks(args, kwargs)
+        return any(asked)
 
-    def _after(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> Any:
-        if not model.training:
+    def finish(self, module: nn.Module, outputs: Any) -> Any:
+        """See `Owner`."""
+        if not module.training:
             return None
-        if not self._pass.called:
+        if not self.model_pass.called:
             raise RuntimeError(
-                f"{type(model).__name__} ran a training pass without calling any of the {len(self._seats)} patched "
+                f"{type(module).__name__} ran a training pass without calling any of the {len(self._seats)} patched "
                 "routers: they were replaced since (PEFT's modules_to_save does: patch after get_peft_model), or some "
                 "kernel bypasses them: load it without hub kernels (use_kernels=False), or with "
                 'experts_implementation="eager" or "grouped_mm"'
             )
-        return self._pass.add_losses(outputs)
+        if self.switched_off:
+            silence(outputs)
+        loss = None if self.model_pass.idle else self.aux_loss()
+        if loss is None:
+            return None
+        if not torch.compiler.is_compiling():
+            self._check_scale(module)
+        return with_loss(outputs, loss) if self._shows_loss else None
 
-    def _restore(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+    def end(self) -> None:
+        """See `Owner`."""
         self._switch(on=True)
+
+    # -- the routers' losses -----------------------------------------------------------------------------------------
+
+    def _begin_training(self) -> None:
+        clock = self._seats[0].router.clock
+        scale = 1.0 if self.loss_scale is None else uncompiled(self.loss_scale)()
+        self.model_pass.scale = torch.tensor(scale / (clock.micro_batches or 1), device="cpu")
+        self.model_pass.called = False
+        for seat in self._seats:
+            seat.loss = None
+        if torch.compiler.is_compiling():
+            return
+        if (clock.step, True) != (self._step, clock.told):
+            self._check_gradients()
+            self._step, self._passes = clock.step if clock.told else -1, 0
+        self._passes += 1
+
+    def _check_gradients(self) -> None:
+        """Another step begins: the losses of the last have had their gradients, or never will."""
+        waiting = [seat for seat in self._seats if seat.is_waiting]
+        for seat in waiting:
+            seat.is_waiting = False
+        if waiting and self._step >= 0:
+            self._say(
+                "gradient",
+                f"the losses of {len(waiting)} of {len(self._seats)} routers ({waiting[0].site.path}, ...) were given "
+                f"no gradient in step {self._step}: no backward pass came to their layers. Their gradient comes with "
+                "that of a loss that is made of the model's outputs; put passes that are no training into "
+                "sinkroute.no_balancing(model)",
+            )
+
+    def _check_scale(self, module: nn.Module) -> None:
+        """Say where the weight of the losses is not known."""
+        clock = self._seats[0].router.clock
+        known = clock.micro_batches or 1
+        if self._step >= 0 and self._passes > known:
+            self._say(
+                "micro-batches",
+                f"step {self._step} has {self._passes} training passes, and the routers' losses are weighed by "
+                f"1 / {known} in each, as if it had {known}; tell how many it has, "
+                "sinkroute.set_step(model, step, micro_batches=...), and put those that are not trained on into "
+                "sinkroute.no_balancing(model)",
+            )
+        if self.loss_scale is None and is_half(module):
+            self._say(
+                "scale",
+                "the model is trained in float16, and what its loss is scaled by is not known: the routers' losses are "
+                "not scaled, so that they are next to nothing beside it; set handle.loss_scale = scaler.get_scale, or "
+                "use RouterCallback",
+            )
+
+    def _say(self, kind: str, message: str) -> None:
+        """Warn, once of each kind."""
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(message, stacklevel=2)
 
     def _switch(self, *, on: bool) -> None:
         for owner, name, value in self._coefficients:
@@ -100,5 +181,5 @@ class Handle(Patched):
 def handle_of(model: nn.Module) -> Handle | None:
     """The handle of the patched model that `model` is or holds, or None: its hooks are those of the handle."""
     hooks = (hook for part in model.modules() for hook in part._forward_pre_hooks.values())
-    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    owners = (getattr(getattr(hook, "__self__", None), "owner", None) for hook in hooks)
     return next((owner for owner in owners if isinstance(owner, Handle)), None)

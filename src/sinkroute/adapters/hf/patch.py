@@ -22,7 +22,14 @@ from sinkroute.routing.registry import RECOMMENDED
 __all__ = ["patch"]
 
 
-def patch(model: nn.Module, router: str = RECOMMENDED, *, keep_aux_loss: bool | None = None, **options: Any) -> Handle:
+def patch(
+    model: nn.Module,
+    router: str = RECOMMENDED,
+    *,
+    keep_aux_loss: bool | None = None,
+    show_aux_loss: bool = False,
+    **options: Any,
+) -> Handle:
     """Route a Hugging Face transformers model by a router of sinkroute, in place.
 
     In training every mixture-of-experts layer is routed by `router`, with the model's own logits, score function,
@@ -41,6 +48,8 @@ def patch(model: nn.Module, router: str = RECOMMENDED, *, keep_aux_loss: bool | 
             (nearly all) `"ssr-fold"`, which moves the gate.
         keep_aux_loss: whether the model's own balancing loss stays. It is computed from the logits and knows nothing
             of the choices that the router makes. None: off in training passes, unless the router is `"softmax"`.
+        show_aux_loss: whether `outputs.loss` shows the routers' losses, too. They are trained by in any case: their
+            gradient is attached to the routing weights, and this adds none.
         options: the router's own, such as `probability`; not those that the model decides (`score`, `norm_topk`, ...).
 
     Returns:
@@ -72,9 +81,11 @@ def patch(model: nn.Module, router: str = RECOMMENDED, *, keep_aux_loss: bool | 
         raise ValueError(_nothing_to_patch(model, refused))
     # First, so that a model is not left half patched.
     routers = {site: fit_to_site(router, site, scoring, options) for site, scoring in known.items()}
-    handle = Handle(model, router, refused, router == "softmax" if keep_aux_loss is None else keep_aux_loss)
+    keeps = router == "softmax" if keep_aux_loss is None else keep_aux_loss
+    handle = Handle(model, router, refused, keeps, show_aux_loss)
     for site, scoring in known.items():
         handle.take(site, scoring, routers[site])
+    handle.watch()
     moves_bias = any(made.links and known[site].correction is not None for site, made in routers.items())
     if hasattr(model, "peft_config") and moves_bias:
         warnings.warn(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["own_coefficients", "refuse_kernels"]
+__all__ = ["is_half", "own_coefficients", "refuse_kernels", "silence", "with_loss"]
 
 # As models call the coefficient of the balancing loss that they compute.
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
@@ -24,6 +25,33 @@ def own_coefficients(model: nn.Module) -> list[tuple[Any, str, float]]:
         owners = list({id(config): config for config in configs}.values())
     found = [(owner, name, vars(owner).get(name)) for owner in owners for name in _COEFFICIENTS]
     return [(owner, name, value) for owner, name, value in found if isinstance(value, (int, float)) and value]
+
+
+def silence(outputs: Any) -> None:
+    """Make the balancing loss in a model's outputs 0: some trainers weigh and add it themselves."""
+    if isinstance(getattr(outputs, "aux_loss", None), Tensor):
+        outputs.aux_loss = torch.zeros_like(outputs.aux_loss, requires_grad=False)
+
+
+def with_loss(outputs: Any, shown: Tensor) -> Any:
+    """A model's `outputs` with this number in their loss; None: they stay, or were changed in place."""
+    if isinstance(outputs, tuple):  # return_dict=False: a loss comes first
+        loss = outputs[0]
+        if isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad:
+            return loss + shown.to(loss.device, loss.dtype), *outputs[1:]
+    elif isinstance(loss := getattr(outputs, "loss", None), Tensor):
+        outputs.loss = loss + shown.to(loss.device, loss.dtype)
+    return None
+
+
+def is_half(model: nn.Module) -> bool:
+    """Whether a model is trained in float16, whose losses are scaled."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return False
+    kind = parameter.device.type
+    is_cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return parameter.dtype == torch.float16 or is_cast
 
 
 def refuse_kernels(model: nn.Module) -> None:

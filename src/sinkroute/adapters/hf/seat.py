@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sinkroute.adapters._fit import fit_router, has_gate, is_asked
@@ -16,10 +16,12 @@ from sinkroute.adapters.hf.model_pass import ModelPass
 from sinkroute.adapters.hf.scoring import Scoring
 from sinkroute.adapters.hf.settings import Settings
 from sinkroute.routing.fold import GateFold
+from sinkroute.routing.losses.auxiliary import attach_gradient
 from sinkroute.routing.registry import ROUTERS, router_options
 from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
 from sinkroute.routing.serving import Link, Serving
+from sinkroute.routing.state import recomputing
 
 __all__ = ["Seat", "fit_to_site"]
 
@@ -32,11 +34,16 @@ class Seat:
         site: where the model's own is.
         scoring: the rule of that.
         model_pass: of the model's forward pass.
+        loss: 0-d, the router's own in the last training pass, without a graph, or None.
+        is_waiting: whether a loss of the step that is under way has been given no gradient yet.
     """
 
     def __init__(self, router: Router, site: Site, scoring: Scoring, model_pass: ModelPass) -> None:
         self.router, self.site, self.scoring, self.model_pass = router, site, scoring, model_pass
         self._settings = Settings(site, scoring)
+        self._in_decoder = "decoder" in site.path.split(".")
+        self.loss: Tensor | None = None
+        self.is_waiting = False
 
     def listen(self) -> list[RemovableHandle]:
         """Hooks that tell links what the gate is given, where that is a part of the model's router."""
@@ -47,7 +54,9 @@ class Seat:
 
     def prepare(self) -> bool:
         """Before a pass of the model: whether the router is asked in it. It learns what the model's bias was set to."""
-        self.router.training = self.site.host.training
+        self.router.training = self._trains()
+        if self.router.training != self.site.host.training and self.router.is_plain():
+            return False
         if not is_asked(self.router):
             return False
         self._check_rule()
@@ -57,8 +66,9 @@ class Seat:
 
     def __call__(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         router, scoring = self.router, self.scoring
-        router.training, self.model_pass.called = host.training, True
-        if not is_asked(router):
+        router.training, self.model_pass.called = self._trains(), True
+        is_idle = host.training and not router.training
+        if not is_asked(router) or (is_idle and router.is_plain()):
             return None
         if not torch.compiler.is_compiling():  # a graph that all layers share would be one a layer by their settings
             self._check_rule()
@@ -69,19 +79,41 @@ class Seat:
         if scoring.correction is not None:
             # Detached, or it would be registered as a buffer of the router's too.
             router.correction_E = scoring.correction.find(self.site).detach().flatten()
-        mask_T = self.model_pass.token_mask(self.site.path, len(logits_TE))
+        mask_T = self.model_pass.token_mask(logits_TE, self._in_decoder, self.site.path)
         for link in router.links:
             if not scoring.gate_module:  # or a hook of that tells it
                 link.see(args[0] if args else next(iter(kwargs.values())))
-        routes = router(logits_TE, mask_T, plain=Routes(decision.experts_TK, decision.weights_TK))
-        if host.training:
-            self.model_pass.note(routes.aux_loss)
+        ask = router.forward if is_idle else router  # hooks count
+        routes = ask(logits_TE, mask_T, plain=Routes(decision.experts_TK, decision.weights_TK))
         if router.is_plain():
             return None
         weights_TK = routes.weights
+        if routes.aux_loss is not None:
+            weights_TK = self._attach(weights_TK, routes.aux_loss)
         if scoring.expert_scale is not None:
             weights_TK = weights_TK * scoring.expert_scale.find(self.site)[routes.experts]
         return scoring.contract.write(outputs, weights_TK, routes.experts, self.site)
+
+    def _trains(self) -> bool:
+        """Whether this pass is one of the training."""
+        return self.site.host.training and self.router.balances and not self.model_pass.idle
+
+    def _attach(self, weights_TK: Tensor, loss: Tensor) -> Tensor:
+        """The weights, with the loss's gradient: it comes to the gate whoever computes what of the model's outputs."""
+        if torch.compiler.is_compiling():
+            self.loss = loss.detach()
+        elif not recomputing():
+            # A layer that is used several times in a pass has several.
+            self.loss = loss.detach() if self.loss is None else self.loss + loss.detach()
+            self.is_waiting = True
+        if not (torch.is_grad_enabled() and loss.requires_grad):
+            return weights_TK
+        if not torch.compiler.is_compiling():
+            loss.register_hook(self._note_gradient)
+        return attach_gradient(weights_TK, loss, self.model_pass.scale)
+
+    def _note_gradient(self, grad: Tensor) -> None:
+        self.is_waiting = False
 
     def _check_rule(self) -> None:
         """Refuse a model's router that was changed since, unless its choice stays: then it is only counted."""

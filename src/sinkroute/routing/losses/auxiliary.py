@@ -15,7 +15,7 @@ from sinkroute.routing.losses.registry import LOSSES
 from sinkroute.routing.ranks import Ranks
 from sinkroute.routing.state import recomputing
 
-__all__ = ["AuxiliaryLosses"]
+__all__ = ["AuxiliaryLosses", "attach_gradient"]
 
 # What a rank gives instead of its load when it refuses its logits: below 0 with any loads, however many ranks do so.
 _REFUSED = -(2**50)
@@ -115,6 +115,28 @@ class AuxiliaryLosses:
                 weights_TK = _AddGradient.apply(weights_TK, loss, found.grad)  # type: ignore[no-untyped-call]
                 found.grad = None  # this one has been passed on
         return loss, weights_TK
+
+
+def attach_gradient(weights_TK: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+    """The same weights; a backward pass that comes to them gives `loss` the gradient `scale`, whatever theirs is.
+
+    So a loss trains the gate without being added to anything, as in Megatron-LM's `MoEAuxLossAutoScaler`.
+
+    Args:
+        weights_TK: (T, K), of any dtype.
+        loss: 0-d.
+        scale: 0-d, what the loss is weighed by.
+
+    >>> gate = torch.ones(2, 3, requires_grad=True)
+    >>> weights_TK = attach_gradient(gate[:, :1], gate.sum(), torch.tensor(0.5))
+    >>> (10 * weights_TK).sum().backward()
+    >>> gate.grad
+    tensor([[10.5000,  0.5000,  0.5000],
+            [10.5000,  0.5000,  0.5000]])
+    """
+    scale = scale.to(loss.device, loss.dtype)
+    weighted: Tensor = _AddGradient.apply(weights_TK, loss, scale)  # type: ignore[no-untyped-call]
+    return weighted
 
 
 def _is_refused(batch_E: Tensor) -> bool:
