@@ -59,7 +59,7 @@ class Tally:
             self.last_NE = torch.zeros_like(self.first_NE)
 
     def __call__(self, router: Router, args: Any, routes: Routes) -> None:
-        if not router.training:
+        if not (router.training and router.balances):
             return
         if self.first_NE.device != routes.load.device:
             with torch.inference_mode(False):

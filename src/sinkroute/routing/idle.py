@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 from torch import nn
 
 from sinkroute.routing.attached import named_routers
+from sinkroute.routing.router import Router
+from sinkroute.routing.routes import Routes
 
 __all__ = ["no_balancing"]
 
@@ -36,12 +40,22 @@ def no_balancing(module: nn.Module) -> Iterator[None]:
     >>> router.state.load_E
     tensor([0, 0])
     """
-    routers = list(named_routers(module).values())
-    before = [router.balances for router in routers]
+    routers = [router for router in named_routers(module).values() if router.balances]
     for router in routers:
         router.balances = False
+        vars(router)["forward"] = partial(_serve, router)
     try:
         yield
     finally:
-        for router, balances in zip(routers, before, strict=True):
-            router.balances = balances
+        for router in routers:
+            router.balances = True
+            vars(router).pop("forward")
+
+
+def _serve(router: Router, *args: Any, **kwargs: Any) -> Routes:
+    """The router's forward pass in `eval()`."""
+    training, router.training = router.training, False
+    try:
+        return type(router).forward(router, *args, **kwargs)
+    finally:
+        router.training = training

@@ -156,12 +156,6 @@ class Router(nn.Module):
             ValueError: a wrong shape; non-finite logits of a real token (checked on CPU only: elsewhere it would stall
                 the device); on a CPU, another rank has refused its logits in a pass for which the ranks talk.
         """
-        if self.training and not self.balances:
-            self.training = False
-            try:
-                return self.forward(logits_TE, token_mask, plain=plain)
-            finally:
-                self.training = True
         logits_TX, token_mask = self._checked(logits_TE, token_mask)  # (T, E) or (T, logit_parts · E)
         logits_TE = logits_TX[:, : self.num_experts]
         if self.training:

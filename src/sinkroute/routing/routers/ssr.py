@@ -181,8 +181,8 @@ class SSRRouter(PlanRouter):
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
-    def set_step(self, step: int, micro_batch: int = 0, total_steps: int | None = None) -> None:
-        super().set_step(step, micro_batch, total_steps)
+    def set_step(self, step: int, micro_batch: int = 0, **lengths: int | None) -> None:
+        super().set_step(step, micro_batch, **lengths)
         if self.probability_now > 0:
             self.plan_count.expect(step)
 
