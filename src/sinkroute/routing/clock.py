@@ -55,15 +55,6 @@ class Clock:
         self._of_call = self._of_step = 0
         return passes
 
-    def reminder(self, name: str, passes: int, of_batch: bool) -> str:
-        """What to say where nobody tells the steps, of this router after so many passes."""
-        anew = ", the load of its global batch begins anew" if of_batch else ""
-        return (
-            f"{name} has been trained {passes} times for step {self.step}: its random draws repeat, its state does not "
-            f"move{anew}. Call sinkroute.set_step(model, step) before every training step, with micro_batch= where a "
-            "step has several."
-        )
-
 
 class Draws:
     """The seed of a pass's noise, in a tensor that keeps its place: a compiled graph reads it anew."""

@@ -128,8 +128,7 @@ class Router(nn.Module):
         self.correction_E: Tensor | None = None
         self.correction_on: Literal["scores", "logits"] = "scores"
         self.links: list[Link] = []
-        self.balances = True
-        self._warned_of_passes = False
+        self.balances, self._warned_of_passes = True, False
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}"
