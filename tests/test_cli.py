@@ -255,6 +255,8 @@ def test_another_router_does_not_inherit_the_presets_options(
         (["train", "CONFIG", "--data.name", "enwik9"], 1, "did you mean 'enwik8'"),
         (["train", "CONFIG", "--data.length", "30000"], 1, "length"),
         (["train", "/none.yaml"], 1, "no configuration at /none.yaml"),
+        (["train", "wikipedia-srr"], 1, "no configuration at wikipedia-srr; did you mean 'wikipedia-ssr'? Pass a YAML"),
+        (["compare", "study/dul"], 1, "did you mean 'study/dual'?"),
         (["evaluate", "/none"], 1, "is no run"),
         (["export", "/none", "--output", "/none/hf"], 1, "is no run"),
         (["report"], 2, "report needs a RUN"),

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from numbers import Real
 
-__all__ = ["NonFiniteLogits", "SinkrouteError", "require_count", "require_numbers", "unknown_name"]
+__all__ = ["NonFiniteLogits", "SinkrouteError", "nearest", "require_count", "require_numbers", "unknown_name"]
 
 
 class SinkrouteError(Exception):
@@ -44,6 +44,16 @@ def require_count(name: str, value: object, least: int, most: int | None = None)
         raise ValueError(f"{name} must be an integer {bounds}, got {value!r}")
 
 
+def nearest(name: object, choices: Iterable[str]) -> str:
+    """`"; did you mean 'the nearest'?"`, or nothing where no choice is near.
+
+    >>> nearest("wikipedia-srr", ["demo", "wikipedia-ssr"]), nearest("x", ["demo"])
+    ("; did you mean 'wikipedia-ssr'?", '')
+    """
+    near = difflib.get_close_matches(str(name), sorted(choices), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def unknown_name(kind: str, name: object, choices: Iterable[str]) -> ValueError:
     """A `ValueError` for a name that is in no registry, with the nearest known one as a suggestion.
 
@@ -51,6 +61,5 @@ def unknown_name(kind: str, name: object, choices: Iterable[str]) -> ValueError:
     "unknown router 'srr-s'; did you mean 'ssr-s'? Known: softmax, ssr-l, ssr-s"
     """
     known = sorted(choices)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(known) or '(none)'}")
+    hint = nearest(name, known) if isinstance(name, str) else ""
+    return ValueError(f"unknown {kind} {name!r}{hint or '.'} Known: {', '.join(known) or '(none)'}")

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 import yaml
 
-from sinkroute._errors import unknown_name
+from sinkroute._errors import nearest, unknown_name
 from sinkroute.lab.images.augment import Augment
 
 __all__ = [
@@ -396,8 +396,10 @@ def read_yaml(cls: type[T], path: Path) -> T:
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        hint = nearest(path, _presets())
+        cure = " Pass" if hint else "; pass"
         raise FileNotFoundError(
-            f"no configuration at {path}; pass a YAML file or a preset: {', '.join(_presets())}"
+            f"no configuration at {path}{hint}{cure} a YAML file or a preset: {', '.join(_presets())}"
         ) from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder; pass a YAML file or a preset: {', '.join(_presets())}") from None

@@ -157,7 +157,8 @@ def _read(path: Path, what: str) -> dict[str, Any]:
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        known = sorted(each.stem for each in (preset_folder() / "compare").glob("*.yaml"))
+        folders = {each: each.parent.name for each in preset_folder().glob("*/*.yaml")}
+        known = [each.stem if folder == "compare" else f"{folder}/{each.stem}" for each, folder in folders.items()]
         if what == "comparison":
             raise unknown_name("comparison (neither a preset nor a file)", str(path), known) from None
         raise FileNotFoundError(f"{what}: no configuration at {path}; pass a YAML file or a preset") from None

@@ -15,7 +15,7 @@ Over micro-batches and ranks, as published:
     scope="batch" (#6637)         s are the sigmoids of the logits. The quantile of the step's whole batch, by counts in
                                   1000 equal bins from min b − 1 to max b + 1 and a straight line within a bin; the
                                   counts are summed over micro-batches and ranks. From the technical report of Kimi K3,
-                                  section 2.3.3.
+                                  section 2.3.3; torchtitan's form, too (#4577, merged after 0.3.0).
 
 Beyond the published: T·K/E need not be whole (a straight line between two order statistics), tokens may be masked, and
 a micro-batch without real tokens takes no part in the mean.
