@@ -40,7 +40,7 @@ def stepper(config: Config, device: torch.device) -> Callable[[], None]:
     """What makes one training step of this run's model on random symbols: forward, backward, clipping, AdamW.
 
     Raises:
-        ValueError: the model is none of text.
+        ValueError: a model of images.
     """
     if isinstance(config.model, VisionConfig):
         raise ValueError("config.model is of images, and steps are timed on text; give a decoder's or a stream's")
