@@ -150,7 +150,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("sinkroute.lab.bench.timing.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("sinkroute.lab.bench.timing.time", SimpleNamespace(process_time=lambda: clock.now))
     return clock
 
 
@@ -197,7 +197,9 @@ def test_a_router_that_is_slowed_down_is_seen_as_slower(tmp_path: Path, monkeypa
 
     class Slow(SoftmaxRouter):
         def route(self, logits_TE, token_mask):
-            time.sleep(0.01)
+            until = time.process_time() + 0.01
+            while time.process_time() < until:
+                pass
             return super().route(logits_TE, token_mask)
 
     monkeypatch.setattr("sinkroute.routing.registry.ROUTERS", {"softmax": SoftmaxRouter, "ssr-l": Slow})

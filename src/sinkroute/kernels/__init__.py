@@ -3,6 +3,7 @@
     `column_sums`   what a plan gives to every expert: one pass over the logits
     `plan_topk`     the K best experts of each row of a plan, and their weights
     `topk`          the K best experts of each row of numbers, with ties drawn or noise added
+    `edge_topk`     a top-k, and the experts that tokens are at the edge of
     `choose`        the top-k of C + bias, its loads, and how far every expert is from its target
     `repair`        loads into bounds by the cheapest chains of moves
     `search`        a whole solve without the host, on a GPU

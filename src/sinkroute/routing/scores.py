@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinkroute.kernels.storage import readable
 from sinkroute.kernels.topk import topk
 
 __all__ = ["GroupScore", "Score", "best_first", "limit_to_groups", "log_scores", "scores", "weigh", "weigh_chosen"]
@@ -76,15 +77,38 @@ def weigh_chosen(chosen_TK: Tensor, score: Score, normalise: bool) -> Tensor:
     return scores(chosen_TK, score)
 
 
-def best_first(experts_TK: Tensor, values_TE: Tensor) -> Tensor:
-    """A token's experts by descending value; of equal ones the lower first.
+def best_first(experts_TK: Tensor, values_TE: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """A token's experts by descending value, + bias where there is one; of equal ones the lower first.
 
     >>> best_first(torch.tensor([[2, 0, 1]]), torch.tensor([[1.0, 3.0, 3.0]])).tolist()
     [[1, 2, 0]]
     """
+    if experts_TK.device.type != "cpu" or not readable(experts_TK, values_TE, bias_E):
+        return _sorted_by(experts_TK, values_TE, bias_E)
+    if experts_TK.shape[1] == 1:
+        return experts_TK
+    # Most are in order where they come from a top-k, and to see that takes a fraction of two sorts.
+    first_TK, then_TK = experts_TK[:, :-1], experts_TK[:, 1:]
+    value_TK = _values_of(experts_TK, values_TE, bias_E)
+    value_first_TK, value_then_TK = value_TK[:, :-1], value_TK[:, 1:]
+    right_TK = (value_first_TK > value_then_TK) | ((value_first_TK == value_then_TK) & (first_TK < then_TK))
+    wrong_R = (~right_TK.all(1)).nonzero()[:, 0]
+    if not len(wrong_R):
+        return experts_TK
+    experts_TK = experts_TK.clone()
+    experts_TK[wrong_R] = _sorted_by(experts_TK[wrong_R], values_TE[wrong_R], bias_E)
+    return experts_TK
+
+
+def _sorted_by(experts_TK: Tensor, values_TE: Tensor, bias_E: Tensor | None) -> Tensor:
     experts_TK = experts_TK.sort(dim=1).values
-    order_TK = values_TE.gather(1, experts_TK).argsort(dim=1, descending=True, stable=True)
+    order_TK = _values_of(experts_TK, values_TE, bias_E).argsort(dim=1, descending=True, stable=True)
     return experts_TK.gather(1, order_TK)
+
+
+def _values_of(experts_TK: Tensor, values_TE: Tensor, bias_E: Tensor | None) -> Tensor:
+    value_TK = values_TE.gather(1, experts_TK)
+    return value_TK if bias_E is None else value_TK + bias_E[experts_TK]
 
 
 def limit_to_groups(

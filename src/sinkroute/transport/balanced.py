@@ -340,10 +340,15 @@ def _repaired(problem: Problem, choice: Choice, lower_E: Tensor, upper_E: Tensor
 def _plausible(problem: Problem, init_E: Tensor) -> Tensor:
     """A start whose differences are not far beyond those of the costs: there the costs would be lost to rounding."""
     cost_SE = problem.every(max(1, len(problem.logits_TE) // 1024)).cost_TE()
-    finite_N = cost_SE[cost_SE.isfinite()]
-    if len(finite_N) == 0:
+    if len(cost_SE) == 0:
         return torch.zeros_like(init_E)
-    reach = 4 * float(finite_N.double().aminmax().max - finite_N.double().aminmax().min)
+    low, high = map(float, cost_SE.aminmax())
+    if not math.isfinite(high - low):  # what is masked may hold anything
+        finite_N = cost_SE[cost_SE.isfinite()]
+        if len(finite_N) == 0:
+            return torch.zeros_like(init_E)
+        low, high = map(float, finite_N.aminmax())
+    reach = 4 * (high - low)
     return (init_E - init_E.median()).clamp(-reach, reach)
 
 

@@ -80,6 +80,10 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "topk": (None, _ROWS, _AT, _DOUBLE, _INT, _INT, _AT, _AT, _INT),
     # values, tokens, experts, row stride, bias, k, std, seed, experts, noise, threads
     "noisy_topk": (None, _AT, _INT, _INT, _INT, _AT, _INT, _FLOAT, _INT, _AT, _AT, _INT),
+    # values, tokens, experts, row stride, bias, k, experts, next, margins, threads
+    "edge_topk": (None, _AT, _INT, _INT, _INT, _AT, _INT, _AT, _AT, _AT, _INT),
+    # margins, experts, next, tokens, k, rank, least, room, counts
+    "edge": (_DOUBLE, _AT, _AT, _AT, _INT, _INT, _INT, _DOUBLE, _AT, _AT),
     # rows, bias, k, target, limit, experts, loads, step, near, workspace, threads
     "choose": (None, _ROWS, _AT, _INT, _AT, _AT, _AT, _AT, _AT, _AT, _AT, _INT),
     # rows, k, lower, upper, experts, loads, bias, levels, costs, rounds, progress

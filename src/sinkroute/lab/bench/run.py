@@ -60,6 +60,7 @@ def settings_of(bench: Bench) -> dict[str, Any]:
         "seconds": min(bench.seconds, 4.0) if bench.quick else bench.seconds,
         "repeats": bench.repeats,
         "threads": bench.threads,
+        "clock": "processor" if bench.threads == 1 else "wall",
         "seed": bench.seed,
     }
 

@@ -1,4 +1,4 @@
-"""What is timed: every router as it comes, and the branches of those that choose between two.
+"""What is timed: every router as it comes, the exact form where it has one, and the branches of those that have two.
 
 At p = 0.001 a benchmark would need thousands of calls to see the second branch at all, so each is timed by itself
 (p = 0 and p = 1); the time at any p is their weighted mean.
@@ -42,8 +42,8 @@ def variants_of(names: Sequence[str]) -> dict[str, Variant]:
     Raises:
         ValueError: an unknown router.
 
-    >>> list(variants_of(["z-loss", "ssr-ec"]))
-    ['softmax', 'softmax again', 'z-loss', 'ssr-ec, softmax step', 'ssr-ec, Sinkhorn step']
+    >>> list(variants_of(["ssr-dual", "ssr-ec"]))
+    ['softmax', 'softmax again', 'ssr-dual', 'ssr-dual, exact', 'ssr-ec, softmax step', 'ssr-ec, Sinkhorn step']
     """
     found = {BASELINE: Variant(BASELINE, {}), AGAIN: Variant(BASELINE, {})}
     for name in names:
@@ -51,6 +51,8 @@ def variants_of(names: Sequence[str]) -> dict[str, Variant]:
             raise unknown_name("router", name, list_routers())
         if "probability" not in router_options(name):
             found.setdefault(name, Variant(name, {}))
+            if "exact" in router_options(name):
+                found[f"{name}, exact"] = Variant(name, {"exact": True})
             continue
         for suffix, noise in NOISES.items() if name in ("ssr-l", "ssr-s") else [("", NOISES[""])]:
             for branch, probability in BRANCHES.items():

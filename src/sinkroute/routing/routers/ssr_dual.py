@@ -30,8 +30,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sinkroute.kernels.edge import Edge, edge_topk
 from sinkroute.kernels.operations import uncompiled
-from sinkroute.kernels.topk import topk
 from sinkroute.routing.card import Card
 from sinkroute.routing.firing import PlanCount
 from sinkroute.routing.options import CommonOptions, option
@@ -125,7 +125,7 @@ class SSRDualRouter(Router):
             "passes reach the router"
         )
         self._plans: bool | None = None
-        self._edge: tuple[Tensor, Tensor] | None = None
+        self._edge: Edge | None = None
         self.register_load_state_dict_post_hook(_ask_again)  # type: ignore[no-untyped-call]
 
     def choice_bias(self) -> Serving:
@@ -151,13 +151,17 @@ class SSRDualRouter(Router):
     def route(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         if self.exact:
             return self._route_exactly(logits_TE, token_mask)
-        ties = self.tie_seed()
-        selection_TE = self.within_groups(self.selection(logits_TE, self.choice_bias()), ties)
-        best_TK = topk(selection_TE, min(self.top_k + 1, self.num_experts), ties)  # one more, for the margin
-        experts_TK = best_TK[:, : self.top_k].contiguous()
-        if not recomputing():
-            self._edge = selection_TE.detach(), best_TK
-        return Routes(experts_TK, self.weigh(logits_TE, experts_TK))
+        if recomputing() or not self._has_edge(logits_TE) or self.plans_now():
+            return self.topk(logits_TE)
+        ties, values_TE, bias_E = self.tie_seed(), self._cost(logits_TE), self.state.bias_E
+        if self.top_groups < self.groups:
+            values_TE, bias_E = self.within_groups(self.selection(logits_TE, self.choice_bias()), ties), None
+        self._edge = edge_topk(values_TE, bias_E, self.top_k, NEAR, ties, token_mask)
+        return Routes(self._edge.experts_TK, self.weigh(logits_TE, self._edge.experts_TK))
+
+    def _has_edge(self, logits_TE: Tensor) -> bool:
+        """Not where every token has every expert, or there is none."""
+        return self.top_k < self.num_experts and len(logits_TE) > 0
 
     @uncompiled  # which tokens move is known from the data only
     def _route_exactly(self, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
@@ -165,7 +169,7 @@ class SSRDualRouter(Router):
             self.plan_count.note(self.step)
         cost_TE = self._cost(logits_TE)
         experts_TK, bias_E = balanced_topk(cost_TE, self.top_k, TOL, token_mask=token_mask, init=self.state.average_E)
-        experts_TK = best_first(experts_TK, cost_TE + bias_E)
+        experts_TK = best_first(experts_TK, cost_TE, bias_E)
         return Routes(experts_TK, self.weigh(logits_TE, experts_TK), branch="assignment", potentials=bias_E)
 
     def _cost(self, logits_TE: Tensor) -> Tensor:
@@ -174,7 +178,7 @@ class SSRDualRouter(Router):
     @torch.no_grad()
     def step_sums(self, logits_TE: Tensor, routes: Routes, token_mask: Tensor | None) -> dict[str, Tensor]:
         edge, self._edge = self._edge, None
-        if self.top_k == self.num_experts or not len(logits_TE):  # every token has every expert, or there is none
+        if not self._has_edge(logits_TE):
             return {}
         if token_mask is None:
             tokens = torch.full((1,), len(logits_TE), dtype=torch.float64, device=logits_TE.device)
@@ -185,7 +189,8 @@ class SSRDualRouter(Router):
             assert potentials_E is not None
             return {"vector": potentials_E.double() * tokens, "tokens": tokens}
         assert edge is not None
-        return _density(*edge, self.top_k, token_mask, tokens) | {"tokens": tokens}
+        # How many tokens per unit of bias are at the edge of each expert, and the width of what was counted, by tokens.
+        return {"vector": edge.count_E / (2 * edge.width), "width": edge.width * tokens, "tokens": tokens}
 
     @uncompiled
     def _potentials(self, logits_TE: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -257,33 +262,19 @@ class SSRDualRouter(Router):
         """The smoothed error, the level of its noise, and whether the one is far above the other."""
         smooth_E = torch.lerp(self.state.smooth_E.double(), error_E, SMOOTH)
         size, noise = error_E.square().mean().sqrt(), self.state.noise.double()
+        has_level, far = noise > 0, FAR * noise
         # Clipped, or an error that persists would pass for noise.
-        level = torch.where(noise > 0, torch.lerp(noise, torch.minimum(size, FAR * noise), NOISE_RATE), size)
-        return smooth_E, level, (noise > 0) & (smooth_E.square().mean().sqrt() > FAR * noise)
+        level = torch.where(has_level, torch.lerp(noise, torch.minimum(size, far), NOISE_RATE), size)
+        return smooth_E, level, has_level & (smooth_E.square().mean().sqrt() > far)
 
     def _set(self, known: Tensor, **values: Tensor) -> None:
         """Set parts of the state, unless nothing was known in the whole batch."""
+        here = known.device.type == "cpu"  # can be asked at once; `where` for each takes a third of an update
+        if here and not known:
+            return
         for name, value in values.items():
             old = getattr(self.state, name)
-            old.copy_(torch.where(known, value, old))
-
-
-def _density(
-    values_TE: Tensor, best_TK: Tensor, top_k: int, token_mask: Tensor | None, tokens: Tensor
-) -> dict[str, Tensor]:
-    """How many tokens per unit of bias are at the edge of each expert, and the width of what was counted, by tokens."""
-    edge_T2 = best_TK[:, top_k - 1 : top_k + 1]
-    kept_T, next_T = values_TE.gather(1, edge_T2).double().unbind(1)
-    margin_T = kept_T - next_T
-    if token_mask is not None:
-        margin_T = margin_T.masked_fill(~token_mask, torch.inf)
-    at = (NEAR * tokens).long().clamp(max=len(margin_T) - 1)
-    width = margin_T.sort().values[at].clamp(min=1e-6)
-    width = torch.where(width.isfinite(), width, 1.0)  # no real token here, or none that has a choice
-    near_T2 = (margin_T < width)[:, None].expand_as(edge_T2)
-    count_E = torch.zeros(values_TE.shape[1], dtype=torch.float64, device=values_TE.device)
-    count_E.scatter_add_(0, edge_T2.flatten(), near_T2.flatten().double())
-    return {"vector": count_E / (2 * width), "width": width * tokens}
+            old.copy_(value if here else torch.where(known, value, old))
 
 
 def _ask_again(router: SSRDualRouter, _: object) -> None:
