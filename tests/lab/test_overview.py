@@ -46,7 +46,7 @@ def test_what_serves_and_what_is_remembered_is_read_off_the_classes():
 def test_a_framework_is_named_where_its_adapter_takes_the_router(name, framework):
     takes = FRAMEWORKS[framework]
     try:
-        router = fit_router(name, 4, 2, {}, "theirs", any_width=takes.any_width, may_move_gate=takes.moved_gate)
+        router = fit_router(name, 4, 2, {}, "theirs", any_width=takes.any_width)
         fits = takes.loss or not router.losses
     except ValueError:
         fits = False

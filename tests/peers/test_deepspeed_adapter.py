@@ -1,6 +1,7 @@
 """Our routers inside DeepSpeed's layers: against its own gates, on the CPU."""
 
 import copy
+import itertools
 import os
 
 import pytest
@@ -313,6 +314,139 @@ def test_an_engine_trains_a_model_that_is_patched_before_and_after_it_is_made(st
             seen.append(loss.item())
         losses.append(seen)
     assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
+
+
+# -- folded into the gate --------------------------------------------------------------------------------------------
+
+FOLDED = {"ssr-dual": {}, "ssr-fold": {"probability": 0.5}, "ssr-bias": {"probability": 0.5}, "quantile": {}}
+
+
+def some(seed, count=60):
+    """Tokens that are alike: their common part is the same for every seed."""
+    common = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1))
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed)) + common
+
+
+def choices(gate):
+    """The largest load when it serves, in shares."""
+    with torch.no_grad():
+        load_E = gate.eval()(some(50, 600))[-1]
+    gate.train()
+    return (load_E.max() / load_E.float().mean()).item()
+
+
+def folded(gate, steps=8):
+    for step in range(steps):
+        sinkroute.set_step(gate, step)
+        gate(some(step))
+    sinkroute.end_step(gate)
+    return gate
+
+
+def without_state(gate):
+    return {key: value for key, value in gate.state_dict().items() if not key.startswith("router.")}
+
+
+@pytest.mark.parametrize("make", [lambda: make_gate(2, drop=False), lambda: autoep_router()], ids=["gate", "autoep"])
+@pytest.mark.parametrize("name", FOLDED)
+def test_potentials_are_in_the_gate_which_plain_deepspeed_serves_to_the_last_bit(name, make):
+    ours, plain = make(), make()
+    before = choices(plain)
+    adapter.patch(ours, name, **FOLDED[name])
+    plain.load_state_dict(without_state(folded(ours)))
+    for mine, its in zip(ours.eval()(tokens()), plain.eval()(tokens()), strict=True):
+        assert torch.equal(torch.as_tensor(mine), torch.as_tensor(its))
+    assert choices(plain) < 0.75 * before
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.moe = make_layer(alone=False)
+
+    def forward(self, x):
+        y, l_aux, _ = self.moe(x)
+        return (y - x).float().square().mean() + l_aux
+
+
+def engine_of(model, stage, dtype):
+    """One whose optimiser moves nothing: what moves the gate is the router alone."""
+    groups = deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer(
+        {"params": list(model.parameters()), "name": "all"}
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "Adam", "params": {"lr": 0.0, "torch_adam": True}},
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+    return deepspeed.initialize(model=model, model_parameters=groups, config=config)[0]
+
+
+def trained(stage, dtype, rank=0, world=1):
+    """The gate after some steps of an engine, none of which took a move back."""
+    model = Residual()
+    adapter.patch(model, "ssr-dual", process_group="world")
+    engine = engine_of(model, stage, dtype)
+    gate = model.moe.deepspeed_moe.gate
+    for step in range(8):
+        sinkroute.set_step(engine.module, engine.global_steps)
+        moved = gate.wg.weight.detach().clone()
+        engine.backward(engine(some(step, 120).chunk(world)[rank].to(dtype)))
+        engine.step()
+        torch.testing.assert_close(gate.wg.weight.detach(), moved, rtol=1e-2, atol=1e-3)
+    sinkroute.end_step(engine.module)
+    return gate
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), *itertools.product((1, 2), ("float32", "bfloat16"))])
+def test_a_step_of_zero_keeps_the_moves_of_the_gate(stage, dtype):
+    before = choices(Residual().moe.deepspeed_moe.gate)
+    gate = trained(stage, getattr(torch, dtype))
+    assert gate.wg.weight.dtype == getattr(torch, dtype)
+    assert choices(gate) < 0.75 * before
+
+
+def trained_on_a_rank():
+    deepspeed.init_distributed("gloo", dist_init_required=False, auto_mpi_discovery=False)
+    return {"gate": trained(2, torch.bfloat16, dist.get_rank(), 2).wg.weight.detach()}
+
+
+def test_a_step_of_zero_keeps_the_moves_of_a_gate_whose_copy_is_on_one_rank_of_two(run_ranks, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    first, second = (rank["gate"] for rank in run_ranks(trained_on_a_rank, 2))
+    assert torch.equal(first, second)
+    # Of the same tokens, on one rank.
+    torch.testing.assert_close(first, trained(2, torch.bfloat16).wg.weight.detach(), rtol=0.05, atol=0.02)
+
+
+def test_without_a_name_the_recommended_router_comes_in_the_form_that_fits():
+    for gate, where in (
+        (make_gate(2), "folded into the gate"),
+        (autoep_router("sigmoid"), "folded into the gate"),
+        (biased_router("buffer"), "its bias is the layer's"),
+    ):
+        told = str(adapter.patch(gate)).splitlines()
+        assert told[0].startswith("ssr-dual in 1 of 1 layers") and told[1].endswith(where)
+    assert gate.router.bias_on == "scores"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda gate: setattr(gate.wg.weight, "ds_id", 0), "'ssr-dual' moves the gate, which ZeRO 3 keeps in parts"),
+        (
+            lambda gate: gate.bfloat16(),
+            "which is torch.bfloat16, and the optimiser's float32 copy of it cannot be foun",
+        ),
+    ],
+)
+def test_a_gate_whose_move_would_be_lost_is_refused(change, words):
+    gate = make_gate(2, drop=False)
+    adapter.patch(gate, "ssr-dual")
+    change(gate)
+    with pytest.raises(ValueError, match=words):
+        folded(gate, 1)
 
 
 # -- AutoEP's router -------------------------------------------------------------------------------------------------

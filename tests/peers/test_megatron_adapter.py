@@ -478,6 +478,106 @@ def test_a_bias_that_is_frozen_is_not_moved():
     run(ours.eval(), random(64, 8))
 
 
+# -- without an expert bias: folded into the gate --------------------------------------------------------------------
+
+FOLDED = {"ssr-dual": {}, "ssr-fold": {"probability": 0.5}, "ssr-bias": {"probability": 0.5}, "quantile": {}}
+
+
+def tokens(seed, count=64):
+    """(count, 1, 12), alike: their common part is the same for every seed."""
+    common = torch.randn(12, generator=torch.Generator().manual_seed(99))
+    return torch.randn(count, 1, 12, generator=torch.Generator().manual_seed(seed)) + 2 * common
+
+
+def folded(router, steps=8, after_step=lambda router: None):
+    for step in range(steps):
+        sinkroute.set_step(router, step)
+        router(tokens(step))
+        sinkroute.end_step(router)
+        after_step(router)
+    return router
+
+
+def most(router):
+    """The largest load when it serves, in shares."""
+    with torch.no_grad():
+        return router.eval()(tokens(50, 1024))[1].sum(0).max().item() / (1024 * 2 / 8)
+
+
+def skewed(router, **how):
+    torch.manual_seed(0)
+    made = build(router, **how)
+    torch.nn.init.normal_(made.weight, std=0.3)
+    return made
+
+
+@pytest.mark.parametrize("config", [{}, PRE, SIGMOID, {"add_bias_linear": True}], ids=["", "pre", "sigmoid", "bias"])
+@pytest.mark.parametrize("name", FOLDED)
+def test_potentials_are_in_the_gate_which_plain_megatron_serves_to_the_last_bit(name, config):
+    ours, theirs = (skewed(router, options=FOLDED[name] if router else None, **config) for router in (name, None))
+    before = most(theirs)
+    if theirs.bias is not None:
+        theirs.bias.data.copy_(ours.bias)
+    folded(ours)
+    theirs.load_state_dict({key: value for key, value in ours.state_dict().items() if not key.startswith("router.")})
+    for mine, its in zip(ours.eval()(tokens(9)), theirs.eval()(tokens(9)), strict=True):
+        assert torch.equal(mine, its)
+    assert most(theirs) < 0.75 * before
+
+
+@pytest.mark.parametrize("part", ["all of it", "the first", "the last", "none"])
+def test_the_optimisers_copy_of_a_gate_in_low_precision_is_moved_too(part, monkeypatch):
+    ours = skewed("ssr-dual", moe_router_dtype="fp32").bfloat16()
+    size = {"all of it": 96, "the first": 60, "the last": 36, "none": 0}[part]
+    at = slice(0, size) if part != "the last" else slice(96 - size, 96)
+    main = ours.weight.detach().flatten()[at].float()
+    ours.weight.main_param = main if size else None
+    if part != "all of it":
+        ours.weight.main_param_sharded = True
+        # The other ranks have the rest.
+        monkeypatch.setattr(type(ours.router.batch_ranks), "sum", lambda self, value: value + 1)
+
+    def step_of_the_optimiser(router):
+        written = router.weight.detach().flatten()[at]
+        torch.testing.assert_close(written.float(), main, rtol=1e-2, atol=1e-3)
+        written.copy_(main)
+
+    if part in ("all of it", "none"):
+        before = most(skewed(None, moe_router_dtype="fp32"))
+        assert most(folded(ours, after_step=step_of_the_optimiser)) < 0.75 * before
+    else:
+        folded(ours, 3, step_of_the_optimiser)
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [(None, "keeps a float32 copy of that where it cannot be found"), (torch.zeros(30), "has 30 numbers of 96")],
+)
+def test_an_optimisers_copy_that_cannot_be_moved_is_refused(main, words):
+    ours = skewed("ssr-dual").bfloat16()
+    ours.weight.main_param, ours.weight.main_param_sharded = main, True
+    sinkroute.set_step(ours, 0)
+    ours(tokens(0).bfloat16())
+    with pytest.raises(ValueError, match=words):
+        sinkroute.end_step(ours)
+
+
+def test_without_a_name_the_recommended_router_comes_in_the_form_that_fits():
+    for config, where in (({}, "folded into the gate"), (BIASED, "its bias is the layer's")):
+        model = model_of(build(None, **config))
+        told = str(patch(model)).splitlines()
+        assert told[0] == "ssr-dual in 1 of 1 layers of Module" and told[1].endswith(where)
+    assert make_router()(config=config_of(), pg_collection=groups()).router.bias_on == "logits"
+    assert model.layers[0].router.bias_on == "scores"
+
+
+def test_a_gate_that_is_frozen_is_not_moved():
+    theirs = skewed(None)
+    theirs.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="SSRDualRouter moves the gate's weight of Megatron's router, which is frozen"):
+        patch(theirs, "ssr-dual")
+
+
 # -- the layer -------------------------------------------------------------------------------------------------------
 
 
@@ -571,7 +671,7 @@ def test_what_is_removed_leaves_nothing():
     handle = patch(layer, "ssr-bias")
     assert str(handle).splitlines() == [
         "ssr-bias in 1 of 1 layers of MoELayer",
-        "  1 × router  TopKRouter  softmax, top 2 of 8, renormalised",
+        "  1 × router  TopKRouter  softmax, top 2 of 8, renormalised, folded into the gate",
     ]
     with pytest.raises(ValueError, match=r"remove\(\) first"):
         patch(layer, "ssr-l")
@@ -619,8 +719,8 @@ def test_the_bias_of_loss_free_balancing_is_float32_and_that_of_megatron(score):
             torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6)
 
 
-def trained(router="ssr-bias"):
-    ours = build(router, options={"probability": 1.0} if router == "ssr-bias" else {})
+def trained():
+    ours = build("loss-free", options={"update_rate": 0.2})
     sinkroute.set_step(ours, 0)
     run(ours, random(64, 8))
     sinkroute.end_step(ours)
@@ -628,12 +728,12 @@ def trained(router="ssr-bias"):
 
 
 def test_what_is_remembered_travels_in_the_state_dict():
-    ours, fresh = trained(), build("ssr-bias")
+    ours, fresh = trained(), build("loss-free")
     fresh.load_state_dict(ours.state_dict(), strict=True)
     assert torch.equal(fresh.router.state.bias_E, ours.router.state.bias_E)
     assert fresh.router.state.bias_E.abs().max() > 0.1
     assert set(ours.state_dict()) - set(build(None).state_dict()) == {
-        f"router.state.{name}" for name in ("bias_E", "saved_steps", "saved_load_E", "saved_potentials", "saved_tokens")
+        f"router.state.{name}" for name in ("bias_E", "saved_steps", "saved_load_E")
     }
 
 
@@ -649,7 +749,7 @@ def test_half_a_state_is_refused_when_it_is_loaded_strictly():
     state = trained().state_dict()
     del state["router.state.bias_E"]
     with pytest.raises(RuntimeError, match=r"Missing key.*router\.state\.bias_E"):
-        build("ssr-bias").load_state_dict(state, strict=True)
+        build("loss-free").load_state_dict(state, strict=True)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -671,11 +771,11 @@ def test_megatrons_distributed_checkpoints_go_there_and_back(tmp_path, monkeypat
     biased = moved("ssr-dual")
     save(biased, "biased")
     assert torch.equal(load(build(None, **BIASED), "biased").expert_bias, biased.expert_bias)
-    resumed = load(build("ssr-bias"), "ours")
+    resumed = load(build("loss-free"), "ours")
     assert torch.equal(resumed.router.state.bias_E, ours.router.state.bias_E)
     assert torch.equal(load(build(None), "ours").weight, ours.weight)
     assert torch.equal(load(build("ssr-l"), "theirs").weight, theirs.weight)
-    begun = load(build("ssr-bias"), "theirs", strict="log_unexpected")
+    begun = load(build("loss-free"), "theirs", strict="log_unexpected")
     assert torch.equal(begun.weight, theirs.weight) and begun.router.state.bias_E.abs().max() == 0
 
 
@@ -706,7 +806,12 @@ def test_set_inference_reaches_the_router():
         ("ssr-l", {"layer": 3}, {}, "layer=3: Megatron numbers"),
         ("ssr-l", {"noise": "learned"}, {}, "has a parameter"),
         ("xmoe", {}, {}, "'xmoe' brings a gate"),
-        ("ssr-fold", {}, {}, "'ssr-fold' moves a gate"),
+        (
+            "ssr-fold",
+            {},
+            {"moe_router_enable_expert_bias": True, **SIGMOID},
+            "SSRFoldRouter balances the gate, and moe_router_enable_expert_bias puts a bias",
+        ),
         ("expert-choice", {}, {}, "does not give every token top_k=2 experts"),
         ("ssr-ec", {}, {}, "does not give every token top_k=2 experts"),
         ("ssr-l", {}, {"moe_router_load_balancing_type": "sinkhorn"}, 'sinkhorn.* set it to "none"'),
@@ -781,7 +886,7 @@ def routed_on_a_rank():
     seen = {}
     for plan_ranks in ("tp_cp", "tp_dp_cp"):
         options = {"probability": 1.0, "noise": 0.0, "tol": 1e-6, "plan_ranks": plan_ranks}
-        probs_TE, map_TE, _ = run(build("ssr-bias", pg_collection=own, options=options), logits_TE)
+        probs_TE, map_TE, _ = run(build("ssr-l", pg_collection=own, options=options), logits_TE)
         seen[plan_ranks] = (probs_TE, map_TE)
     losses = {"losses": {"z-loss": 0.1}}
     input_TE = logits_TE.clone().requires_grad_()
@@ -809,7 +914,7 @@ def test_a_plan_is_that_of_all_the_tokens_of_its_ranks(ranks, plan_ranks):
     options = {"probability": 1.0, "noise": 0.0, "tol": 1e-6}
     together = [logits_TE] if plan_ranks == "tp_dp_cp" else logits_TE.chunk(2)
     assert ranks[0]["group"].tolist() == [0, 1] and ranks[3]["group"].tolist() == [2, 3]
-    wanted = [run(build("ssr-bias", options=options), part_TE) for part_TE in together]
+    wanted = [run(build("ssr-l", options=options), part_TE) for part_TE in together]
     for place in (0, 1):
         seen_TE = torch.cat([rank[plan_ranks][place] for rank in ranks])
         torch.testing.assert_close(seen_TE, torch.cat([part[place] for part in wanted]), rtol=1e-3, atol=1e-5)

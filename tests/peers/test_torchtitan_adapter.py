@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +23,7 @@ from sinkroute.adapters import torchtitan as adapter  # noqa: E402
 pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast"),
     pytest.mark.filterwarnings("ignore:.*torch.utils.checkpoint.*"),
+    pytest.mark.filterwarnings("ignore:FSDP2-wrapped module"),
 ]
 
 EXPERTS, WIDTH, TOP_K = 8, 16, 2
@@ -211,7 +213,7 @@ def test_a_method_with_another_rule_is_refused_beside_torchtitans_bias(method):
         pytest.skip("it is refused without a bias too")
     serving = router.serving()
     learned = serving is not None and not serving.plain and (serving.on == "scores" or hasattr(router, "bias_on"))
-    if router.takes_correction() or learned:
+    if learned or (router.takes_correction() and not router.moves_gate):
         (router,) = adapter.patch(make_layer(coeff=1e-3), method).routers.values()
         assert bool(router.links) == learned
     else:
@@ -322,6 +324,82 @@ def test_a_method_with_another_rule_is_refused_beside_the_bias_of_a_configured_l
     config.router = adapter.route(config.router, "base")
     with pytest.raises(ValueError, match="load_balance_coeff"):
         config.build()
+
+
+# -- without a bias of torchtitan's: folded into the gate ------------------------------------------------------------
+
+FOLDED = {"ssr-dual": {}, "ssr-fold": {"probability": 0.5}, "ssr-bias": {"probability": 0.5}, "quantile": {}}
+
+
+def some(seed, batch=2):
+    """Tokens that are alike: their common part is the same for every seed."""
+    common = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1))
+    return torch.randn(batch, 30, WIDTH, generator=torch.Generator().manual_seed(seed)) + common
+
+
+def folded(moe, steps=8):
+    for step in range(steps):
+        sinkroute.set_step(moe, step)
+        moe.router(some(step))[0].sum().backward()
+    sinkroute.end_step(moe)
+    return moe
+
+
+@pytest.mark.parametrize("configured", [False, True])
+@pytest.mark.parametrize("name", FOLDED)
+def test_potentials_are_in_the_gate_which_plain_torchtitan_serves_to_the_last_bit(name, configured):
+    options = {"score_func": "softmax", "route_norm": True}
+    plain = make_layer(**options)
+    before = largest_load(plain.eval().router(some(50, 20))[1])
+    if configured:
+        config = layer_config(**options)
+        config.router = adapter.route(config.router, name, **FOLDED[name])
+        with torch.device("meta"):
+            moe = config.build()
+        moe.to_empty(device="cpu")
+        torch.manual_seed(0)
+        with torch.no_grad():
+            moe.init_states()
+    else:
+        moe = make_layer(**options)
+        adapter.patch(moe, name, **FOLDED[name])
+    folded(moe)
+    plain.load_state_dict({key: value for key, value in moe.state_dict().items() if "router.router." not in key})
+    assert torch.equal(moe.eval()(tokens()), plain(tokens()))
+    assert largest_load(plain.router(some(50, 20))[1]) < 0.75 * before
+
+
+def test_a_gate_that_is_sharded_is_moved_on_every_rank(mesh):
+    whole, sharded = make_layer(score_func="softmax"), make_layer(score_func="softmax")
+    for moe in (whole, sharded):
+        adapter.patch(moe, "ssr-dual", layer=0)
+    fully_shard(sharded.router, mesh=mesh)
+    weights = [folded(moe).router.gate.weight.detach() for moe in (whole, sharded)]
+    assert isinstance(weights[1], DTensor)
+    torch.testing.assert_close(weights[1].full_tensor(), weights[0])
+    assert not torch.equal(weights[0], make_layer(score_func="softmax").router.gate.weight)
+    sinkroute.set_step(sharded, 8)
+    sharded.router(some(8))  # gathers it
+    with pytest.raises(RuntimeError, match="FSDP has gathered"):
+        sinkroute.end_step(sharded)
+
+
+def test_without_a_name_the_recommended_router_comes_in_the_form_that_fits():
+    for coeff, on, where in ((None, "logits", "folded into the gate"), (0.05, "scores", "its bias is the layer's")):
+        config = layer_config(coeff=coeff)
+        config.router = adapter.route(config.router)
+        handle = adapter.patch(make_layer(coeff=coeff))
+        told = str(handle).splitlines()
+        assert told[0] == "ssr-dual in 1 of 1 layers of MoE" and told[1].endswith(where)
+        (patched,) = handle.routers.values()
+        assert patched.bias_on == config.build().router.router.bias_on == on
+
+
+def test_a_gate_that_is_frozen_is_not_moved():
+    moe = make_layer()
+    moe.router.gate.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="SSRDualRouter moves the gate's weight of torchtitan's router, which is froz"):
+        adapter.patch(moe, "ssr-dual")
 
 
 # -- serving and checkpoints -----------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sinkroute.adapters._links import BiasLink
+from sinkroute.adapters._links import BiasLink, GateLink
 from sinkroute.adapters._tally import Tally
 from sinkroute.routing import Router, create_router
 from sinkroute.routing.ranks import Ranks
@@ -25,6 +25,7 @@ __all__ = [
     "has_gate",
     "is_asked",
     "join_bias",
+    "join_gate",
     "on_scores",
     "refuse_bias",
     "refuse_loss",
@@ -35,19 +36,18 @@ SCORING = ("score", "norm_topk", "groups", "top_groups", "group_score", "route_s
 
 
 class Takes(NamedTuple):
-    """What a framework's layers take: any number of experts for a token, an auxiliary loss, a gate that is moved."""
+    """What a framework's layers take: any number of experts for a token, an auxiliary loss."""
 
     any_width: bool
     loss: bool
-    moved_gate: bool
 
 
 # Some layers of a framework take less; its `patch` refuses a router there, with the reason.
 FRAMEWORKS = {
-    "Hugging Face": Takes(any_width=True, loss=True, moved_gate=True),
-    "Megatron-Core": Takes(any_width=False, loss=True, moved_gate=False),
-    "torchtitan": Takes(any_width=False, loss=False, moved_gate=False),
-    "DeepSpeed": Takes(any_width=False, loss=True, moved_gate=False),
+    "Hugging Face": Takes(any_width=True, loss=True),
+    "Megatron-Core": Takes(any_width=False, loss=True),
+    "torchtitan": Takes(any_width=False, loss=False),
+    "DeepSpeed": Takes(any_width=False, loss=True),
 }
 
 
@@ -61,11 +61,7 @@ def frameworks(router: Router) -> list[str]:
         return []
     routes = trials(router)
     wide, loss = any(part.chosen is not None for part in routes), any(part.aux_loss is not None for part in routes)
-    return [
-        name
-        for name, takes in FRAMEWORKS.items()
-        if (takes.any_width or not wide) and (takes.loss or not loss) and (takes.moved_gate or not router.moves_gate)
-    ]
+    return [name for name, takes in FRAMEWORKS.items() if (takes.any_width or not wide) and (takes.loss or not loss)]
 
 
 def fit_router(
@@ -76,7 +72,6 @@ def fit_router(
     owner: str,
     *,
     any_width: bool = False,
-    may_move_gate: bool = False,
     **theirs: Any,
 ) -> Router:
     """A router with the scoring of the framework's own.
@@ -86,7 +81,6 @@ def fit_router(
         options: the user's, for that router.
         owner: whose scoring `theirs` is, for messages.
         any_width: whether the framework takes more or fewer than K experts for a token.
-        may_move_gate: whether a router that moves the gate may be bound to its.
         theirs: options that the framework's router decides.
 
     Raises:
@@ -102,9 +96,9 @@ def fit_router(
     # Models are built on the meta device; what a router remembers is not.
     with torch.device("cpu"):
         router = create_router(name, num_experts=num_experts, top_k=top_k, **theirs, **options)
-        if has_gate(router) or (router.moves_gate and not may_move_gate):
+        if has_gate(router):
             raise ValueError(
-                f"router {name!r} {'brings' if has_gate(router) else 'moves'} a gate, and {owner} keeps its gate; take "
+                f"router {name!r} brings a gate, and {owner} keeps its gate; take "
                 'a method that reads the logits of any gate, such as "ssr-l"'
             )
         if next(router.parameters(), None) is not None:
@@ -173,6 +167,11 @@ def join_bias(router: Router, what: str, find: Callable[[], Tensor]) -> None:
         ValueError: the method has a bias on the logits, or another rule.
     """
     serving = router.serving()
+    if router.moves_gate:
+        raise ValueError(
+            f"{type(router).__name__} balances the gate, and {what} puts a bias into the choice, which would undo it; "
+            'take a method that moves this bias, such as "ssr-dual"'
+        )
     if serving is None or serving.plain:
         refuse_bias(router, what)
         return
@@ -184,6 +183,37 @@ def join_bias(router: Router, what: str, find: Callable[[], Tensor]) -> None:
         )
     router.links.append(BiasLink(router, find))
     router.links[-1].pull()
+
+
+def join_gate(
+    router: Router,
+    what: str,
+    owner: nn.Module,
+    gate: nn.Module,
+    move_copy: Callable[[Tensor, Tensor], bool] = lambda moved, move: False,
+) -> None:
+    """Have potentials of logits, if the router serves with such, go into the gate, which then is what serves.
+
+    Args:
+        what: of the framework, for messages.
+        owner: holds the gate and stays what it is.
+        gate: linear, `owner` or a part of it.
+        move_copy: see `GateLink`.
+
+    Raises:
+        ValueError: the gate is frozen.
+    """
+    serving = router.serving()
+    if not router.potentials() or (serving is not None and not serving.plain and serving.on != "logits"):
+        return
+    name = "weight" if getattr(gate, "bias", None) is None else "bias"
+    if not getattr(gate, name).requires_grad:
+        raise ValueError(
+            f"{type(router).__name__} moves the gate's {name} of {what}, which is frozen: its checkpoints may leave it "
+            'out; let it be trained, or take a method that leaves the gate alone, such as "ssr-l"'
+        )
+    prefix = next(path for path, part in owner.named_modules() if part is gate)
+    router.links.append(GateLink(router, owner, f"{prefix}.{name}" if prefix else name, move_copy))
 
 
 def refuse_bias(router: Router, what: str) -> None:

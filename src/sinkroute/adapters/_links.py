@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sinkroute.routing.fold import GateFold
 from sinkroute.routing.ranks import distribute
 from sinkroute.routing.router import Router
 from sinkroute.routing.serving import Link
 
-__all__ = ["BiasLink"]
+__all__ = ["BiasLink", "GateLink", "held_in", "moves_bias"]
 
 
 class BiasLink(Link):
@@ -46,3 +47,43 @@ class BiasLink(Link):
         theirs = self.find()
         ours = self._ours().to(theirs.device, theirs.dtype).view(theirs.shape)
         theirs.copy_(distribute(ours, theirs) if hasattr(theirs, "device_mesh") else ours)
+
+
+class GateLink(GateFold):
+    """The router's potentials go into the gate, and into the copy of it that an optimiser keeps.
+
+    Args:
+        router, owner, name: see `GateFold`.
+        move_copy: adds the second tensor to the optimiser's copy of the first, a parameter that has not been moved yet,
+            in the copy's precision. Says whether there is one, on whatever rank: it is what the weights become.
+    """
+
+    def __init__(
+        self, router: Router, owner: nn.Module, name: str, move_copy: Callable[[Tensor, Tensor], bool]
+    ) -> None:
+        super().__init__(router, owner, name)
+        self.move_copy, self._is_sharded = move_copy, False
+
+    def add(self, moved: Tensor, move: Tensor) -> Tensor:
+        if self._is_sharded and not hasattr(moved, "device_mesh"):
+            raise RuntimeError(
+                f"{type(self.router).__name__} moves {self.name}, which FSDP has gathered for a forward pass and will "
+                "gather anew, so that the move would be lost; call sinkroute.end_step after the optimiser's step, "
+                "before any other pass"
+            )
+        self._is_sharded = hasattr(moved, "device_mesh")
+        has_copy = self.move_copy(moved, move)
+        taken = super().add(moved, move)
+        return move if has_copy else taken
+
+
+def moves_bias(router: Router) -> bool:
+    """Whether the router's bias is that of the model."""
+    return any(isinstance(link, BiasLink) for link in router.links)
+
+
+def held_in(router: Router) -> list[str]:
+    """Where of the model is what the router serves with, for descriptions; empty: nowhere but in the router."""
+    if moves_bias(router):
+        return ["its bias is the layer's"]
+    return ["folded into the gate"] if router.links else []

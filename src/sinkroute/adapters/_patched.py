@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from sinkroute.adapters._links import held_in
 from sinkroute.adapters._tally import Tally, tally_table
 from sinkroute.routing import Router
 from sinkroute.routing.attached import attach, attached, detach
@@ -203,7 +204,7 @@ def put_in(model: nn.Module, name: str, kinds: Kinds, owner: str) -> Patched:
         )
     patched = Patched(model, name)
     for path, (part, ours, router) in fitted.items():
-        patched.add(path, part, router, describe(router))
+        patched.add(path, part, router, describe(router, *held_in(router)))
         patched.on_remove(_release, part)
         patched.on_remove(setattr, part, "__class__", type(part))
         part.__class__ = ours

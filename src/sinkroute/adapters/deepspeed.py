@@ -38,12 +38,13 @@ except ImportError as error:
         "`pip install deepspeed==0.19.8` where torch is installed"
     ) from error
 
-from sinkroute.adapters._fit import fit_router, is_asked, join_bias, on_scores, refuse_bias, refuse_loss
+from sinkroute.adapters._fit import fit_router, is_asked, join_bias, join_gate, on_scores, refuse_bias, refuse_loss
 from sinkroute.adapters._patched import Kinds, Patched, holder, outputs_of, put_in
 from sinkroute.kernels.normal import normal_like
 from sinkroute.routing import Router
 from sinkroute.routing.draws import hash63
 from sinkroute.routing.ranks import Ranks
+from sinkroute.routing.registry import RECOMMENDED
 from sinkroute.routing.routes import Routes
 
 __all__ = ["SinkrouteEPRouter", "SinkrouteGate", "patch"]
@@ -109,6 +110,8 @@ class SinkrouteGate(TopKGate):
             tokens_SD = sharded_moe.multiplicative_jitter(tokens_SD, device=input.device)
         logits_SE = F.linear(tokens_SD, self.wg.weight.float())
         real_S = None if used_token is None else used_token.reshape(-1).to(logits_SE.device) != 0
+        for link in router.links:
+            link.see(tokens_SD)
         routes = router(logits_SE, real_S)
         chosen_SK = torch.ones_like(routes.experts, dtype=torch.bool) if routes.chosen is None else routes.chosen
         capacity, kept_SK, places_SK = self._places(router, routes.experts, routes.weights, chosen_SK, routes.load)
@@ -201,18 +204,21 @@ class SinkrouteEPRouter(TokenChoiceTopKRouter):
         if expert_bias is not None or (biases and not router.links):
             refuse_bias(router, "expert_bias")
         router.correction_E = sum(bias.detach().float() for bias in biases) if biases else None  # type: ignore[assignment]
+        for link in router.links:
+            link.see(x)
         routes = router(self.gate(x))
         return routes.weights, routes.experts, routes.load.int()
 
 
-def patch(model: nn.Module, router: str, **options: Any) -> Patched:
+def patch(model: nn.Module, router: str = RECOMMENDED, **options: Any) -> Patched:
     """Put a sinkroute router into every gate of a model, in place; before or after `deepspeed.initialize`.
 
     Args:
         model: holds `deepspeed.moe.layer.MoE` layers (or gates), or those that AutoEP made of it when it was
             initialised. Its parameters, their names and the `state_dict` stay as they are (a method that remembers
-            something adds `router.state.*`).
-        router: a name from `sinkroute.list_routers()`.
+            something adds `router.state.*`). What a method serves with is in AutoEP's `e_score_correction_bias`, or
+            where there is none in the gate.
+        router: a name from `sinkroute.list_routers()`; the recommended one unless told.
         options: the router's, but for those that the model's gates give: score, norm_topk, groups, route_scale.
 
     Returns:
@@ -233,7 +239,9 @@ def patch(model: nn.Module, router: str, **options: Any) -> Patched:
             replaced.add("top2_2nd_expert_sampling=True")
         # Not over the chosen: DeepSpeed does that over those that get a place.
         owner = "DeepSpeed's gate"
-        return fit_router(router, gate.wg.out_features, gate.k, options, owner, score="softmax", norm_topk=False)
+        fitted = fit_router(router, gate.wg.out_features, gate.k, options, owner, score="softmax", norm_topk=False)
+        join_gate(fitted, owner, gate, gate.wg, functools.partial(_move_fp32_param, router))
+        return fitted
 
     def fit_autoep(path: str, theirs: TokenChoiceTopKRouter) -> Router:
         return _fit_autoep(theirs, router, options)
@@ -266,7 +274,35 @@ def _fit_autoep(theirs: TokenChoiceTopKRouter, name: str, options: dict[str, Any
         join_bias(router, "e_score_correction_bias", functools.partial(getattr, theirs, "e_score_correction_bias"))
         if router.links:
             _check_bias_stays(bias, name)
+    else:
+        join_gate(router, "AutoEP's router", theirs, theirs.gate, functools.partial(_move_fp32_param, name))
     return router
+
+
+def _move_fp32_param(name: str, weight: Tensor, move: Tensor) -> bool:
+    """Add `move` to this rank's part of the float32 copy of a gate, which ZeRO's optimisers write over it.
+
+    Raises:
+        ValueError: ZeRO 3, which keeps the gate in parts; a gate in low precision whose copy cannot be found.
+    """
+    if hasattr(weight, "ds_id"):
+        raise ValueError(
+            f"router {name!r} moves the gate, which ZeRO 3 keeps in parts; take ZeRO 2, or a method that leaves the "
+            'gate alone, such as "ssr-l"'
+        )
+    if not hasattr(weight, "_hp_mapping"):
+        if weight.dtype != torch.float32:
+            raise ValueError(
+                f"router {name!r} moves the gate, which is {weight.dtype}, and the optimiser's float32 copy of it "
+                "cannot be found; take ZeRO 1 or 2, float32, or a method that leaves the gate alone, such as "
+                '"ssr-l"'
+            )
+        return False
+    if weight._hp_mapping is not None:  # or the copy is on other ranks
+        place, copy = weight._hp_mapping.lp_fragment_address, weight._hp_mapping.get_hp_fragment()
+        part = move.flatten()[place.start : place.start + place.numel]
+        copy.data.view(-1).add_(part.to(copy.device, copy.dtype))
+    return True
 
 
 def _check_bias_stays(bias: Tensor, name: str) -> None:

@@ -23,10 +23,12 @@ from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping,
 from torch import Tensor, nn
 
 from sinkroute._errors import unknown_name
-from sinkroute.adapters._fit import fit_router, is_asked, join_bias, on_scores
+from sinkroute.adapters._fit import fit_router, is_asked, join_bias, join_gate, on_scores
+from sinkroute.adapters._links import moves_bias
 from sinkroute.adapters._patched import Patched, hold, holder, put_in
 from sinkroute.routing import Router, Routes, list_routers
 from sinkroute.routing.ranks import Ranks
+from sinkroute.routing.registry import RECOMMENDED
 from sinkroute.routing.scores import GroupScore
 
 __all__ = ["TopKRouter", "make_router"]
@@ -34,11 +36,13 @@ __all__ = ["TopKRouter", "make_router"]
 PlanRanks = Literal["tp_cp", "tp_dp_cp"]
 
 
-def make_router(router: str, *, plan_ranks: PlanRanks = "tp_cp", **options: Any) -> Callable[..., TopKRouter]:
+def make_router(
+    router: str = RECOMMENDED, *, plan_ranks: PlanRanks = "tp_cp", **options: Any
+) -> Callable[..., TopKRouter]:
     """What builds the router of a Megatron MoE layer, for `MoESubmodules(router=...)`.
 
     Args:
-        router: a name from `sinkroute.list_routers()`.
+        router: a name from `sinkroute.list_routers()`; the recommended one unless told.
         plan_ranks: whose tokens a plan balances together: those of the tensor- and context-parallel ranks, which hold
             one micro-batch (`"tp_cp"`), or of the data-parallel ranks too (`"tp_dp_cp"`). What is counted over a batch
             is always counted over all of these.
@@ -59,12 +63,13 @@ def make_router(router: str, *, plan_ranks: PlanRanks = "tp_cp", **options: Any)
     return functools.partial(TopKRouter, router=router, options=options, plan_ranks=plan_ranks)
 
 
-def patch(model: nn.Module, router: str, *, plan_ranks: PlanRanks = "tp_cp", **options: Any) -> Patched:
+def patch(model: nn.Module, router: str = RECOMMENDED, *, plan_ranks: PlanRanks = "tp_cp", **options: Any) -> Patched:
     """Put a sinkroute router into every MoE layer of a built Megatron model, in place.
 
     Args:
         model: a chunk of a model, before it is wrapped or after. Its parameters, their names and the `state_dict` stay
-            as they are (a method that remembers something adds `router.state.*`).
+            as they are (a method that remembers something adds `router.state.*`). What a method serves with is in
+            `expert_bias`, or where the config has none in the gate.
         router, plan_ranks, options: see `make_router`, which does the same while a model is built.
 
     Returns:
@@ -106,6 +111,13 @@ class TopKRouter(megatron_router.TopKRouter):
         """The layer's number, part of the key of the random draws; those of multi-token prediction come after."""
         super().set_layer_number(layer_number)
         _number(holder(self), self)
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Megatron's logits of the tokens, (length, batch, D) → (length, batch, E)."""
+        if self.training:
+            for link in holder(self).links:
+                link.see(input)
+        return super().gating(input)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts for tokens.
@@ -150,9 +162,7 @@ class TopKRouter(megatron_router.TopKRouter):
 
     def _agree(self, router: Router) -> None:
         """Take over what `expert_bias` was set to since (a checkpoint was loaded), where our router moves that."""
-        if not router.links:
-            return
-        if self.training and self.frozen_expert_bias:
+        if self.training and self.frozen_expert_bias and moves_bias(router):
             raise ValueError(
                 f"frozen_expert_bias=True, and {type(router).__name__} moves expert_bias in training; leave it False, "
                 'or take a method without a bias, such as "ssr-l"'
@@ -162,7 +172,7 @@ class TopKRouter(megatron_router.TopKRouter):
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         # What Megatron counts here moves the bias, by its own rule. A bias that ours moves is moved by ours alone.
-        if not holder(self).links:
+        if not moves_bias(holder(self)):
             super()._apply_expert_bias(routing_map, padding_mask)
 
     def _attach_losses(
@@ -249,6 +259,8 @@ def _fit(host: megatron_router.TopKRouter, name: str, options: dict[str, Any], p
     router.batch_ranks = Ranks(host.tp_dp_cp_group)
     if config.moe_router_enable_expert_bias:
         join_bias(router, "moe_router_enable_expert_bias", functools.partial(getattr, host, "expert_bias"))
+    else:
+        join_gate(router, "Megatron's router", host, host, functools.partial(_move_main_param, router))
     if host.is_aux_loss_enabled():
         warnings.warn(
             f"moe_aux_loss_coeff={config.moe_aux_loss_coeff} with router={name!r}: both balance, and Megatron's "
@@ -257,6 +269,39 @@ def _fit(host: megatron_router.TopKRouter, name: str, options: dict[str, Any], p
         )
     _number(router, host)
     return router
+
+
+def _move_main_param(router: Router, weight: Tensor, move: Tensor) -> bool:
+    """Add `move` to the float32 copy of a gate in low precision, which Megatron's optimisers write over it.
+
+    Raises:
+        ValueError: the copy is kept where it cannot be found, or in a part that cannot be told.
+    """
+    if weight.dtype == torch.float32 or not hasattr(weight, "main_param"):
+        return False
+    main, move_X, weight_X = weight.main_param, move.flatten(), weight.detach().flatten()
+    size = 0 if main is None else main.numel()
+    if getattr(weight, "main_param_sharded", False):
+        total = router.batch_ranks.sum(torch.tensor(size, device=weight.device))
+        if total == 0:
+            raise ValueError(
+                f"{type(router).__name__} moves the gate, and the optimiser keeps a float32 copy of that where it "
+                "cannot be found; set use_precision_aware_optimizer=False, or take a method that leaves the gate "
+                'alone, such as "ssr-l"'
+            )
+    if main is None:  # it is on other ranks
+        return True
+    # A rank of a distributed optimiser has all of it, its beginning or its end.
+    places = {0, weight_X.numel() - size}
+    found = [at for at in places if torch.equal(weight_X[at : at + size], main.detach().flatten().to(weight.dtype))]
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(router).__name__} moves the gate, and of the optimiser's float32 copy this rank has {size} numbers "
+            f"of {weight_X.numel()}, which are not the gate's first or last; take use_distributed_optimizer=False, "
+            'or a method that leaves the gate alone, such as "ssr-l"'
+        )
+    main.detach().view(-1).add_(move_X[found[0] : found[0] + size].to(main.device, main.dtype))
+    return True
 
 
 def _number(router: Router, host: megatron_router.TopKRouter) -> None:

@@ -36,10 +36,12 @@ except ImportError as error:
         "and triton; install it with `pip install torchtitan==0.3.0 triton`"
     ) from error
 
-from sinkroute.adapters._fit import fit_router, is_asked, join_bias, on_scores, refuse_bias, refuse_loss
+from sinkroute.adapters._fit import fit_router, is_asked, join_bias, join_gate, on_scores, refuse_bias, refuse_loss
+from sinkroute.adapters._links import moves_bias
 from sinkroute.adapters._patched import Patched, hold, holder, outputs_of, put_in
 from sinkroute.routing import Router
 from sinkroute.routing.ranks import Ranks
+from sinkroute.routing.registry import RECOMMENDED
 from sinkroute.routing.routes import Routes
 
 __all__ = ["SinkrouteRouter", "patch", "route"]
@@ -93,7 +95,7 @@ class SinkrouteRouter(TokenChoiceTopKRouter):
 
     @dataclass(kw_only=True, slots=True)
     class Config(TokenChoiceTopKRouter.Config):
-        router: str = "ssr-s"
+        router: str = RECOMMENDED
         options: dict[str, Any] = field(default_factory=dict)
 
     def __init__(self, config: SinkrouteRouter.Config) -> None:
@@ -114,7 +116,7 @@ class SinkrouteRouter(TokenChoiceTopKRouter):
             return super().forward(x_BLD, expert_bias_E)
         if self.training or not router.is_plain():
             _refuse_frozen(x_BLD)
-        if expert_bias_E is not None and not router.links:
+        if expert_bias_E is not None and not moves_bias(router):
             refuse_bias(router, "load_balance_coeff")
         for link in router.links:
             link.pull()
@@ -130,6 +132,8 @@ class SinkrouteRouter(TokenChoiceTopKRouter):
         _check_placements(logits_BLE)
         scores_BLE = torch.sigmoid(logits_BLE) if self.score_func == "sigmoid" else logits_BLE.softmax(dim=-1)
         router.correction_E = None if expert_bias_E is None else _local(expert_bias_E)
+        for link in router.links:
+            link.see(_local(x_BLD))
         local_BLE = _local(logits_BLE)
         routes = router(local_BLE.flatten(0, -2))
         weights_BLK, experts_BLK = (
@@ -162,7 +166,7 @@ def _settle(layer: nn.Module, name: str, _: Tensor | None) -> None:
     if config is not None and layer.load_balance_coeff is not None:
         router = _fit(host, config.router, config.options, layer)
         hold(host, router)
-        if router.links:
+        if moves_bias(router):
             layer.load_balance_coeff = _OFF
 
 
@@ -170,7 +174,7 @@ register_module_buffer_registration_hook(_settle)
 
 
 @override(target=TokenChoiceTopKRouter.Config, exact=True, description="sinkroute's router")
-def route(config: TokenChoiceTopKRouter.Config, router: str = "ssr-s", **options: Any) -> SinkrouteRouter.Config:
+def route(config: TokenChoiceTopKRouter.Config, router: str = RECOMMENDED, **options: Any) -> SinkrouteRouter.Config:
     """For `--override.imports 'sinkroute.adapters.torchtitan.route={"router": "ssr-l", "probability": 0.001}'`.
 
     Returns:
@@ -179,13 +183,14 @@ def route(config: TokenChoiceTopKRouter.Config, router: str = "ssr-s", **options
     return derive(config, SinkrouteRouter.Config, router=router, options=options)
 
 
-def patch(model: nn.Module, router: str, **options: Any) -> Patched:
+def patch(model: nn.Module, router: str = RECOMMENDED, **options: Any) -> Patched:
     """Put a sinkroute router into every `MoE` layer of a built model, in place.
 
     Args:
         model: a torchtitan model, or one stage of it. Its parameters, their names and the `state_dict` stay as they are
-            (a method that remembers something adds `router.state.*`).
-        router: a name from `sinkroute.list_routers()`.
+            (a method that remembers something adds `router.state.*`). What a method serves with is in `expert_bias_E`,
+            or where the layer has none in the gate.
+        router: a name from `sinkroute.list_routers()`; the recommended one unless told.
         options: the router's, but for those that the model's routers give: score, norm_topk, groups, route_scale.
 
     Returns:
@@ -223,7 +228,7 @@ def patch(model: nn.Module, router: str, **options: Any) -> Patched:
 
     patched = put_in(model, router, {TokenChoiceTopKRouter: (SinkrouteRouter, fit)}, "torchtitan")
     for layer in layers.values():
-        if holder(layer.router).links:
+        if moves_bias(holder(layer.router)):
             patched.on_remove(setattr, layer, "load_balance_coeff", layer.load_balance_coeff)
             layer.load_balance_coeff = _OFF
     return patched
@@ -247,6 +252,8 @@ def _fit(theirs: TokenChoiceTopKRouter, name: str, options: dict[str, Any], laye
             part.__class__ = _as_titan_module(type(part))  # type: ignore[arg-type]
     if biased:
         join_bias(router, "load_balance_coeff", functools.partial(getattr, layer, "expert_bias_E"))
+    else:
+        join_gate(router, owner, theirs, theirs.gate)
     return router
 
 

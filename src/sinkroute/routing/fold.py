@@ -37,7 +37,7 @@ class GateFold(Link):
     """Folds a router's potentials into a linear gate after every step.
 
     What is moved is the gate's: subject to the optimiser's weight decay, and overwritten by an optimiser that keeps a
-    copy of the weights in a higher precision and is not told.
+    copy of the weights in a higher precision, unless `add` moves that too.
 
     Args:
         router: remembers potentials of logits (`Router.potentials`).
@@ -144,20 +144,23 @@ class GateFold(Link):
         move = bias_E if step is None else torch.outer(bias_E, step[1])
         # A solve or a pass that failed on a device, which cannot say so, is not kept.
         move = torch.where(move.isfinite().all(), move, 0.0)
-        taken = _add(moved, move)
+        taken = self.add(moved, move)
         self.router.rebase((taken if step is None else taken @ step[0].nan_to_num()).to(bias_E.device))
 
+    def add(self, moved: Tensor, move: Tensor) -> Tensor:
+        """Add `move` to the gate's tensor, of any dtype, which may be sharded.
 
-def _add(moved: Tensor, move: Tensor) -> Tensor:
-    """Add to a tensor of any dtype, which may be sharded, and return by how much it changed, in float64."""
-    wide = torch.promote_types(moved.dtype, torch.float32)
-    part = move.to(moved.device, wide)
-    if hasattr(moved, "device_mesh"):
-        part = distribute(part, moved)
-    old = moved.to(wide, copy=True)
-    moved.copy_(old + part)
-    if wide == moved.dtype:  # or the ranks of a sharded one would have to talk for what is known
-        return move
-    taken: Any = moved.to(wide) - old
-    whole: Tensor = taken.full_tensor() if hasattr(taken, "full_tensor") else taken
-    return whole.to(move.device, torch.float64)
+        Returns:
+            What of it the tensor has taken up, float64.
+        """
+        wide = torch.promote_types(moved.dtype, torch.float32)
+        part = move.to(moved.device, wide)
+        if hasattr(moved, "device_mesh"):
+            part = distribute(part, moved)
+        old = moved.to(wide, copy=True)
+        moved.copy_(old + part)
+        if wide == moved.dtype:  # or the ranks of a sharded one would have to talk for what is known
+            return move
+        taken: Any = moved.to(wide) - old
+        whole: Tensor = taken.full_tensor() if hasattr(taken, "full_tensor") else taken
+        return whole.to(move.device, torch.float64)

@@ -146,7 +146,6 @@ def fit_to_site(name: str, site: Site, scoring: Scoring, options: dict[str, Any]
         options,
         f"{type(site.host).__name__} ({scoring})",
         any_width=scoring.contract.any_width,
-        may_move_gate=True,
         **scoring.theirs(),
     )
     if scoring.normalised and router.losses.get("z-loss"):
