@@ -59,9 +59,9 @@ def reason(message: str) -> str:
     return "it holds " + message.partition(" holds ")[2].partition(";")[0]
 
 
-def many(family: Family, batch: int = 8, length: int = 48) -> dict[str, Tensor]:
+def many(family: Family, batch: int = 8, length: int = 48, seed: int = 7) -> dict[str, Tensor]:
     """Inputs as the family's own, of more tokens."""
-    draw = torch.Generator().manual_seed(7)
+    draw = torch.Generator().manual_seed(seed)
     given: dict[str, Tensor] = {}
     for name, value in family.inputs().items():
         if name.endswith("input_ids"):
