@@ -56,11 +56,13 @@ def batch(family, seed):
     return many(family, 16, 48, seed=100 + seed)
 
 
-def served(model, inputs):
+def served(model, family):
+    """MaxVio of the worst layer in `eval()`, over 4 batches that no step has seen: of one, chance gives up to 0.4."""
     with sinkroute.LoadMonitor(model) as monitor, torch.no_grad():
-        model.eval()(**inputs)
+        for seed in range(50, 54):
+            model.eval()(**batch(family, seed))
     model.train()
-    return max(row["max_vio"] for row in monitor.metrics("eval").values())
+    return max(row["max_vio_global"] for row in monitor.metrics("eval").values())
 
 
 @torch.no_grad()
@@ -75,12 +77,12 @@ def trained(model, family, steps):
 def balances(name):
     family, model = FAMILY[name], skewed(name)
     handle = sinkroute.patch(model)
-    before = served(model, batch(family, 1))
+    before = served(model, family)
     trained(model, family, 20)
-    after = served(model, batch(family, 1))
+    after = served(model, family)
     handle.remove()
     sinkroute.patch(model, "softmax")  # to count: it is the model itself that is balanced
-    assert served(model, batch(family, 1)) == after
+    assert served(model, family) == after
     assert after < 0.5 < before
 
 
@@ -116,7 +118,7 @@ def test_a_gate_in_bfloat16_is_balanced():
     family, model = FAMILY["mixtral"], skewed("mixtral").bfloat16()
     sinkroute.patch(model)
     trained(model, family, 20)
-    assert served(model, batch(family, 1)) < 0.5
+    assert served(model, family) < 0.5
 
 
 def test_a_frozen_gate_is_refused_with_the_cure():

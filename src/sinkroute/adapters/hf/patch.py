@@ -33,8 +33,9 @@ def patch(
     """Route a Hugging Face transformers model by a router of sinkroute, in place.
 
     In training every mixture-of-experts layer is routed by `router`, with the model's own logits, score function,
-    renormalisation, groups, correction bias and scaling. In `eval()` the model does what it did before, to the last
-    bit. Its parameters, `state_dict` and configuration stay as they are: what is saved is a plain checkpoint.
+    renormalisation, groups, correction bias and scaling. `eval()` is the model's own code, to the last bit, with what
+    the router has moved of it: a correction bias, or the gate. No parameter, buffer, key of the `state_dict` or field
+    of the configuration is added: what is saved is a plain checkpoint.
 
     Patch before wrapping (DistributedDataParallel, FSDP, `torch.compile`), and call `sinkroute.set_step(model, step)`
     before every training step, or use `sinkroute.adapters.hf.RouterCallback` with transformers' `Trainer`. A padding
@@ -42,10 +43,11 @@ def patch(
 
     Args:
         model: a model of transformers, or a part of one that has `attention_mask` among its arguments.
-        router: a name of `sinkroute.list_routers()`: one that serves as plain top-k (SSR: `"ssr-l"`, `"ssr-s"`,
-            `"ssr-b"`, `"ssr-ec"`; `"softmax"`, which only counts; losses; ...). For models that have a correction bias
-            also `"ssr-bias"` and `"loss-free"`, which then move that of the model; for others with a linear gate
-            (nearly all) `"ssr-fold"`, which moves the gate.
+        router: a name of `sinkroute.list_routers()`; without one the recommended router, `"ssr-dual"`. What a router
+            adds before its top-k goes where the model serves from: into its correction bias (`"ssr-dual"`,
+            `"ssr-bias"`, `"loss-free"`, ...), or into its linear gate, if it is a bias of logits (`"ssr-dual"`,
+            `"ssr-bias"`, `"ssr-fold"`, ...). Others serve as plain top-k (`"ssr-l"`, `"ssr-s"`; losses; `"softmax"`,
+            which only counts).
         keep_aux_loss: whether the model's own balancing loss stays. It is computed from the logits and knows nothing
             of the choices that the router makes. None: off in training passes, unless the router is `"softmax"`.
         show_aux_loss: whether `outputs.loss` shows the routers' losses, too. They are trained by in any case: their
@@ -58,15 +60,16 @@ def patch(
 
     Raises:
         ValueError: a model without a router that can be taken over (the message says why for each), one that is
-            patched already, or a router that the model could not serve with.
+            patched already, or a router that the model could not serve with, as where the gate is frozen.
 
     >>> import sinkroute, transformers
     >>> config = transformers.MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=1,
     ...     num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2)
     >>> model = transformers.MixtralForCausalLM(config)
-    >>> handle = sinkroute.patch(model, "ssr-l", probability=0.01)
-    >>> print(handle)
-    ssr-l in 1 of 1 layers of MixtralForCausalLM; its own balancing loss (router_aux_loss_coef) is off
+    >>> handle = sinkroute.patch(model)
+    >>> print(handle)  # doctest: +NORMALIZE_WHITESPACE
+    ssr-dual in 1 of 1 layers of MixtralForCausalLM; its own balancing loss (router_aux_loss_coef) is off; its
+      potentials are folded into the gate
       1 × model.layers.*.mlp.gate  MixtralTopKRouter  softmax, top 2 of 4, renormalised
     >>> handle.remove()
     """
