@@ -65,9 +65,8 @@ def served(model, family):
     return max(row["max_vio_global"] for row in monitor.metrics("eval").values())
 
 
-@torch.no_grad()
 def trained(model, family, steps):
-    """Steps of which nothing but the routers learns."""
+    """Steps of which nothing but the routers learns. (With gradients on: without, a pass is none of the training.)"""
     for step in range(steps):
         sinkroute.set_step(model, step)
         model(**batch(family, 2 + step))
