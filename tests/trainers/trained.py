@@ -131,7 +131,7 @@ def loop(cell: Cell, method: Method, model: Any, handle: Any, folder: Path) -> l
         for micro_batch in range(MICRO_BATCHES // world()):
             number = step * MICRO_BATCHES + micro_batch + accelerator.process_index
             if handle is not None:
-                sinkroute.set_step(wrapped, step, micro_batch)
+                sinkroute.set_step(wrapped, step, micro_batch, micro_batches=MICRO_BATCHES // world())
             with accelerator.accumulate(wrapped):
                 loss = wrapped(**plain.labelled(rows[number * ROWS : (number + 1) * ROWS])).loss
                 accelerator.backward(loss)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_half", "own_coefficients", "refuse_kernels", "silence", "with_loss"]
+__all__ = ["is_half", "own_coefficients", "refuse_kernels", "scale_of", "silence", "with_loss"]
 
 # As models call the coefficient of the balancing loss that they compute.
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
@@ -52,6 +53,20 @@ def is_half(model: nn.Module) -> bool:
     kind = parameter.device.type
     is_cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     return parameter.dtype == torch.float16 or is_cast
+
+
+def scale_of(optimizer: Any) -> Callable[[], float] | None:
+    """What tells by how much losses are scaled before their backward pass, from an optimizer that accelerate wrapped.
+
+    None: they are not. A `GradScaler` is that of accelerate; DeepSpeed's optimizers have a loss scale.
+    """
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is not None:
+        return cast(Callable[[], float], scaler.get_scale)
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(getattr(inner, "loss_scale", None), (int, float)):
+        return lambda: float(inner.loss_scale)
+    return None
 
 
 def refuse_kernels(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from sinkroute.adapters.hf.checkpoints import checkpoint_folder, find_checkpoint, reload_converted
 from sinkroute.adapters.hf.handle import Handle, handle_of
+from sinkroute.adapters.hf.quirks import scale_of
 from sinkroute.routing.attached import attached, named_routers
 from sinkroute.routing.monitor import LoadMonitor
 from sinkroute.routing.step import end_step, set_step
@@ -40,6 +41,9 @@ class RouterCallback(TrainerCallback):
 
     - Before every training step `sinkroute.set_step` with the trainer's global step, with gradient accumulation before
       every micro-batch; after it `sinkroute.end_step`, so that an evaluation or a checkpoint sees what the step did.
+    - The routers' losses are weighed by 1 / micro-batches, and scaled in float16 as the trainer scales its own. So they
+      weigh as much whatever loss the trainer takes (`compute_loss_func`, label smoothing, TRL's), with any number of
+      ranks and micro-batches.
     - Every log of the training loss has the metrics of `LoadMonitor` since the last one, over all ranks: means over
       layers (`router/max_vio`, `router/max_vio_global`, `router/entropy`, `router/dead_share`, `router/sinkhorn_share`;
       where there are plans or losses `router/plan_error`, `router/aux_loss`) and, by layer, `router/LAYER/max_vio` and
@@ -98,7 +102,8 @@ class RouterCallback(TrainerCallback):
             )
         self.monitor = LoadMonitor(self.model)
         self._micro_batch = 0
-        self._is_first = self._has_warned = False
+        self._has_warned = False
+        self._trainer: Trainer | None = None
 
     def attach(self: _Self, trainer: Trainer) -> _Self:
         """Become the first of the trainer's callbacks, so that all others get the metrics."""
@@ -106,7 +111,7 @@ class RouterCallback(TrainerCallback):
         if self in callbacks:
             callbacks.remove(self)
         callbacks.insert(0, self)
-        self._is_first = True
+        self._trainer = trainer
         return self
 
     # -- steps -------------------------------------------------------------------------------------------------------
@@ -115,7 +120,7 @@ class RouterCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._follow(kwargs.get("model"))
-        if not (self._is_first or self._has_warned):
+        if self._trainer is None and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 f"callbacks that come before RouterCallback, such as those of report_to={args.report_to} and what "
@@ -131,7 +136,12 @@ class RouterCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._micro_batch = 0
-        set_step(self.model, state.global_step, total_steps=state.max_steps)
+        # The last step of an epoch may have fewer, which the trainer alone knows.
+        steps = getattr(self._trainer, "current_gradient_accumulation_steps", args.gradient_accumulation_steps)
+        if isinstance(self.routed, Handle):
+            found = scale_of(kwargs.get("optimizer"))
+            self.routed.loss_scale = found or self.routed.loss_scale
+        set_step(self.model, state.global_step, total_steps=state.max_steps, micro_batches=steps)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
