@@ -133,6 +133,19 @@ def test_masks_are_seen_in_a_model_that_adapters_were_merged_into(patched_first)
     assert tokens(merged, input_ids=IDS, attention_mask=MASK) == [30, 30]
 
 
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_the_mask_of_a_model_with_a_prompt_before_its_tokens_covers_that_prompt(patched_first):
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = mixtral()
+    if patched_first:
+        sinkroute.patch(model, "softmax")
+    model = peft.get_peft_model(model, config).train()
+    if not patched_first:
+        sinkroute.patch(model, "softmax")
+    assert tokens(model, IDS, MASK) == [36, 36]  # 30 real tokens, and 2 of the prompt in each of 3 rows
+
+
 def test_a_pass_that_fails_or_is_interrupted_leaves_nothing_to_the_next():
     for error in (ValueError, KeyboardInterrupt):
         model, _ = patched()

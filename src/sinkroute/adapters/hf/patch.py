@@ -39,7 +39,9 @@ def patch(
 
     Patch before wrapping (DistributedDataParallel, FSDP, `torch.compile`), and call `sinkroute.set_step(model, step)`
     before every training step, or use `sinkroute.adapters.hf.RouterCallback` with transformers' `Trainer`. A padding
-    mask is read off the model's `attention_mask`; what is masked is in no load, plan or loss.
+    mask is read off the `attention_mask` of each pass; what is masked is in no load, plan or loss. A router's losses
+    attach their gradient to the routing weights, each pass weighed by 1 / `micro_batches` of `set_step`. A pass without
+    a graph (`torch.no_grad`, `generate`) is not one of the training; `sinkroute.no_balancing` says so of others.
 
     Args:
         model: a model of transformers, or a part of one that has `attention_mask` among its arguments.

@@ -63,7 +63,7 @@ def scale_of(optimizer: Any) -> Callable[[], float] | None:
     scaler = getattr(optimizer, "scaler", None)
     if scaler is not None:
         return cast(Callable[[], float], scaler.get_scale)
-    inner = getattr(optimizer, "optimizer", None)
+    inner: Any = getattr(optimizer, "optimizer", None)
     if isinstance(getattr(inner, "loss_scale", None), (int, float)):
         return lambda: float(inner.loss_scale)
     return None
