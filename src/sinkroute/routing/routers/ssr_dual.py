@@ -153,7 +153,8 @@ class SSRDualRouter(Router):
             return self._route_exactly(logits_TE, token_mask)
         if recomputing() or not self._has_edge(logits_TE) or self.plans_now():
             return self.topk(logits_TE)
-        ties, values_TE, bias_E = self.tie_seed(), self._cost(logits_TE), self.state.bias_E
+        ties, values_TE = self.tie_seed(), self._cost(logits_TE)
+        bias_E: Tensor | None = self.state.bias_E
         if self.top_groups < self.groups:
             values_TE, bias_E = self.within_groups(self.selection(logits_TE, self.choice_bias()), ties), None
         self._edge = edge_topk(values_TE, bias_E, self.top_k, NEAR, ties, token_mask)
