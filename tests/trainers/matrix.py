@@ -22,10 +22,11 @@ from typing import Any
 TRAINERS = ("accelerate loop", "Trainer", "TRL SFT", "TRL DPO", "TRL GRPO")
 WRAPPERS = ("single", "DDP", "FSDP2", "ZeRO-1", "ZeRO-2", "ZeRO-3")
 CHECKPOINTING = ("off", "reentrant", "not reentrant")
-METHODS = ("ssr-dual", "ssr-l", "load-balance", "loss-free")
+METHODS = ("ssr-dual in the gate", "ssr-dual in the bias", "ssr-l", "load-balance", "loss-free")
 # The same without sinkroute: whether a cell that failed would have run.
-CONTROLS = {name: "none, Mixtral" if name in ("ssr-l", "load-balance") else "none, DeepSeek-V3" for name in METHODS}
-SECONDS = 180  # that a cell may take, start of the processes included
+CONTROLS = dict.fromkeys(METHODS, "none, Mixtral")
+CONTROLS |= dict.fromkeys(("ssr-dual in the bias", "loss-free"), "none, DeepSeek-V3")
+SECONDS = 400  # that a cell may take, start of the processes included
 
 Cell = tuple[str, str, str, str]
 
@@ -72,7 +73,7 @@ def _group(cells: list[Cell], folder: Path, name: str, say: Any) -> dict[Cell, d
             if lines != seen:
                 since, seen = time.monotonic(), lines
             ended = [process.poll() for process in processes]
-            patience = 20 if any(code is not None for code in ended) else SECONDS
+            patience = 60 if any(code is not None for code in ended) else SECONDS
             if time.monotonic() - since > patience:
                 break
     finally:

@@ -38,7 +38,8 @@ def _every_other(step: int) -> float:
 METHODS = {
     "none, Mixtral": Method("mixtral", None, {}),
     "none, DeepSeek-V3": Method("deepseek", None, {}),
-    "ssr-dual": Method("deepseek", "ssr-dual", {}),
+    "ssr-dual in the gate": Method("mixtral", "ssr-dual", {}),
+    "ssr-dual in the bias": Method("deepseek", "ssr-dual", {}),
     "ssr-l": Method("mixtral", "ssr-l", {"probability": _every_other, "noise": 0.0}),
     "load-balance": Method("mixtral", "load-balance", {"losses": {"load-balance": AUX}}),
     "loss-free": Method("deepseek", "loss-free", {"update_rate": 0.05}),
@@ -81,9 +82,10 @@ def texts() -> list[list[int]]:
 
 
 def preferences() -> list[dict[str, list[int]]]:
+    """Prompts of one token: the same tokens in both rows would tie at the edge of what ssr-dual counts."""
     return [
         {
-            "prompt": tokens(row, 0, length=4),
+            "prompt": tokens(row, 0, length=1),
             "chosen": [*tokens(row, 1, length=5 if row % ROWS == 0 else 2), EOS],
             "rejected": [*tokens(row, 2, length=3), EOS],
         }

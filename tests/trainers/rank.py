@@ -26,7 +26,7 @@ def main(cells: Path, output: Path) -> None:
     torch.set_num_threads(1)
     listed = [trained.Cell(*words) for words in json.loads(cells.read_text(encoding="utf-8"))]
     if listed[0].wrapper not in ("single", "DDP"):
-        trained.stand_for_accelerators()
+        trained.stand_for_accelerators(listed[0].wrapper)
     with open(output, "a", encoding="utf-8") as file:
         for number, cell in enumerate(listed):
             _tell(file, cell=cell, found="begun")

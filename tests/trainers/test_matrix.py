@@ -20,6 +20,6 @@ def test_a_patched_model_is_trained_as_by_one_plain_loop_or_refused_by_name(wrap
     done = subprocess.run([sys.executable, str(PROGRAM), "--wrapper", wrapper, "--out", str(out)], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     rows = json.loads(out.read_text(encoding="utf-8"))
-    assert len(rows) == 5 * 3 * 4
+    assert len(rows) == 5 * 3 * 5
     bad = {" | ".join(row["cell"]): row for row in rows if row["found"] in ("wrong", "failed")}
     assert not bad, json.dumps(bad, indent=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed as dist
 import transformers
 from plain import LR, MICRO_BATCHES, ROWS, STEPS, VOCAB, Method, Run
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import sinkroute
 from sinkroute.adapters.hf import RouterCallback
@@ -53,6 +55,7 @@ def run(cell: Cell, folder: Path) -> Run:
         loads = torch.tensor([row["load"] for row in monitor.metrics(process_group="world").values()])
     if dist.is_initialized():
         dist.barrier()  # all is saved
+    unset_hf_deepspeed_config()  # or what is loaded is sharded, too
     with torch.no_grad():
         served = type(model).from_pretrained(folder).eval()(input_ids=plain.probe()).logits
     return Run(losses, losses, moved, loads, served)
@@ -68,12 +71,15 @@ def _whole(parameter: nn.Parameter) -> Tensor:
     return (found.full_tensor() if hasattr(found, "full_tensor") else found).clone()
 
 
-def stand_for_accelerators() -> None:
+def stand_for_accelerators(wrapper: str) -> None:
     """Have accelerate shard over processes on the CPU, which by itself it does over devices only."""
     from accelerate.state import DistributedType, PartialState
 
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    if wrapper.startswith("ZeRO"):
+        # Nothing is compiled: gloo alone.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
 def _check_wrapper(cell: Cell, accelerator: Any) -> None:

@@ -240,7 +240,7 @@ def patch(model: nn.Module, router: str = RECOMMENDED, **options: Any) -> Patche
         # Not over the chosen: DeepSpeed does that over those that get a place.
         owner = "DeepSpeed's gate"
         fitted = fit_router(router, gate.wg.out_features, gate.k, options, owner, score="softmax", norm_topk=False)
-        join_gate(fitted, owner, gate, gate.wg, functools.partial(_move_fp32_param, router))
+        join_gate(fitted, owner, gate, gate.wg, functools.partial(_check_copy, router))
         return fitted
 
     def fit_autoep(path: str, theirs: TokenChoiceTopKRouter) -> Router:
@@ -275,12 +275,12 @@ def _fit_autoep(theirs: TokenChoiceTopKRouter, name: str, options: dict[str, Any
         if router.links:
             _check_bias_stays(bias, name)
     else:
-        join_gate(router, "AutoEP's router", theirs, theirs.gate, functools.partial(_move_fp32_param, name))
+        join_gate(router, "AutoEP's router", theirs, theirs.gate, functools.partial(_check_copy, name))
     return router
 
 
-def _move_fp32_param(name: str, weight: Tensor, move: Tensor) -> bool:
-    """Add `move` to this rank's part of the float32 copy of a gate, which ZeRO's optimisers write over it.
+def _check_copy(name: str, weight: Tensor, move: Tensor) -> bool:
+    """Refuse a gate whose float32 copy cannot be moved with it, as `moved.add` does with that of ZeRO's optimisers.
 
     Raises:
         ValueError: ZeRO 3, which keeps the gate in parts; a gate in low precision whose copy cannot be found.
@@ -290,19 +290,12 @@ def _move_fp32_param(name: str, weight: Tensor, move: Tensor) -> bool:
             f"router {name!r} moves the gate, which ZeRO 3 keeps in parts; take ZeRO 2, or a method that leaves the "
             'gate alone, such as "ssr-l"'
         )
-    if not hasattr(weight, "_hp_mapping"):
-        if weight.dtype != torch.float32:
-            raise ValueError(
-                f"router {name!r} moves the gate, which is {weight.dtype}, and the optimiser's float32 copy of it "
-                "cannot be found; take ZeRO 1 or 2, float32, or a method that leaves the gate alone, such as "
-                '"ssr-l"'
-            )
-        return False
-    if weight._hp_mapping is not None:  # or the copy is on other ranks
-        place, copy = weight._hp_mapping.lp_fragment_address, weight._hp_mapping.get_hp_fragment()
-        part = move.flatten()[place.start : place.start + place.numel]
-        copy.data.view(-1).add_(part.to(copy.device, copy.dtype))
-    return True
+    if not hasattr(weight, "_hp_mapping") and weight.dtype != torch.float32:
+        raise ValueError(
+            f"router {name!r} moves the gate, which is {weight.dtype}, and the optimiser's float32 copy of it cannot "
+            'be found; take ZeRO 1 or 2, float32, or a method that leaves the gate alone, such as "ssr-l"'
+        )
+    return False
 
 
 def _check_bias_stays(bias: Tensor, name: str) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sinkroute.routing.ranks import distribute
+from sinkroute.routing.moved import Trace, add, require_trained, require_whole, shape_of
 from sinkroute.routing.serving import Link
 from sinkroute.routing.state import recomputing
 
@@ -36,8 +36,9 @@ __all__ = ["GateFold"]
 class GateFold(Link):
     """Folds a router's potentials into a linear gate after every step.
 
-    What is moved is the gate's: subject to the optimiser's weight decay, and overwritten by an optimiser that keeps a
-    copy of the weights in a higher precision, unless `add` moves that too.
+    What is moved is the gate's: subject to the optimiser's weight decay. Where the optimiser keeps a copy of the
+    weights that is known (DeepSpeed's, or one that `add` is overridden for), that is moved too; one that is not known
+    undoes the moves, which is told.
 
     Args:
         router: remembers potentials of logits (`Router.potentials`).
@@ -71,8 +72,10 @@ class GateFold(Link):
                 'that has, such as "ssr-dual" with bias_on="logits"'
             )
         self.router, self.owner, self.name = router, owner, name
-        moved = self.find()
-        self._width = moved.shape[1] if moved.ndim == 2 else 0
+        self._what = f"{type(router).__name__} moves {name} of {type(owner).__name__}"
+        self._shape: tuple[int, ...] | None = None
+        self._width = (*shape_of(self.find()), 0)[1]
+        self._trace = Trace(self._what)
         self._tokens: Tensor | None = None
         self._step: tuple[Tensor, Tensor] | None = None
         if self._width:
@@ -85,12 +88,16 @@ class GateFold(Link):
         for part in self.name.split("."):
             found = getattr(found, part, None)
         experts = self.router.num_experts
-        if not isinstance(found, Tensor) or found.ndim not in (1, 2) or found.shape[0] != experts:
+        shape = shape_of(found) if isinstance(found, Tensor) else ()
+        if self._shape is None and (len(shape) not in (1, 2) or shape[0] != experts):
             raise ValueError(
                 f"gate must have a bias of shape ({experts},) or a weight of shape ({experts}, D) as {self.name}, "
                 f"got {self.owner}; make it with nn.Linear(d_model, num_experts)"
             )
-        return found
+        self._shape = self._shape or shape
+        require_whole(found, self._shape, self._what)
+        whole: Tensor = found
+        return whole
 
     # -- a pass: where tokens have a part in common ------------------------------------------------------------------
 
@@ -136,15 +143,14 @@ class GateFold(Link):
         if self._width and step is None:  # no step is over: a state was loaded
             return
         moved, bias_E = self.find(), self.router.potentials()[0].double()
-        if moved.is_meta:
-            raise RuntimeError(
-                f"{type(self.router).__name__} cannot move {self.name} of {type(self.owner).__name__}: it is on the "
-                "meta device between passes (offloading); keep the gate where it is used"
-            )
+        require_trained(moved, self._what)
+        self._trace.compare(moved)
         move = bias_E if step is None else torch.outer(bias_E, step[1])
         # A solve or a pass that failed on a device, which cannot say so, is not kept.
         move = torch.where(move.isfinite().all(), move, 0.0)
+        self._trace.before(moved, None if step is None else step[0].nan_to_num())
         taken = self.add(moved, move)
+        self._trace.after(moved)
         self.router.rebase((taken if step is None else taken @ step[0].nan_to_num()).to(bias_E.device))
 
     def add(self, moved: Tensor, move: Tensor) -> Tensor:
@@ -153,14 +159,4 @@ class GateFold(Link):
         Returns:
             What of it the tensor has taken up, float64.
         """
-        wide = torch.promote_types(moved.dtype, torch.float32)
-        part = move.to(moved.device, wide)
-        if hasattr(moved, "device_mesh"):
-            part = distribute(part, moved)
-        old = moved.to(wide, copy=True)
-        moved.copy_(old + part)
-        if wide == moved.dtype:  # or the ranks of a sharded one would have to talk for what is known
-            return move
-        taken: Any = moved.to(wide) - old
-        whole: Tensor = taken.full_tensor() if hasattr(taken, "full_tensor") else taken
-        return whole.to(move.device, torch.float64)
+        return add(moved, move)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -28,7 +28,13 @@ class Serving(NamedTuple):
 
 
 class Link:
-    """Ties a router's state to a tensor of the model that it is plugged into. What is not overridden does nothing."""
+    """Ties a router's state to a tensor of the model that it is plugged into. What is not overridden does nothing.
+
+    Attributes:
+        find: gives the tensor, looked up anew.
+    """
+
+    find: Callable[[], Tensor]
 
     def pull(self) -> None:
         """Take over what the model's tensor was set to since the last step."""

@@ -14,6 +14,7 @@ from sinkroute.adapters.hf.contracts import Site
 from sinkroute.adapters.hf.entrance import Entrance, entrances
 from sinkroute.adapters.hf.model_pass import ModelPass
 from sinkroute.adapters.hf.quirks import is_half, own_coefficients, silence, with_loss
+from sinkroute.adapters.hf.saved import Saved
 from sinkroute.adapters.hf.scoring import Scoring
 from sinkroute.adapters.hf.seat import Seat
 from sinkroute.kernels.operations import uncompiled
@@ -45,6 +46,7 @@ class Handle(Patched):
         self.loss_scale: Callable[[], float] | None = None
         self._shows_loss = show_aux_loss
         self._step, self._passes, self._said = -1, 0, set[str]()
+        self._saved = Saved(model, router)
         self._coefficients = [] if keep_aux_loss else own_coefficients(model)
         self.switched_off = {name: value for _, name, value in self._coefficients}
 
@@ -80,6 +82,10 @@ class Handle(Patched):
             for hook in Entrance(self, module).hooks:
                 self.on_remove(hook.remove)
 
+    def require_saved(self) -> None:
+        """Refuse a model whose adapters are saved without what the routers move (ValueError)."""
+        self._saved.check(link.find() for seat in self._seats for link in seat.router.links)
+
     # -- the model's forward pass ------------------------------------------------------------------------------------
 
     def begin(self, module: nn.Module) -> bool:
@@ -88,6 +94,7 @@ class Handle(Patched):
         asked = [seat.prepare() for seat in self._seats]
         if module.training:
             if not (self.model_pass.idle or recomputing()):
+                self.require_saved()
                 self._begin_training()
             # During the pass only: evaluation, copies and what is saved with a configuration have what they had.
             self._switch(on=False)

@@ -91,13 +91,11 @@ def patch(
     for site, scoring in known.items():
         handle.take(site, scoring, routers[site])
     handle.watch()
-    moves_bias = any(made.links and known[site].correction is not None for site, made in routers.items())
-    if hasattr(model, "peft_config") and moves_bias:
-        warnings.warn(
-            f"{router!r} moves the model's own correction bias, and PEFT's checkpoints do not hold that: save "
-            "merge_and_unload() of it, or take a router that leaves nothing behind, such as ssr-l",
-            stacklevel=2,
-        )
+    try:
+        handle.require_saved()
+    except ValueError:
+        handle.remove()
+        raise
     if handle.switched_off and getattr(getattr(model, "config", None), "output_router_logits", False):
         warnings.warn(
             f"{type(model).__name__}'s own balancing loss ({handle.switched_off}) is switched off while "
