@@ -8,6 +8,7 @@ the meta device. A copy whose place is not known shows by its trace: what was mo
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -112,19 +113,21 @@ def add(tensor: Tensor, move: Tensor) -> Tensor:
 
 def _add_to_engine(tensor: Tensor, move: Tensor) -> Tensor:
     """Move the float32 copy of a DeepSpeed engine, which it writes over the parameter at each step; and that."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-
-    copy = safe_get_full_fp32_param(tensor)
+    utils = _engine("utils")
+    copy = utils.safe_get_full_fp32_param(tensor)
     new = copy + move.to(copy.device, copy.dtype)
-    safe_set_full_fp32_param(tensor, new)
+    utils.safe_set_full_fp32_param(tensor, new)
     if hasattr(tensor, "ds_id"):
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters([tensor], modifier_rank=0):
+        with _engine("runtime.zero").GatheredParameters([tensor], modifier_rank=0):
             tensor.data.copy_(new)
     else:
         tensor.copy_(new)
     return move
+
+
+def _engine(part: str) -> Any:
+    """A part of DeepSpeed, which made the tensor: it is loaded, and nobody else needs it."""
+    return sys.modules[f"deepspeed.{part}"]
 
 
 class Trace:
@@ -180,9 +183,7 @@ class Trace:
 def _read(tensor: Tensor, mean_D: Tensor | None) -> Tensor:
     """(E,) float32: a bias, or what a weight makes of the mean token."""
     if hasattr(tensor, "ds_id"):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        whole: Any = safe_get_full_fp32_param(tensor)
+        whole: Any = _engine("utils").safe_get_full_fp32_param(tensor)
     else:
         whole = tensor.detach()
     whole = (whole.full_tensor() if hasattr(whole, "full_tensor") else whole).float()
