@@ -66,7 +66,7 @@ def served(model, family):
 
 
 def trained(model, family, steps):
-    """Steps of which nothing but the routers learns. (With gradients on: without, a pass is none of the training.)"""
+    """Steps of which nothing but the routers learns. (With gradients on: without, a pass is not one of training.)"""
     for step in range(steps):
         sinkroute.set_step(model, step)
         model(**batch(family, 2 + step))
