@@ -233,7 +233,7 @@ def test_a_new_router_that_keeps_a_bias_moves_the_models_own_without_an_edit_her
 
 def test_quantile_balancing_is_taken_where_it_adds_to_scores_as_the_model_does():
     with pytest.raises(
-        ValueError, match="serves with a bias on logits, and MiniMaxM2TopKRouter adds e_score_correction_bias to scores"
+        ValueError, match="a bias on logits, and MiniMaxM2TopKRouter adds e_score_correction_bias to scores"
     ):
         make("minimax_m2", "quantile")
     model, _ = make("minimax_m2", "quantile", scope="batch")
