@@ -380,3 +380,12 @@ def test_values_are_float32_whatever_the_default_dtype_was():
     finally:
         torch.set_default_dtype(before)
     assert router.state.bias_E.dtype == torch.float32
+
+
+def test_sums_that_come_later_keep_their_order_which_is_that_of_the_ranks():
+    # A set of these names has another order in each process.
+    names = [f"sum{number}" for number in range(20)]
+    state = RouterState(2, sums={"first": 1})
+    state.add_sums(**dict.fromkeys(names, 1))
+    state.add_sums(first=1, sum3=1)
+    assert list(state.sums) == ["first", *names]

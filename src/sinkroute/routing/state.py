@@ -158,7 +158,9 @@ class RouterState(nn.Module):
         >>> state.token
         tensor([0., 0., 0.], dtype=torch.float64)
         """
-        for name in sizes.keys() - set(self._sum_names):
+        for name in sizes:  # in this order: on all ranks the same, as they are summed by their places
+            if name in self._sum_names:
+                continue
             self._sum_names += (name,)
             count = torch.zeros(sizes[name], dtype=torch.float64, device="cpu")
             setattr(self, name, count.to(self.load_E.device))
