@@ -24,7 +24,9 @@ def _model(dtype):
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config)
     drawn = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # transformers leaves some weights unset where ranks are joined before the model is made
+    with torch.no_grad():  # what transformers draws differed between ranks that were joined before the model was made
+        for buffer in (model.model.rotary_emb.inv_freq, model.model.rotary_emb.original_inv_freq):
+            buffer.copy_(1e4 ** (-torch.arange(len(buffer)) / len(buffer)))
         for name, weight in model.named_parameters():
             weight.fill_(1.0) if "norm" in name else weight.copy_(0.2 * torch.randn(weight.shape, generator=drawn))
     return model.to(dtype)
