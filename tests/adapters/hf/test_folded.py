@@ -10,7 +10,7 @@ import sinkroute
 pytest.importorskip("transformers")
 
 from .families import many
-from .zoo import FAMILIES
+from .zoo import FAMILIES, HIDDEN
 
 FAMILY = {family.name: family for family in FAMILIES}
 # One of each way: a weight, a bias, a part of the router, a correction bias with groups, groups without one.
@@ -53,7 +53,10 @@ def skewed(name):
 
 
 def batch(family, seed):
-    return many(family, 16, 48, seed=100 + seed)
+    given = many(family, 16, 48, seed=100 + seed)
+    if "inputs_embeds" in given:  # drawn about 0, with nothing in common that a gate without a bias could go by
+        given["inputs_embeds"] += torch.linspace(-2, 2, HIDDEN)
+    return given
 
 
 def served(model, family):
