@@ -383,6 +383,38 @@ def test_a_pass_that_keeps_no_graph_is_none_of_the_training(context):
     assert set(tokens(model, input_ids=ids)) == {24}
 
 
+def test_a_step_that_had_no_pass_with_a_graph_is_told_once():
+    model = mixtral()
+    sinkroute.patch(model, "ssr-l")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sinkroute.set_step(model, 0)
+        model(IDS)
+        with sinkroute.no_balancing(model):
+            for step in (1, 2):
+                sinkroute.set_step(model, step)
+                model(IDS)
+    sinkroute.set_step(model, 3)
+    with torch.no_grad(), pytest.warns(UserWarning, match="step 0 had passes in train.. and no training pass"):
+        model(IDS)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sinkroute.set_step(model, 4)
+        model(IDS)
+
+
+def test_a_step_with_a_rollout_and_a_training_pass_is_like_any_other():
+    model = mixtral()
+    sinkroute.patch(model, "ssr-l")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(3):
+            sinkroute.set_step(model, step)
+            with torch.no_grad():
+                model(IDS)
+            model(IDS, labels=IDS).loss.backward()
+
+
 def test_rollouts_in_training_mode_are_the_models_own():
     model, _ = patched()
     expected = mixtral().generate(input_ids=IDS, attention_mask=MASK, max_new_tokens=4, do_sample=False)

@@ -45,7 +45,7 @@ class Handle(Patched):
         self.model_pass = ModelPass()
         self.loss_scale: Callable[[], float] | None = None
         self._shows_loss = show_aux_loss
-        self._step, self._passes, self._said = -1, 0, set[str]()
+        self._step, self._idle_step, self._passes, self._said = -1, -1, 0, set[str]()
         self._saved = Saved(model, router)
         self._coefficients = [] if keep_aux_loss else own_coefficients(model)
         self.switched_off = {name: value for _, name, value in self._coefficients}
@@ -93,7 +93,9 @@ class Handle(Patched):
         self.model_pass.idle |= module.training and not any(seat.router.balances for seat in self._seats)
         asked = [seat.prepare() for seat in self._seats]
         if module.training:
-            if not (self.model_pass.idle or recomputing()):
+            if self.model_pass.idle:
+                self._note_idle()
+            elif not recomputing():
                 self.require_saved()
                 self._begin_training()
             # During the pass only: evaluation, copies and what is saved with a configuration have what they had.
@@ -139,6 +141,20 @@ class Handle(Patched):
             self._check_gradients()
             self._step, self._passes = clock.step if clock.told else -1, 0
         self._passes += 1
+
+    def _note_idle(self) -> None:
+        """A pass in `train()` that is no training: say so if a whole step had no other."""
+        clock = self._seats[0].router.clock
+        asked_for = not any(seat.router.balances for seat in self._seats)
+        if torch.compiler.is_compiling() or not clock.told or asked_for:
+            return
+        last, self._idle_step = self._idle_step, clock.step
+        if last not in (-1, clock.step) and self._step != last:
+            self._say(
+                "idle",
+                f"step {last} had passes in train() and no training pass: none kept a graph, so that nothing was "
+                "counted or balanced. Train without torch.no_grad(), or put the model into eval()",
+            )
 
     def _check_gradients(self) -> None:
         """Another step begins: the losses of the last have had their gradients, or never will."""
