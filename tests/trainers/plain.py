@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import sinkroute
 from sinkroute.adapters.hf.handle import Handle
+from sinkroute.routing.ranks import Ranks
 
 STEPS, MICRO_BATCHES, ROWS, LR = 3, 2, 2, 0.5
 VOCAB, EXPERTS, TOP_K, PAD, EOS = 64, 4, 2, 0, 1
@@ -213,6 +214,8 @@ def plain_run(kind: str, label: str) -> Run:
     routed_by_itself = method.name in (None, "load-balance")
     handle = sinkroute.patch(model, "softmax") if routed_by_itself else None
     handle = handle or sinkroute.patch(model, str(method.name), **method.options)
+    for router in handle.routers.values():
+        router.batch_ranks = Ranks(None)  # where ranks are joined, each has this loop for itself
     before = torch.stack([gate.weight.detach().clone() for gate in gates(model)])
     seen, hooks = _watch_balance(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
