@@ -151,6 +151,41 @@ def run_matrix(chosen: dict[str, list[str]], say: Any = print) -> list[dict[str,
     return found
 
 
+FOUND = Path(__file__).with_name("found.json")
+PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
+BEGIN, END = "<!-- the matrix, by tests/trainers/matrix.py -->\n", "<!-- end of the matrix -->"
+_WORDS = {"theirs": "fails without sinkroute too", "told": "told"}
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    """The table of the page: a row for each trainer and wrapper, a column for each router."""
+    known = {tuple(row["cell"]): _WORDS.get(row["found"], row["found"]) for row in rows}
+    counts = {word: list(known.values()).count(word) for word in dict.fromkeys(known.values())}
+    told = ", ".join(f"{count} {word}" for word, count in sorted(counts.items(), key=lambda item: -item[1]))
+    lines = [f"{len(known)} cells: {told}.", "", f"| | | {' | '.join(METHODS)} |", "|---|---|" + "---|" * len(METHODS)]
+    for trainer, wrapper in itertools.product(TRAINERS, WRAPPERS):
+        texts = []
+        for method in METHODS:
+            modes = [known.get((trainer, wrapper, mode, method), "not run") for mode in CHECKPOINTING]
+            texts.append(modes[0] if len(set(modes)) == 1 else " / ".join(modes))
+        lines.append(f"| {trainer} | {wrapper} | {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Put new rows among those that are kept, and the table on the page."""
+    kept = json.loads(FOUND.read_text(encoding="utf-8")) if FOUND.is_file() else []
+    merged = {tuple(row["cell"]): row for row in (*kept, *rows)}
+    order = list(itertools.product(TRAINERS, WRAPPERS, CHECKPOINTING, METHODS))
+    rows = [
+        {name: value for name, value in merged[cell].items() if name != "seconds"} for cell in order if cell in merged
+    ]
+    FOUND.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    head, _, rest = page.partition(BEGIN)
+    PAGE.write_text(head + BEGIN + render(rows) + END + rest.partition(END)[2], encoding="utf-8")
+
+
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, known in (
@@ -158,15 +193,18 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     ):  # fmt: skip
         parser.add_argument(f"--{name}", nargs="+", default=list(known))
     parser.add_argument("--out", type=Path, help="a JSON file")
+    parser.add_argument("--write", action="store_true", help="keep what was found, and put it into docs/trainers.md")
     return parser.parse_args(words)
 
 
 def main() -> None:
     chosen = vars(parse())
-    out = chosen.pop("out")
+    out, keep = chosen.pop("out"), chosen.pop("write")
     found = run_matrix(chosen, lambda text: print(text, flush=True))
     if out is not None:
         out.write_text("[\n" + ",\n".join(json.dumps(row) for row in found) + "\n]\n", encoding="utf-8")
+    if keep:
+        write(found)
 
 
 if __name__ == "__main__":
