@@ -64,6 +64,12 @@ PAIRS = {
         ("quantile ema 0.9", "loss-free 0.001", "load-balance", "bip cold"),
         "serving.max_vio",
     ),
+    "dual-sizes-serving": (
+        "dual-sizes",
+        ("ssr-dual", "ssr-dual exact"),
+        ("quantile ema 0.9", "loss-free", "load-balance"),
+        "serving.max_vio",
+    ),
     "dual-loss": (
         "dual",
         ("ssr-dual", "ssr-dual exact", "ssr-bias every step"),
@@ -152,21 +158,26 @@ def _comparison(found: Mapping[str, Any]) -> str:
 def _pairs(name: str, rows: tuple[str, ...], columns: tuple[str, ...], key: str = "") -> str:
     found = read(name)
     metric = next(metric for metric in found["metrics"] if not key or metric["key"] == key)
-    values = {row["method"]: row["seeds"] for row in found["statistics"] if row["metric"] == metric["key"]}
-    lines = ["| | " + " | ".join(f"against `{other}`" for other in columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    own = [row for row in found["statistics"] if row["metric"] == metric["key"]]
+    values = {(row["size"], row["method"]): row["seeds"] for row in own}
+    sizes = list(dict.fromkeys(row["size"] for row in own))
+    heads = ["size"] * (len(sizes) > 1) + [""] + [f"against `{other}`" for other in columns]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     pairs = {}
-    for method in rows:
-        for other in columns:
-            common = [seed for seed in values[method] if seed in values[other]]
-            pairs[method, other] = paired([values[method][seed] - values[other][seed] for seed in common])
+    for size in sizes:
+        for method in rows:
+            for other in columns:
+                one, two = values[size, method], values[size, other]
+                pairs[size, method, other] = paired([one[seed] - two[seed] for seed in one if seed in two])
     corrected = dict(zip(pairs, holm([pair.p for pair in pairs.values()]), strict=True))
-    for method in rows:
-        cells = [f"`{method}`"]
-        for other in columns:
-            shown = _spread(asdict(pairs[method, other].difference), 3, sign=True)
-            p = corrected[method, other]
-            cells.append(f"**{shown}**, {_chance(p)}" if p < LEVEL else f"{shown}, {_chance(p)}")
-        lines.append("| " + " | ".join(cells) + " |")
+    for size in sizes:
+        for method in rows:
+            cells = [size] * (len(sizes) > 1) + [f"`{method}`"]
+            for other in columns:
+                shown = _spread(asdict(pairs[size, method, other].difference), 3, sign=True)
+                p = corrected[size, method, other]
+                cells.append(f"**{shown}**, {_chance(p)}" if p < LEVEL else f"{shown}, {_chance(p)}")
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
