@@ -44,7 +44,7 @@ def require_whole(tensor: object, shape: tuple[int, ...], what: str) -> None:
     """
     if isinstance(tensor, Tensor) and tensor.is_meta:
         why = "is on the meta device between passes (offloading): keep the gate where it is used"
-    elif not isinstance(tensor, Tensor) or shape_of(tensor) != shape or not tensor.is_leaf or _is_freed(tensor):
+    elif not isinstance(tensor, Tensor) or shape_of(tensor) != shape or _is_derived(tensor):
         why = (
             "is no longer a tensor that holds its values between passes (FSDP1, or a parametrisation such as LoRA by "
             "target_parameters): shard with FSDP2 (fully_shard), adapt a gate by PEFT's modules_to_save and patch "
@@ -77,10 +77,12 @@ def require_trained(tensor: Tensor, what: str) -> None:
         )
 
 
-def _is_freed(tensor: Tensor) -> bool:
+def _is_derived(tensor: Tensor) -> bool:
+    """Whether it is made of others, a view of a flat parameter, or was freed after the pass."""
     if hasattr(tensor, "ds_id") or hasattr(tensor, "device_mesh"):
         return False
-    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+    freed = tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+    return tensor._is_view() or not tensor.is_leaf or freed  # in this order: a stale view cannot say what it is
 
 
 @torch.no_grad()

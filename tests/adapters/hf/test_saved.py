@@ -165,3 +165,33 @@ def test_moves_that_stay_are_not_told():
     gate, said = folded_by(lambda parameters: torch.optim.SGD(parameters, lr=0.01))
     assert said == []
     assert gate.bias[0] - gate.bias[1:].mean() < 1
+
+
+def test_a_model_that_zero_has_sharded_before_the_patch_is_refused_by_name():
+    model = mixtral()
+    for number, weight in enumerate(model.parameters()):
+        weight.ds_id, weight.ds_shape = number, weight.shape  # as zero.Init leaves them
+        weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match=r"parts already, by DeepSpeed's ZeRO-3.*before TrainingArguments"):
+        sinkroute.patch(model, "ssr-l")
+
+
+def _flat():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    said = []
+    for original in (True, False):
+        model = mixtral()
+        sinkroute.patch(model, "ssr-fold", probability=1.0)
+        sharded = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+        try:
+            train(sharded)
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_gate_in_a_flat_parameter_of_fsdp1_is_refused_by_name(run_ranks):
+    for said in run_ranks(_flat, 2):
+        assert len(said) == 2
+        assert all("moves weight of MixtralTopKRouter" in text and "FSDP2 (fully_shard)" in text for text in said), said

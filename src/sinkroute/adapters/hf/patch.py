@@ -106,6 +106,12 @@ def patch(
 
 
 def _nothing_to_patch(model: nn.Module, refused: dict[Site, str]) -> str:
+    if any(hasattr(weight, "ds_id") and weight.numel() == 0 for weight in model.parameters()):
+        return (
+            f"the weights of model {type(model).__name__} are parts already, by DeepSpeed's ZeRO-3, so that its rule "
+            "cannot be read; make and patch the model before TrainingArguments(deepspeed=...), HfDeepSpeedConfig or "
+            "zero.Init, and let the engine shard it"
+        )
     if not refused:
         return (
             f"model {type(model).__name__} holds no mixture of experts that sinkroute knows how to find: no small "
