@@ -333,7 +333,7 @@ def test_an_interrupted_demo_leaves_a_report_of_what_there_is(text: Path, tmp_pa
     data = ["--data.name", "text", "--data.path", str(text), "--data.length", "32"]
     command = [sys.executable, "-m", "sinkroute.cli", "demo", "--out", str(out), *settings, *data]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        _wait_for(out / "z-loss-seed0" / "log.jsonl")
+        _wait_for(out / "loss-free-seed0" / "log.jsonl")
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -341,12 +341,12 @@ def test_an_interrupted_demo_leaves_a_report_of_what_there_is(text: Path, tmp_pa
     assert "interrupted at step" in page
     assert "load-balance" in page
     assert (out / "load-balance-seed0" / "result.json").exists()
-    assert not (out / "z-loss-seed0" / "result.json").exists()
+    assert not (out / "loss-free-seed0" / "result.json").exists()
     assert "Interrupted" in said
     # The same command finishes what is left and keeps what is done.
     kept = (out / "softmax-seed0" / "result.json").stat().st_mtime_ns
-    subprocess.run([*command, "--only", "softmax", "load-balance", "z-loss"], check=True, stdout=subprocess.DEVNULL)
-    assert (out / "z-loss-seed0" / "result.json").exists()
+    subprocess.run([*command, "--only", "softmax", "load-balance", "loss-free"], check=True, stdout=subprocess.DEVNULL)
+    assert (out / "loss-free-seed0" / "result.json").exists()
     assert (out / "softmax-seed0" / "result.json").stat().st_mtime_ns == kept
 
 

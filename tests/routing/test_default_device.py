@@ -17,7 +17,7 @@ WAYS |= {
     for what, options in {
         "plans": {"probability": 1.0},
         "adaptive": {"probability": "adaptive"},
-        "gradient of a plan": {"probability": 1.0, "plan_gradient": "full"},
+        "gradient of a plan": {"probability": 1.0, "plan_gradient": "full", "weights": "plan"},
         "learned noise": {"noise": "learned"},
         "plans when serving": {"inference": "both"},
     }.items()

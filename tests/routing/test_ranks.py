@@ -279,7 +279,9 @@ def test_what_one_process_remembers_changes_in_these_steps():
     # Or the test above would compare nothing.
     for name, history in remembered().items():
         moved = {key for key in history[0] if any(not torch.equal(history[0][key], after[key]) for after in history)}
-        assert moved == ({"state.max_vio", "state.firing"} if name == "ssr-s" else set(history[0])), name
+        # What ssr-fold finds is in the gate, and nothing of it stays in its state.
+        still = {"state.bias_E"} if name == "ssr-fold" else set()
+        assert moved == ({"state.max_vio", "state.firing"} if name == "ssr-s" else set(history[0]) - still), name
 
 
 def test_quantiles_of_ranks_count_as_those_of_micro_batches(results):
@@ -337,7 +339,9 @@ def test_a_wrapped_model_stays_the_same_on_all_ranks(results):
     for result in results[1:]:
         assert_alike(result["data parallel"]["state"], first, rtol=0, atol=0)
     start = Model().state_dict()
-    assert all(not torch.equal(first[name], start[name]) for name in first if "bias_E" in name or name.endswith("bias"))
+    moved = [name for name in first if "bias_E" in name or name.endswith("bias")]
+    moved.remove("layers.3.router.state.bias_E")  # of ssr-fold, which has it in the gate
+    assert all(not torch.equal(first[name], start[name]) for name in moved)
 
 
 def test_the_wrapper_leaves_the_counts_of_each_rank_alone(results):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["address", "has_tangent", "holds_values", "is_traced", "is_watched", "plain", "readable"]
+__all__ = ["address", "has_tangent", "holds_values", "is_freed", "is_traced", "is_watched", "plain", "readable"]
 
 T = TypeVar("T")
 _TRACERS = torch._C._TorchDispatchModeKey
@@ -45,6 +45,16 @@ def holds_values(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
         return False
     return torch.compiler.is_compiling() or not (is_traced() or _is_batched(tensor))
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor was given back while the tensor stayed, as sharded engines do between passes.
+
+    >>> import torch
+    >>> is_freed(torch.zeros(2))
+    False
+    """
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def is_traced() -> bool:

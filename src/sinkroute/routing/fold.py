@@ -94,8 +94,10 @@ class GateFold(Link):
                 f"gate must have a bias of shape ({experts},) or a weight of shape ({experts}, D) as {self.name}, "
                 f"got {self.owner}; make it with nn.Linear(d_model, num_experts)"
             )
+        is_built = self._shape is not None
         self._shape = self._shape or shape
-        require_whole(found, self._shape, self._what)
+        if is_built or not found.is_meta:  # models are built on the meta device, too
+            require_whole(found, self._shape, self._what)
         whole: Tensor = found
         return whole
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkroute.kernels.storage import is_freed
 from sinkroute.routing.ranks import distribute
 
 __all__ = ["Trace", "add", "require_trained", "require_whole", "shape_of"]
@@ -81,8 +82,8 @@ def _is_derived(tensor: Tensor) -> bool:
     """Whether it is made of others, a view of a flat parameter, or was freed after the pass."""
     if hasattr(tensor, "ds_id") or hasattr(tensor, "device_mesh"):
         return False
-    freed = tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
-    return tensor._is_view() or not tensor.is_leaf or freed  # in this order: a stale view cannot say what it is
+    # In this order: a stale view cannot say what it is.
+    return tensor._is_view() or not tensor.is_leaf or is_freed(tensor)
 
 
 @torch.no_grad()
