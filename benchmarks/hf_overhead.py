@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "ssr-l, p = 0": {"router": "ssr-l", "probability": 0.0},
     "ssr-l, Sinkhorn step": {"router": "ssr-l", "probability": 1.0},
     "ssr-s, Sinkhorn step": {"router": "ssr-s", "probability": 1.0},
+    "ssr-dual": {"router": "ssr-dual"},  # it moves the gates: its experts' loads become even, and their work alike
 }
 # Name → share of Sinkhorn steps, the variants of the steps between them and of these.
 MIXED = {"ssr-l, p = 0.001": (0.001, "ssr-l, p = 0", "ssr-l, Sinkhorn step")}
