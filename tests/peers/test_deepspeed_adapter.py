@@ -446,8 +446,9 @@ def test_a_gate_whose_move_would_be_lost_is_refused(change, words):
     gate = make_gate(2, drop=False)
     adapter.patch(gate, "ssr-dual")
     change(gate)
+    (link,) = gate.router.links
     with pytest.raises(ValueError, match=words):
-        folded(gate, 1)
+        link.add(gate.wg.weight, torch.zeros(gate.wg.weight.shape, dtype=torch.float64))
 
 
 # -- AutoEP's router -------------------------------------------------------------------------------------------------
