@@ -535,7 +535,7 @@ def test_the_optimisers_copy_of_a_gate_in_low_precision_is_moved_too(part, monke
     if part != "all of it":
         ours.weight.main_param_sharded = True
         # The other ranks have the rest.
-        monkeypatch.setattr(type(ours.router.batch_ranks), "sum", lambda self, value: value + 1)
+        monkeypatch.setattr(type(ours.router.ranks.load), "sum", lambda self, value: value + 1)
 
     def step_of_the_optimiser(router):
         written = router.weight.detach().flatten()[at]

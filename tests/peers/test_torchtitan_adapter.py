@@ -596,7 +596,7 @@ def test_ranks_with_the_same_tokens_draw_the_same_noise(mesh, expert_parallel):
     moe.router.parallelize(dims)
     (router,) = sinkroute.routing.attached.named_routers(moe).values()
     # With expert parallelism each of them has other tokens.
-    assert repr(router.batch_ranks) == ("'world'" if expert_parallel else "None")
+    assert repr(router.ranks.load) == ("'world'" if expert_parallel else "None")
 
 
 def test_a_model_that_is_parallelized_already_needs_to_be_told_its_ranks(mesh):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import sinkroute
@@ -376,10 +377,33 @@ def test_a_rank_that_waits_in_vain_fails_and_says_so(run_ranks):
 def test_copies_of_a_router_share_its_group_which_cannot_be_copied():
     router = sinkroute.create_router("softmax", num_experts=4, top_k=2, process_group=dist.ProcessGroup(0, 1))
     twin = copy.deepcopy(router)
-    assert twin.process_group == router.process_group and twin.options == router.options
+    assert twin.ranks == router.ranks and twin.options == router.options
 
 
-@pytest.mark.parametrize("group", ["wolrd", 2, [0, 1]])
+@pytest.mark.parametrize("group", ["", 2, [0, 1]])
 def test_what_is_no_group_is_refused(group):
-    with pytest.raises(TypeError, match=r'process_group must be a ProcessGroup, "world" or None, got .*new_group'):
+    with pytest.raises(TypeError, match=r'process_group must be a ProcessGroup, "world", .* or None, got .*new_group'):
         Ranks(group)
+
+
+def test_a_name_that_no_mesh_stands_for_is_refused_in_the_first_pass():
+    router = sinkroute.create_router("ssr-l", num_experts=4, top_k=2, process_group="wolrd")
+    with pytest.raises(ValueError, match=r"process_group='wolrd' names a dimension .* no mesh is known .*\"world\""):
+        router(torch.randn(6, 4))
+    assert Ranks("loss").name == "loss" and Ranks("loss") != Ranks("dp_cp")
+
+
+def groups_of_a_mesh():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    router = make("ssr-l", process_group=mesh["dp"])
+    twin, found = copy.deepcopy(router), router.ranks
+    assert twin.ranks == found and found.plan == found.load == found.noise
+    with pytest.raises(ValueError, match=r"device mesh of 2 dimensions, \('dp', 'tp'\); give one of them"):
+        Ranks(mesh)
+    # Ranks 0 and 1 hold the same tokens, so do 2 and 3.
+    return router.draw_normal(torch.empty(4, 3))
+
+
+def test_a_device_mesh_of_one_dimension_is_a_group(run_ranks):
+    first, second, third, fourth = run_ranks(groups_of_a_mesh, 4)
+    assert torch.equal(first, second) and torch.equal(third, fourth) and not torch.equal(first, third)

@@ -215,7 +215,9 @@ def plain_run(kind: str, label: str) -> Run:
     handle = sinkroute.patch(model, "softmax") if routed_by_itself else None
     handle = handle or sinkroute.patch(model, str(method.name), **method.options)
     for router in handle.routers.values():
-        router.batch_ranks = Ranks(None)  # where ranks are joined, each has this loop for itself
+        router.ranks = router.ranks._replace(
+            load=Ranks(None), noise=Ranks(None)
+        )  # where ranks are joined, each has this loop for itself
     before = torch.stack([gate.weight.detach().clone() for gate in gates(model)])
     seen, hooks = _watch_balance(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)

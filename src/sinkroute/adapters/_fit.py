@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sinkroute.adapters._links import BiasLink, GateLink
 from sinkroute.adapters._tally import Tally
 from sinkroute.routing import Router, create_router
-from sinkroute.routing.ranks import Ranks
+from sinkroute.routing.ranks import Ranks, RouterRanks
 from sinkroute.routing.registry import ROUTERS, router_options
 from sinkroute.routing.routes import Routes
 
@@ -122,7 +122,7 @@ def has_gate(router: Router) -> bool:
 def trials(router: Router) -> list[Routes]:
     """What the router gives in training for a few tokens, on each of its branches; it is left as it was."""
     trial = copy.deepcopy(router).train()
-    trial.process_group = trial.batch_ranks = Ranks(None)  # others are not asked
+    trial.ranks = RouterRanks.of(None)._replace(load=Ranks(None), noise=Ranks(None))  # others are not asked
     with torch.device("cpu"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a gate that it is yet to be told of
         logits_TE = torch.zeros(router.num_experts, router.num_experts)

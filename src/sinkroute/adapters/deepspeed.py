@@ -313,7 +313,7 @@ def _check_bias_stays(bias: Tensor, name: str) -> None:
 
 
 def _check_ranks(router: Router) -> None:
-    if groups.mpu is None or router.process_group != Ranks(None):
+    if groups.mpu is None or router.ranks.plan != Ranks(None):
         return
     ranks = bwc_tensor_model_parallel_world_size(mpu=groups.mpu)
     if ranks > 1:
@@ -325,5 +325,5 @@ def _check_ranks(router: Router) -> None:
 
 def _keyed_noise(router: Router, like_SE: Tensor) -> Tensor:
     """Who gets a place is drawn by the same key as all else, and repeated under activation checkpointing."""
-    key = (router.seed, router.layer or 0, router.step, router.micro_batch, router.batch_ranks.rank)
+    key = (router.seed, router.layer or 0, router.step, router.micro_batch, router.ranks.noise.rank)
     return normal_like(like_SE, torch.tensor(hash63("places", *key), device="cpu"))

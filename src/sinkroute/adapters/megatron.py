@@ -256,7 +256,8 @@ def _fit(host: megatron_router.TopKRouter, name: str, options: dict[str, Any], p
         **_said_by(config),
     )
     # The layers of one pipeline stage: "all ranks" would add up the loads of different layers.
-    router.batch_ranks = Ranks(host.tp_dp_cp_group)
+    stage = Ranks(host.tp_dp_cp_group)
+    router.ranks = router.ranks._replace(load=stage, noise=stage)
     if config.moe_router_enable_expert_bias:
         join_bias(router, "moe_router_enable_expert_bias", functools.partial(getattr, host, "expert_bias"))
     else:
@@ -282,7 +283,7 @@ def _move_main_param(router: Router, weight: Tensor, move: Tensor) -> bool:
     main, move_X, weight_X = weight.main_param, move.flatten(), weight.detach().flatten()
     size = 0 if main is None else main.numel()
     if getattr(weight, "main_param_sharded", False):
-        total = router.batch_ranks.sum(torch.tensor(size, device=weight.device))
+        total = router.ranks.load.sum(torch.tensor(size, device=weight.device))
         if total == 0:
             raise ValueError(
                 f"{type(router).__name__} moves the gate, and the optimiser keeps a float32 copy of that where it "

@@ -147,9 +147,10 @@ class SinkrouteRouter(TokenChoiceTopKRouter):
         and must draw the same noise."""
         super().parallelize(parallel_dims)
         router = holder(self)
-        if router.process_group == Ranks(None) and parallel_dims.tp_enabled and not parallel_dims.ep_enabled:
+        if router.ranks.plan == Ranks(None) and parallel_dims.tp_enabled and not parallel_dims.ep_enabled:
             mesh = parallel_dims.get_optional_mesh("loss")
-            router.batch_ranks = Ranks(None if mesh is None else mesh.get_group())
+            others = Ranks(None if mesh is None else mesh.get_group())
+            router.ranks = router.ranks._replace(load=others, noise=others)
 
 
 def _settle(layer: nn.Module, name: str, _: Tensor | None) -> None:

@@ -109,10 +109,11 @@ class CommonOptions:
     )
     process_group: Group = option(
         None,
-        'the ranks whose tokens are balanced together: a ProcessGroup or "world". None: for a plan, which is solved '
-        "in every forward pass, this rank alone; for what is counted over a batch (biases, moving averages, the "
-        "global loss), all ranks. Ranks outside a given group are taken to hold the same tokens as one in it (tensor "
-        "parallelism), and draw the same noise",
+        'the ranks whose tokens are balanced together: a ProcessGroup, "world", a DeviceMesh of one dimension, or the '
+        "name of a dimension of the mesh that an adapter finds the model on. None: for a plan, which is solved in "
+        "every forward pass, this rank alone; for what is counted over a batch (biases, moving averages, the global "
+        "loss), all ranks. Without an adapter, ranks outside a given group are taken to hold the same tokens as one in "
+        "it (tensor parallelism), and draw the same noise",
     )
     seed: int = option(0, "of all random draws")
     layer: int | None = option(

@@ -1,10 +1,10 @@
-"""Sums over the ranks of a data-parallel group."""
+"""Which ranks share what: whose tokens a plan balances, whose loads are counted, who draws the same noise."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from sinkroute.routing.draws import hash63
 
-__all__ = ["Group", "Ranks", "distribute"]
+__all__ = ["Group", "Ranks", "RouterRanks", "distribute"]
 
 if TYPE_CHECKING:
-    Group: TypeAlias = dist.ProcessGroup | Literal["world"] | "Ranks" | None
+    from torch.distributed.device_mesh import DeviceMesh
+
+    Group: TypeAlias = dist.ProcessGroup | DeviceMesh | str | "Ranks" | None
 else:
     Group = Any  # torch may be built without ProcessGroup
 
@@ -28,36 +30,64 @@ class Ranks:
     """A process group that a module can hold: copies of the module share it, as they must.
 
     Args:
-        group: a `ProcessGroup`, `"world"` for all ranks, or None for this rank alone. Without an initialised process
-            group all of them are this rank alone.
+        group: a `ProcessGroup`, `"world"` for all ranks, a `DeviceMesh` of one dimension, or None for this rank alone.
+            Without an initialised process group all of these are this rank alone. Any other name is that of a
+            dimension of the mesh that the model is spread over (`"loss"`, `"dp_cp"`); an adapter that knows the mesh
+            puts the group in its place.
+
+    Attributes:
+        name: the dimension whose group is not known yet, or None.
 
     Raises:
         TypeError: it is something else.
+        ValueError: a mesh of several dimensions.
+
+    >>> Ranks("dp_cp").name, Ranks("world").name
+    ('dp_cp', None)
     """
 
     def __init__(self, group: Group) -> None:
         self._group: Any = group._group if isinstance(group, Ranks) else group
-        known = self._group is None or (isinstance(self._group, str) and self._group == "world")
-        if not known and not (dist.is_available() and isinstance(self._group, dist.ProcessGroup)):
+        if self._group is None or (isinstance(self._group, str) and self._group):
+            return
+        if hasattr(self._group, "mesh_dim_names"):  # not by its class: that is half a second of imports
+            self._group = _of_mesh(self._group)
+        if not (dist.is_available() and isinstance(self._group, dist.ProcessGroup)):
             raise TypeError(
-                f'process_group must be a ProcessGroup, "world" or None, got {self._group!r}; '
-                "make one with torch.distributed.new_group(ranks), or take mesh.get_group(name) of a device mesh"
+                f'process_group must be a ProcessGroup, "world", the name of a mesh dimension or None, got '
+                f"{self._group!r}; make one with torch.distributed.new_group(ranks), or take mesh.get_group(name) of a "
+                "device mesh"
             )
 
     @property
+    def name(self) -> str | None:
+        return self._group if isinstance(self._group, str) and self._group != "world" else None
+
+    @property
     def group(self) -> dist.ProcessGroup | None:
-        """For collectives; None where this rank is alone."""
-        if self._group is None or not (dist.is_available() and dist.is_initialized()):
+        """For collectives; None where this rank is alone.
+
+        Raises:
+            ValueError: the name of a mesh dimension, and no adapter has put a group in its place.
+        """
+        if (known := self._known()) is None:
             return None
-        group = dist.group.WORLD if self._group == "world" else self._group
-        return group if dist.get_world_size(group) > 1 else None
+        return known if dist.get_world_size(known) > 1 else None
 
     @property
     def rank(self) -> int:
         """Of this process in the group; 0 where it is alone."""
+        return 0 if (known := self._known()) is None else dist.get_rank(known)
+
+    def _known(self) -> Any:
+        if self.name is not None:
+            raise ValueError(
+                f"process_group={self.name!r} names a dimension of a device mesh, and no mesh is known here; give the "
+                f'group itself, mesh.get_group({self.name!r}), or "world" for all ranks'
+            )
         if self._group is None or not (dist.is_available() and dist.is_initialized()):
-            return 0
-        return dist.get_rank(None if self._group == "world" else self._group)
+            return None
+        return dist.group.WORLD if self._group == "world" else self._group
 
     def sum(self, values: Tensor) -> Tensor:
         """`values` summed over the ranks, in place."""
@@ -112,6 +142,38 @@ class Ranks:
 
     def __hash__(self) -> int:
         return hash(self._group)
+
+
+class RouterRanks(NamedTuple):
+    """The ranks of a router, by what they share.
+
+    Attributes:
+        plan: whose tokens a plan balances together.
+        load: whose loads are counted together, over a batch: all that have this layer, and other tokens for it. A token
+            that several ranks hold is counted once.
+        noise: whose tokens differ. A rank draws by its place among these; ranks outside hold the same tokens as one of
+            them (tensor parallelism), and draw the same.
+    """
+
+    plan: Ranks
+    load: Ranks
+    noise: Ranks
+
+    @classmethod
+    def of(cls, process_group: Group) -> RouterRanks:
+        """What an option says: a group is all three. None: a plan is of one rank; all ranks have other tokens."""
+        plan = Ranks(process_group)
+        others = Ranks("world") if plan == Ranks(None) else plan
+        return cls(plan, others, others)
+
+
+def _of_mesh(mesh: Any) -> Any:
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"process_group is a device mesh of {mesh.ndim} dimensions, {mesh.mesh_dim_names}; give one of them, "
+            "mesh[name], or several as one, mesh[names]._flatten()"
+        )
+    return mesh.get_group()
 
 
 def distribute(values: Tensor, like: Tensor) -> Tensor:

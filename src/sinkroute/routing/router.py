@@ -29,7 +29,7 @@ from sinkroute.routing.losses.auxiliary import AuxiliaryLosses
 from sinkroute.routing.losses.inputs import LossInputs
 from sinkroute.routing.losses.registry import read_losses
 from sinkroute.routing.options import CommonOptions, checked_groups, described
-from sinkroute.routing.ranks import Ranks
+from sinkroute.routing.ranks import RouterRanks
 from sinkroute.routing.routes import Routes
 from sinkroute.routing.scores import limit_to_groups, scores, weigh
 from sinkroute.routing.serving import Link, Serving
@@ -49,6 +49,7 @@ class Router(nn.Module):
     Attributes:
         options: what the router was made with. What is in use are the attributes of the same names.
         state: what the method remembers from step to step (in the `state_dict`), or None.
+        ranks: whose tokens a plan balances, whose loads are counted, whose tokens differ.
         correction_E: (E,) what the model that the router is plugged into adds in its own choice, without weighing
             (`e_score_correction_bias`), or None. Plain top-k includes it; methods that choose otherwise do not look.
         correction_on: whether it is added to the `"scores"` or to the `"logits"`.
@@ -113,6 +114,7 @@ class Router(nn.Module):
         self.options = self.Options(**options)
         for each in fields(self.options):
             setattr(self, each.name, getattr(self.options, each.name))
+        self.ranks = RouterRanks.of(self.options.process_group)
         self.top_groups = checked_groups(self.options, num_experts, top_k, type(self).__name__, self.keeps_groups)
         if self.options.norm_topk is None:
             self.norm_topk = top_k > 1 if self.renormalises is None else self.renormalises
@@ -120,8 +122,6 @@ class Router(nn.Module):
             self.needs_step = True
         own = {name: getattr(self, coefficient) for name, coefficient in self.own_losses.items()}
         self.losses: dict[str, float] = own | read_losses(self.options.losses)
-        self.process_group = Ranks(self.options.process_group)
-        self.batch_ranks = Ranks("world") if self.process_group == Ranks(None) else self.process_group
         self.layer_is_given = self.layer is not None
         self.clock, self._draws, self._auxiliary = Clock(), Draws(), AuxiliaryLosses(self.losses)
         self.state = None
@@ -260,7 +260,7 @@ class Router(nn.Module):
         For a rank that is about to raise: the others would wait for it. On a CPU they raise in the first call.
         """
         if self.training and not recomputing():
-            self._auxiliary.withdraw(self.num_experts, self.batch_ranks, device)
+            self._auxiliary.withdraw(self.num_experts, self.ranks.load, device)
 
     # -- what methods choose and weigh with --------------------------------------------------------------------------
 
@@ -318,7 +318,7 @@ class Router(nn.Module):
 
     def batch_load(self, load_E: Tensor) -> Tensor:
         """(E,) int64: the load over all ranks and the micro-batches of this step up to this one. A collective call."""
-        return self._auxiliary.batch_load(load_E, self.batch_ranks, self.micro_batch, keep=self.clock.told)
+        return self._auxiliary.batch_load(load_E, self.ranks.load, self.micro_batch, keep=self.clock.told)
 
     # -- steps and random draws --------------------------------------------------------------------------------------
 
@@ -364,7 +364,7 @@ class Router(nn.Module):
         return uniform(tag, self.seed, self.step, *where)
 
     def draw_normal(self, reference: Tensor) -> Tensor:
-        """Standard normal noise keyed by layer, step and micro-batch, and by the rank in `batch_ranks`.
+        """Standard normal noise keyed by layer, step and micro-batch, and by the rank in `ranks.noise`.
 
         Ranks of a group have other tokens; those outside it that hold the same tokens (tensor parallelism) must draw
         the same.
@@ -382,7 +382,7 @@ class Router(nn.Module):
         return self.noise_seed() if self.training and self.ties == "spread" else None
 
     def _update_draws(self) -> None:
-        self._draws.update(self.seed, self.layer or 0, self.step, self.micro_batch, self.batch_ranks.rank)
+        self._draws.update(self.seed, self.layer or 0, self.step, self.micro_batch, self.ranks.noise.rank)
 
     def _count_pass(self) -> None:
         """Notice that nobody tells the steps, which nothing here can do without: what is summed over one would grow."""

@@ -110,7 +110,7 @@ def _end_step(routers: list[Router]) -> None:
     for router in routers:
         if router.state is not None and not router.state.has_ended:
             pending = router.state.pending()
-            together.setdefault((router.batch_ranks, pending.device), []).append((router, pending))
+            together.setdefault((router.ranks.load, pending.device), []).append((router, pending))
     for (ranks, _), members in together.items():
         # One collective call for all layers of a device.
         parts = [pending for _, pending in members]

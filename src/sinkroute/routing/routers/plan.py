@@ -42,7 +42,7 @@ class PlanRouter(Router):
             max_passes=self.max_passes,
             init=init_E,
             differentiable=differentiable,
-            process_group=self.process_group.group,
+            process_group=self.ranks.plan.group,
         )
 
     def choose_by_plan(self, plan: Plan, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -62,7 +62,7 @@ class PlanRouter(Router):
         return experts_TK, None, plan.potentials
 
     def withdraw(self, device: torch.device) -> None:
-        group = self.process_group.group if self.plans_now() else None
+        group = self.ranks.plan.group if self.plans_now() else None
         if group is not None:
             nothing = torch.empty(0, self.num_experts, dtype=torch.int64, device=device)
             with contextlib.suppress(TypeError):  # integers are refused, and solve tells the others
