@@ -6,11 +6,23 @@ import difflib
 from collections.abc import Iterable
 from numbers import Real
 
-__all__ = ["NonFiniteLogits", "SinkrouteError", "nearest", "require_count", "require_numbers", "unknown_name"]
+__all__ = [
+    "NonFiniteLogits",
+    "RankLost",
+    "SinkrouteError",
+    "nearest",
+    "require_count",
+    "require_numbers",
+    "unknown_name",
+]
 
 
 class SinkrouteError(Exception):
     """Base of errors that tell a user what to do; the command line prints them without a traceback."""
+
+
+class RankLost(SinkrouteError, RuntimeError):
+    """A collective call that failed because another rank has gone or came too late. Its cause is torch's error."""
 
 
 class NonFiniteLogits(ValueError):
