@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 
+import sinkroute
+
 
 @cache
 def normal_maximum(n: int) -> tuple[float, float]:
@@ -58,6 +60,24 @@ def simulated_max_vio(tokens: int, experts: int, top_k: int, batches: int, seed:
         found.append(load.max() / load.mean() - 1)
     values = torch.stack(found)
     return values.mean().item(), values.std().item() / math.sqrt(batches)
+
+
+def routed_max_vio(tokens: int, experts: int, top_k: int, steps: int, router: str = "ssr-dual") -> float:
+    """MaxVio of a step, mean over the second half of a training, on tokens that are independent of each other.
+
+    Logits are normal, with a favour for each expert that is as large as what tokens differ by. Nothing else moves, so
+    that what a router leaves beyond chance is its doing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    favour_E = torch.randn(experts, generator=generator)
+    made = sinkroute.create_router(router, num_experts=experts, top_k=top_k)
+    with sinkroute.LoadMonitor(made) as monitor:
+        for step in range(steps):
+            if step == steps // 2:
+                monitor.reset()
+            sinkroute.set_step(made, step)
+            made(torch.randn(tokens, experts, generator=generator) + favour_E)
+    return float(monitor.metrics()["router"]["max_vio"])
 
 
 def rank_excess(max_vio: float, experts: int, ep: int) -> tuple[float, float, float]:

@@ -19,7 +19,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from balance import chance_max_vio, rank_excess
+from balance import chance_max_vio, rank_excess, routed_max_vio
 from mixtures import LAYOUTS, MIXTURES, PUBLISHED, Layout, Mixture
 from rich.console import Console
 from rich.table import Table
@@ -138,10 +138,10 @@ def memory(mixture: Mixture, layout: Layout, engine: str) -> Memory:
     experts = layers / mixture.layers * found.experts / layout.ep  # of one rank, if nothing else shares them
     router = layers * router_bytes(mixture)
     if engine == "torchtitan":
-        kept = dense / layout.load_ranks + experts * layout.ep / layout.stage
+        kept = dense / layout.sharding + experts * layout.ep / layout.stage
         block = (found.split / layout.tp + found.whole) / mixture.layers + experts / layers
         return Memory(*(round(4 * times * kept) for times in (1, 1, 2)), gathered=round(2 * 2 * block), router=router)
-    held, spread = dense + experts, dense / layout.load_ranks + experts * layout.ep / layout.stage
+    held, spread = dense + experts, dense / layout.sharding + experts * layout.ep / layout.stage
     return Memory(round(2 * held), round(4 * held), round(12 * spread), gathered=0, router=router)
 
 
@@ -201,7 +201,7 @@ class Messages:
 
 def messages(mixture: Mixture, layout: Layout) -> list[Messages]:
     """Of the recommended router, and of what it is compared with, on one pipeline stage."""
-    layers, experts, ranks = math.ceil(mixture.layers / layout.pp), mixture.experts, layout.load_ranks
+    layers, experts, ranks = math.ceil(mixture.layers / layout.pp), mixture.experts, layout.stage
     sizes = {}
     for folded in (False, True):
         state = router_of(mixture, folded).state
@@ -253,6 +253,8 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(message_table(layouts, options.latency_us * 1e-6, options.gigabytes_per_s * 1e9))
     console.print(chance_table(layouts, options.tokens))
     console.print(cost_table(layouts, options.tokens))
+    if options.simulate:
+        console.print(simulation_table(names, options.simulate))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -263,9 +265,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--engine", choices=list(LAYOUTS), help="both unless told")
     for name in asdict(Layout()):
         parser.add_argument(f"--{name}", type=int, help="instead of the recipe's")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a micro-batch on one data-parallel rank")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a micro-batch of one replica")
     parser.add_argument("--latency-us", type=float, default=20.0, help="of one hop between machines")
     parser.add_argument("--gigabytes-per-s", type=float, default=25.0, help="of one link between machines")
+    parser.add_argument("--simulate", type=int, metavar="STEPS", help="train routers on drawn tokens, to compare")
     return parser.parse_args(arguments)
 
 
@@ -310,12 +313,26 @@ def message_table(layouts: dict[tuple[str, str], Layout], latency: float, bandwi
 
 def chance_table(layouts: dict[tuple[str, str], Layout], tokens: int) -> Table:
     """Expected MaxVio by chance alone, by whose tokens are counted together."""
-    title = f"MaxVio by chance alone, {tokens} tokens a micro-batch and data-parallel rank"
+    title = f"MaxVio by chance alone, {tokens} tokens a micro-batch and replica"
     table = _table(title, "mixture", "layout", "of a micro-batch", "of those that share experts", "of all ranks")
     for (name, layout), mixture in _each(layouts):
-        counted = (1, max(layout.ep // layout.tp, 1), layout.load_ranks)
-        values = (chance_max_vio(tokens * ranks, mixture.experts, mixture.top_k) for ranks in counted)
+        counted = (tokens, together(layout, tokens), tokens * layout.dp)
+        values = (chance_max_vio(number, mixture.experts, mixture.top_k) for number in counted)
         table.add_row(name, str(layout), *(f"{value:.3f}" for value in values))
+    return table
+
+
+def simulation_table(names: list[str], steps: int) -> Table:
+    """Chance, and what routers make of tokens that are independent."""
+    routers = ("softmax", "loss-free", "ssr-dual")
+    title = f"MaxVio of independent tokens, {steps} steps, mean of the second half"
+    table = _table(title, "experts, top-k", "tokens", "by chance", *routers)
+    sizes = dict.fromkeys((MIXTURES[name].experts, MIXTURES[name].top_k) for name in names)
+    for experts, top_k in sizes:
+        for tokens in (512, 4096):
+            found = (routed_max_vio(tokens, experts, top_k, steps, router) for router in routers)
+            values = (chance_max_vio(tokens, experts, top_k), *found)
+            table.add_row(f"{experts}, {top_k}", str(tokens), *(f"{value:.3f}" for value in values))
     return table
 
 
@@ -328,16 +345,20 @@ def cost_table(layouts: dict[tuple[str, str], Layout], tokens: int) -> Table:
     table = _table(title, "mixture", "layout", "experts a rank", "experts' share", "chance", *shown)
     for (name, layout), mixture in _each(layouts):
         share = 100 * expert_share(mixture)
-        together = tokens * max(layout.ep // layout.tp, 1)
         costs = []
         for max_vio in (
-            chance_max_vio(together, mixture.experts, mixture.top_k),
+            chance_max_vio(together(layout, tokens), mixture.experts, mixture.top_k),
             *(train for train, _ in MEASURED.values()),
         ):
             one, independent, most = (share * part for part in rank_excess(max_vio, mixture.experts, layout.ep))
             costs.append(f"{independent:.1f} ({one:.1f}; {most:.0f})")
         table.add_row(name, str(layout), str(mixture.experts // layout.ep), f"{share:.0f} %", *costs)
     return table
+
+
+def together(layout: Layout, tokens: int) -> int:
+    """The tokens that the same experts serve at a time, of replicas with so many in a micro-batch."""
+    return tokens * max(layout.ep // (layout.tp * layout.cp), 1)
 
 
 def _each(layouts: dict[tuple[str, str], Layout]) -> list[tuple[tuple[str, Layout], Mixture]]:

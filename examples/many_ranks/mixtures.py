@@ -58,7 +58,11 @@ class Layout:
 
     @property
     def stage(self) -> int:
-        """Ranks of one pipeline stage."""
+        """Ranks of one pipeline stage, over which loads are counted.
+
+        Tensor-parallel ranks have parts of a sequence. In torchtitan without expert parallelism they have the whole,
+        and fewer take part.
+        """
         return self.dp * self.cp * self.tp
 
     @property
@@ -66,8 +70,8 @@ class Layout:
         return self.stage * self.pp
 
     @property
-    def load_ranks(self) -> int:
-        """Ranks with different tokens, over which loads are counted."""
+    def sharding(self) -> int:
+        """Ranks over which a parameter that is not an expert's can be sharded."""
         return self.dp * self.cp
 
     def __str__(self) -> str:

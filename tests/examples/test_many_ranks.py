@@ -139,6 +139,13 @@ def test_maxvio_by_chance_falls_with_the_root_of_the_tokens_and_is_0_where_nobod
     assert many == pytest.approx(few / 2, rel=0.01)
 
 
+def test_the_recommended_router_adds_little_to_chance_where_tokens_are_independent(balance):
+    chance = balance.chance_max_vio(512, 16, 2)
+    assert balance.routed_max_vio(512, 16, 2, 200, "softmax") > 5 * chance
+    # 100 steps, each with a standard deviation of about a quarter.
+    assert balance.routed_max_vio(512, 16, 2, 200) == pytest.approx(chance, rel=0.08)
+
+
 def test_a_busy_rank_of_independent_loads_is_that_of_draws(balance):
     experts, ep = 64, 8
     loads = 1 + 0.1 * torch.randn(4000, experts, dtype=torch.float64)
