@@ -76,6 +76,22 @@ def test_a_tracer_is_noticed_and_a_mode_that_only_counts_is_no_tracer():
     assert traced == [True] and not is_traced()
 
 
+def test_selective_checkpointing_is_nobody_who_looks_on():
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    seen = []
+
+    def look(x):
+        seen.append((is_watched(), readable(x)))
+        return (x @ x).sin()
+
+    def contexts():
+        return create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
+
+    checkpoint(look, torch.ones(2, 2, requires_grad=True), use_reentrant=False, context_fn=contexts).sum().backward()
+    assert seen == [(False, True)] * 2
+
+
 def test_plain_memory_is_passed_on_as_it_is():
     for x in (torch.zeros(3), nn.Parameter(torch.zeros(3)), torch.zeros(3, 2).T, None, [1.0]):
         assert plain("x", x) is x

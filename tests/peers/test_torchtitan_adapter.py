@@ -16,6 +16,8 @@ import sinkroute
 titan_moe = pytest.importorskip("torchtitan.models.common.moe")
 titan_linear = pytest.importorskip("torchtitan.models.common.linear")
 titan_override = pytest.importorskip("torchtitan.config.override")
+titan_dims = pytest.importorskip("torchtitan.distributed.parallel_dims")
+titan_protocols = pytest.importorskip("torchtitan.protocols.module")
 titan_optimizer = pytest.importorskip("torchtitan.components.optimizer.optimizer")
 
 from sinkroute.adapters import torchtitan as adapter  # noqa: E402
@@ -586,25 +588,45 @@ def test_tokens_on_several_ranks_are_routed_where_they_are(mesh, placement):
     assert isinstance(moe.router.gate.weight.grad, DTensor)
 
 
-@pytest.mark.parametrize("expert_parallel", [False, True])
-def test_ranks_with_the_same_tokens_draw_the_same_noise(mesh, expert_parallel):
-    moe = make_layer()
-    adapter.patch(moe, "ssr-l")
-    dims = SimpleNamespace(
-        tp_enabled=True, ep_enabled=expert_parallel, spmd_backend="default", get_optional_mesh=lambda name: None
-    )
-    moe.router.parallelize(dims)
-    (router,) = sinkroute.routing.attached.named_routers(moe).values()
-    # With expert parallelism each of them has other tokens.
-    assert repr(router.ranks.load) == ("'world'" if expert_parallel else "None")
+def one_rank(**degrees):
+    sizes = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "pp": 1, "ep": 1} | degrees
+    return titan_dims.ParallelDims(**sizes, world_size=1, spmd_backend="partial_dtensor")
 
 
-def test_a_model_that_is_parallelized_already_needs_to_be_told_its_ranks(mesh):
+def test_a_router_learns_its_ranks_where_the_model_is_parallelized_or_is_told(mesh, monkeypatch):
+    monkeypatch.setattr(titan_dims, "device_type", "cpu")
+    for learn in (lambda moe: moe.router.parallelize(one_rank()), lambda moe: adapter.tell_ranks(moe, one_rank())):
+        moe = make_layer()
+        adapter.patch(moe, "ssr-l", process_group="loss")
+        (router,) = sinkroute.routing.attached.named_routers(moe).values()
+        assert [ranks.name for ranks in router.ranks] == ["loss"] * 3
+        learn(moe)
+        assert [repr(ranks) for ranks in router.ranks] == ["None"] * 3
+
+
+def test_a_model_that_is_parallelized_already_needs_to_be_told_its_ranks(mesh, monkeypatch):
+    monkeypatch.setattr(titan_dims, "device_type", "cpu")
     moe = make_layer()
     moe.router.parallelize(SimpleNamespace(spmd_backend="default"))
-    with pytest.raises(ValueError, match="process_group=None, but the model is parallelized already"):
-        adapter.patch(moe, "ssr-l")
-    adapter.patch(moe, "ssr-l", process_group="world")
+    for group in (None, "world"):
+        with pytest.raises(ValueError, match="parallel_dims=None, but the model is parallelized already"):
+            adapter.patch(moe, "ssr-l", process_group=group)
+    adapter.patch(moe, "ssr-l", process_group="world", parallel_dims=one_rank())
+
+
+def test_blocks_of_a_configured_model_are_numbered_as_they_become_parts_of_it():
+    config = layer_config()
+    config.router = adapter.route(config.router, "ssr-l")
+    layers = titan_protocols.ModuleDict()
+    for number in ("4", "7"):
+        block = titan_protocols.Sequential(config.build())
+        layers[number] = block
+    del layers["4"]
+    layers["0"] = layers["7"]  # torchtitan's MTP does so for a while
+    stage = copy.deepcopy(layers)
+    sinkroute.set_step(stage, 0)
+    (router,) = sinkroute.routing.attached.named_routers(stage).values()
+    assert router.layer == 7
 
 
 def test_scores_that_are_spread_by_experts_are_refused(mesh):

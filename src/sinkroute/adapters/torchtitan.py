@@ -23,13 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.module import register_module_buffer_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+)
 
 try:
     from torchtitan.config.override import derive, override
     from torchtitan.models.common.linear import Linear
     from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
-    from torchtitan.protocols.module import Module
+    from torchtitan.protocols.module import Module, ModuleDict
 except ImportError as error:
     raise ImportError(
         "sinkroute.adapters.torchtitan needs torchtitan 0.3.0, with torchtitan.models.common.moe.TokenChoiceTopKRouter "
@@ -39,12 +42,12 @@ except ImportError as error:
 from sinkroute.adapters._fit import fit_router, is_asked, join_bias, join_gate, on_scores, refuse_bias, refuse_loss
 from sinkroute.adapters._links import moves_bias
 from sinkroute.adapters._patched import Patched, hold, holder, outputs_of, put_in
+from sinkroute.adapters._titan_ranks import ranks_in
 from sinkroute.routing import Router
-from sinkroute.routing.ranks import Ranks
 from sinkroute.routing.registry import RECOMMENDED
 from sinkroute.routing.routes import Routes
 
-__all__ = ["SinkrouteRouter", "patch", "route"]
+__all__ = ["SinkrouteRouter", "patch", "route", "tell_ranks"]
 
 # What decides how their router routes, as known; a field more is a rule that we would not follow.
 _KNOWN = {"gate", "num_experts", "num_expert_groups", "num_limited_groups", "top_k"}
@@ -137,20 +140,40 @@ class SinkrouteRouter(TokenChoiceTopKRouter):
         local_BLE = _local(logits_BLE)
         routes = router(local_BLE.flatten(0, -2))
         weights_BLK, experts_BLK = (
-            _like(part.unflatten(0, local_BLE.shape[:-1]), logits_BLE)
+            _like(part.contiguous().unflatten(0, local_BLE.shape[:-1]), logits_BLE)  # they take views of it
             for part in (routes.weights.to(local_BLE.dtype), routes.experts)
         )
         return weights_BLK, experts_BLK, scores_BLE
 
     def parallelize(self, parallel_dims: Any) -> None:
-        """Theirs, and what the mesh says of the tokens: tensor-parallel ranks without expert parallelism hold the same,
-        and must draw the same noise."""
+        """Theirs, and what the mesh says of the ranks: who has other tokens, who the same, who other layers.
+
+        Raises:
+            ValueError: `process_group` names no dimension of the mesh, or has ranks of another pipeline stage.
+            RuntimeError: a mesh that is laid out otherwise than torchtitan 0.3.0's.
+        """
         super().parallelize(parallel_dims)
         router = holder(self)
-        if router.ranks.plan == Ranks(None) and parallel_dims.tp_enabled and not parallel_dims.ep_enabled:
-            mesh = parallel_dims.get_optional_mesh("loss")
-            others = Ranks(None if mesh is None else mesh.get_group())
-            router.ranks = router.ranks._replace(load=others, noise=others)
+        router.ranks = ranks_in(parallel_dims, router.ranks.plan)
+
+
+def tell_ranks(model: nn.Module, parallel_dims: Any) -> None:
+    """Tell the routers of a model, or of a pipeline stage, their ranks where `parallelize` has not.
+
+    torchtitan does not call it with `spmd_backend="partial_dtensor"` and neither tensor nor expert parallelism. A
+    second call changes nothing. `SinkrouteTrainer` calls it.
+
+    Args:
+        model: what holds the routers.
+        parallel_dims: torchtitan's `ParallelDims`, such as `trainer.parallel_dims`.
+
+    Raises:
+        ValueError, RuntimeError: see `SinkrouteRouter.parallelize`.
+    """
+    for part in model.modules():
+        if isinstance(part, SinkrouteRouter):
+            router = holder(part)
+            router.ranks = ranks_in(parallel_dims, router.ranks.plan)
 
 
 def _settle(layer: nn.Module, name: str, _: Tensor | None) -> None:
@@ -171,7 +194,20 @@ def _settle(layer: nn.Module, name: str, _: Tensor | None) -> None:
             layer.load_balance_coeff = _OFF
 
 
+def _number(parent: nn.Module, name: str, block: nn.Module | None) -> None:
+    """Give the routers of a configured block the block's number, which is the same in whatever stage it comes to be.
+
+    Called for every module that becomes a part of another. torchtitan's blocks are in a `ModuleDict` by number.
+    """
+    if not isinstance(parent, ModuleDict) or not name.isdigit() or block is None:
+        return
+    for part in block.modules():
+        if isinstance(part, SinkrouteRouter) and not (router := holder(part)).layer_is_given:
+            router.layer, router.layer_is_given = int(name), True
+
+
 register_module_buffer_registration_hook(_settle)
+register_module_module_registration_hook(_number)
 
 
 @override(target=TokenChoiceTopKRouter.Config, exact=True, description="sinkroute's router")
@@ -184,7 +220,7 @@ def route(config: TokenChoiceTopKRouter.Config, router: str = RECOMMENDED, **opt
     return derive(config, SinkrouteRouter.Config, router=router, options=options)
 
 
-def patch(model: nn.Module, router: str = RECOMMENDED, **options: Any) -> Patched:
+def patch(model: nn.Module, router: str = RECOMMENDED, *, parallel_dims: Any = None, **options: Any) -> Patched:
     """Put a sinkroute router into every `MoE` layer of a built model, in place.
 
     Args:
@@ -192,6 +228,7 @@ def patch(model: nn.Module, router: str = RECOMMENDED, **options: Any) -> Patche
             (a method that remembers something adds `router.state.*`). What a method serves with is in `expert_bias_E`,
             or where the layer has none in the gate.
         router: a name from `sinkroute.list_routers()`; the recommended one unless told.
+        parallel_dims: torchtitan's `ParallelDims`, for a model that is parallelized already.
         options: the router's, but for those that the model's routers give: score, norm_topk, groups, route_scale.
 
     Returns:
@@ -200,7 +237,7 @@ def patch(model: nn.Module, router: str = RECOMMENDED, **options: Any) -> Patche
     Raises:
         ValueError: no such layer; a router that is no plain `TokenChoiceTopKRouter`; a method that brings a gate
             or a parameter, with an auxiliary loss (nothing in torchtitan adds it to the training loss), in which
-            experts choose, or with another rule than top-k beside `load_balance_coeff`; no `process_group` for a model
+            experts choose, or with another rule than top-k beside `load_balance_coeff`; no `parallel_dims` for a model
             that is parallelized already.
         RuntimeError: a torchtitan whose router is another.
     """
@@ -215,16 +252,18 @@ def patch(model: nn.Module, router: str = RECOMMENDED, **options: Any) -> Patche
                 )
 
     def fit(path: str, theirs: TokenChoiceTopKRouter) -> Router:
-        if theirs._parallelized and options.get("process_group") is None:
+        if theirs._parallelized and parallel_dims is None:
             raise ValueError(
-                f"process_group=None, but the model is parallelized already, and {path} cannot tell any more which "
-                "ranks hold the same tokens and must draw the same noise; patch it before, configure it, or give "
-                'the group of ranks with other tokens, parallel_dims.get_mesh("loss").get_group()'
+                f"parallel_dims=None, but the model is parallelized already, and {path} cannot tell any more which "
+                "ranks have the same tokens, and which have other layers; give trainer.parallel_dims, patch the model "
+                "before it is parallelized, or configure it"
             )
         fitted = _fit(theirs, router, options, layers.get(id(theirs)))
         # The number of the block, the same in each pipeline stage.
         if not fitted.layer_is_given and (block := re.search(r"(?:^|\.)layers\.(\d+)\.", path)):
             fitted.layer, fitted.layer_is_given = int(block[1]), True
+        if parallel_dims is not None:
+            fitted.ranks = ranks_in(parallel_dims, fitted.ranks.plan)
         return fitted
 
     patched = put_in(model, router, {TokenChoiceTopKRouter: (SinkrouteRouter, fit)}, "torchtitan")

@@ -12,11 +12,13 @@ takes one asks here, and nothing else does:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 __all__ = ["address", "has_tangent", "holds_values", "is_freed", "is_traced", "is_watched", "plain", "readable"]
 
@@ -25,6 +27,8 @@ _TRACERS = torch._C._TorchDispatchModeKey
 _NO_DISPATCH = Tensor.__torch_dispatch__  # what a subclass has that is memory with another name
 # Subclasses that hold no numbers but know what an operation's result would be.
 _HOLLOW = ("FakeTensor", "FunctionalTensor")
+# Modes of selective activation checkpointing: operations run, and are repeated.
+_CACHES = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
 _CURES = {
     "MaskedTensor": "pass {name}.get_data(), and padding as token_mask",
     "DTensor": "pass {name}.to_local(), with process_group where tokens are spread over ranks, or {name}.full_tensor()",
@@ -73,15 +77,21 @@ def is_traced() -> bool:
 def is_watched() -> bool:
     """Whether anybody looks on at the operations: a tracer, a transform of `torch.func`, a mode of a user.
 
+    Not the modes of selective activation checkpointing: they run each operation, or give what it gave the first time.
+
     >>> is_watched()
     False
     """
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        any(type(mode).__name__ not in _CACHES for mode in _modes())
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
     )
+
+
+def _modes() -> Sequence[object]:
+    return () if torch._C._len_torch_dispatch_stack() == 0 else _get_current_dispatch_mode_stack()
 
 
 def readable(*tensors: object) -> bool:
