@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import errno
+import gc
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -21,6 +22,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from sinkroute._errors import SinkrouteError
+
+if TYPE_CHECKING:
+    from sinkroute.lab.inspect import Audit
 
 __all__ = ["main"]
 
@@ -390,7 +394,12 @@ class InspectCommand:
     """For models that are larger than the memory: read one layer at a time. The hidden states of all windows are kept,
     tokens x width numbers; --tokens bounds them."""
     output: str | None = None
-    """A folder for inspect.html, a self-contained page with a heat map, and inspect.json."""
+    """A folder for inspect.html, a self-contained page with a heat map, tokens.html, which shows every token with its
+    experts, and inspect.json."""
+    viewer_tokens: int = 4096
+    """At most so many tokens on tokens.html; 0 for no such page."""
+    against: str | None = None
+    """Another checkpoint, which is then inspected on the same text and stands beside the first on tokens.html."""
     json: str | None = None
     """Write the JSON here."""
 
@@ -399,10 +408,8 @@ def _inspect(arguments: list[str], console: Console) -> int:
     # Compiled products that oneDNN remembers, one for each number of tokens that an expert may get: of 1024 some
     # hundred MB come together. To be set before torch is loaded.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    from rich.progress import Progress
-
     from sinkroute.lab.files import write_json
-    from sinkroute.lab.inspect import audit_table, facts, inspect_checkpoint, summary, write_page
+    from sinkroute.lab.inspect import write_page, write_viewer
 
     command = tyro.cli(InspectCommand, args=arguments, prog="sinkroute inspect")
     # What cannot be written should not be found out after an hour.
@@ -418,27 +425,47 @@ def _inspect(arguments: list[str], console: Console) -> int:
         except OSError as error:
             raise UsageError(f"--output {folder} cannot be made a folder: {error.strerror}") from error
         targets.append(folder / "inspect.json")
+    audits = [_inspected(model, command, console) for model in (command.model, command.against) if model]
+    first, *others = audits
+    for path in targets:
+        write_json(first.json() | ({"against": others[0].json()} if others else {}), path)
+    if command.output:
+        pages = ["inspect.html", "against.html"][: len(audits)]
+        viewer = "tokens.html" if command.viewer_tokens else None
+        for audit, page in zip(audits, pages, strict=True):
+            write_page(audit, folder / page, viewer=viewer)
+        if viewer:
+            write_viewer(audits, folder / viewer)
+            pages.append(viewer)
+        told = ", ".join(str(folder / page) for page in pages)
+        console.print(f"Page{'s' * (len(pages) > 1)}: {told}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _inspected(model: str, command: InspectCommand, console: Console) -> Audit:
+    """Inspect one checkpoint and print what was found."""
+    from rich.progress import Progress
+
+    from sinkroute.lab.inspect import audit_table, facts, inspect_checkpoint, summary
+
+    gc.collect()  # modules hold each other: without, the checkpoint before would still be in memory
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task("", total=None)
         audit = inspect_checkpoint(
-            command.model,
+            model,
             command.text,
             tokens=command.tokens,
             length=command.length,
             batch=command.batch,
             by_layer=command.by_layer,
+            viewer_tokens=command.viewer_tokens if command.output else 0,
             on_status=lambda words: bars.update(task, description=words),
             on_progress=lambda done, total: bars.update(task, completed=done, total=total),
         )
     console.print(audit_table(audit))
     for sentence in (*summary(audit), "", *facts(audit)):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-    for path in targets:
-        write_json(audit.json(), path)
-    if command.output:
-        write_page(audit, Path(command.output) / "inspect.html")
-        console.print(f"Page: {Path(command.output) / 'inspect.html'}", highlight=False, markup=False, soft_wrap=True)
-    return 0
+    return audit
 
 
 # -- models --------------------------------------------------------------------------------------------------------

@@ -68,3 +68,27 @@ def test_by_layer_stays_far_below_the_size_of_the_checkpoint(save: Save, text: P
         assert checkpoint > 950
     assert peaks[0] > 1000
     assert peaks[1] < 750
+
+
+def test_the_viewer_stands_beside_the_page_and_two_checkpoints_in_one_viewer(
+    capsys: pytest.CaptureFixture[str], save: Save, text: Path, tmp_path: Path
+) -> None:
+    first, second, out = str(save("mixtral")), str(save("olmoe")), tmp_path / "out"
+    words = ["inspect", first, "--text", str(text), "--tokens", "60", "--length", "10", "--output", str(out)]
+    assert main([*words, "--against", second]) == 0
+    printed = capsys.readouterr().out
+    assert f"Pages: {out / 'inspect.html'}, {out / 'against.html'}, {out / 'tokens.html'}" in printed
+    assert printed.count("Peak memory") == 2
+    told = json.loads((out / "inspect.json").read_text())
+    assert (told["model"], told["against"]["model"]) == (first, second)
+    for name in ("inspect.html", "against.html"):
+        assert '<a href="tokens.html">' in (out / name).read_text()
+    viewer = (out / "tokens.html").read_text()
+    assert all(model in viewer for model in (first, second))
+
+
+def test_no_viewer_is_written_where_none_is_wanted(save: Save, text: Path, tmp_path: Path) -> None:
+    words = ["inspect", str(save("mixtral")), "--text", str(text), "--tokens", "60", "--length", "10"]
+    assert main([*words, "--output", str(tmp_path), "--viewer-tokens", "0"]) == 0
+    assert "tokens.html" not in (tmp_path / "inspect.html").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inspect.html", "inspect.json"]

@@ -83,3 +83,45 @@ def test_a_missing_file_and_a_folder_are_refused(
         read_windows(tmp_path / "nothing.txt", tokenizer, length=4, tokens=100)
     with pytest.raises(InspectError, match="is a folder"):
         read_windows(tmp_path, tokenizer, length=4, tokens=100)
+
+
+def test_words_are_the_text_of_the_first_tokens_through_all_pieces(
+    tokenizer: transformers.PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sinkroute.lab.inspect.text._PIECE", 3)
+    path = written(tmp_path, b"ab\ncdefghij\nkl")
+    assert read_windows(path, tokenizer, length=7, tokens=100).words == ()
+    assert "".join(read_windows(path, tokenizer, length=7, tokens=100, words=9).words) == "ab\ncdefgh"
+    assert "".join(read_windows(path, tokenizer, length=4, tokens=100, words=100).words) == "ab\ncdefghij\n"
+
+
+def test_words_join_to_the_text_where_tokens_are_parts_of_characters_or_leave_blanks_out(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    content = "Größe  </script>\n日本 &amp;\t!"
+    alphabet = {letter: place for place, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bytes_ = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    by_byte = transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_)
+    path = written(tmp_path, content.encode())
+    words = read_windows(path, by_byte, length=len(content.encode()), tokens=100, words=100).words
+    assert len(words) == len(content.encode())
+    assert "".join(words) == content
+    assert [word for word in words if "ö" in word or word == ""][:2] == ["ö", ""]
+
+    parts = {
+        part: place for place, part in enumerate(["[UNK]", "Größe", "</", "script", ">", "日本", "&", "amp", ";", "!"])
+    }
+    blanks = Tokenizer(models.WordLevel(parts, unk_token="[UNK]"))
+    blanks.pre_tokenizer = pre_tokenizers.Whitespace()
+    by_word = transformers.PreTrainedTokenizerFast(tokenizer_object=blanks, unk_token="[UNK]")
+    words = read_windows(path, by_word, length=2, tokens=100, words=100).words
+    assert content.startswith("".join(words))
+    assert "\n日本" in words
+
+
+def test_words_of_a_tokenizer_without_offsets_are_its_tokens(
+    tokenizer: transformers.PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda _: False))
+    assert read_windows(written(tmp_path, b"abcdef"), tokenizer, length=2, tokens=100, words=5).words == tuple("abcde")

@@ -3,17 +3,21 @@
 `text` cuts a file into windows of tokens, `loading` brings a checkpoint into memory, `by_layer` brings it there one
 layer at a time and `lockstep` takes all windows through it, `tally` counts what the routers decide and what balanced
 routing would, `audit` runs it, `result` is what came out, `table` and `page` show it.
+`choices` keeps what the first tokens chose, and `viewer` shows them, packed by `viewer_pack`, in `viewer_colours`.
 """
 
 from sinkroute.lab.inspect.audit import inspect_checkpoint
+from sinkroute.lab.inspect.choices import Choices
 from sinkroute.lab.inspect.page import write_page
 from sinkroute.lab.inspect.result import Alternative, Audit, Layer
 from sinkroute.lab.inspect.table import audit_table, facts, summary
 from sinkroute.lab.inspect.text import InspectError
+from sinkroute.lab.inspect.viewer import write_viewer
 
 __all__ = [
     "Alternative",
     "Audit",
+    "Choices",
     "InspectError",
     "Layer",
     "audit_table",
@@ -21,4 +25,5 @@ __all__ = [
     "inspect_checkpoint",
     "summary",
     "write_page",
+    "write_viewer",
 ]

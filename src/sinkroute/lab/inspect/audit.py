@@ -37,6 +37,7 @@ def inspect_checkpoint(
     length: int | None = None,
     batch: int = 8,
     by_layer: bool = False,
+    viewer_tokens: int = 0,
     on_status: Callable[[str], None] = lambda words: None,
     on_progress: Progress = lambda done, total: None,
 ) -> Audit:
@@ -49,6 +50,8 @@ def inspect_checkpoint(
         length: of a window; None: 512, or as many positions as the model has where they are fewer.
         batch: windows in a batch, over which alternatives are balanced.
         by_layer: whether to have one layer in memory at a time, and the hidden states of all windows.
+        viewer_tokens: the choices of the first so many tokens are kept for `write_viewer`: 16 bytes for each token, layer and
+            expert of the token.
         on_status: is told what is being done.
         on_progress: is told how much of it is done: batches, or with `by_layer` layers times batches.
 
@@ -60,6 +63,7 @@ def inspect_checkpoint(
     if length is not None:
         require_count("length", length, 2)
     require_count("batch", batch, 1)
+    require_count("viewer_tokens", viewer_tokens, 0)
     started = time.perf_counter()
     reset_peak_memory()
     config = load_config(model)
@@ -69,7 +73,7 @@ def inspect_checkpoint(
     elif most is not None and length > most:
         raise InspectError(f"length={length} is more than the {most} positions that {model!r} has; lower --length")
     on_status("reading the text")
-    windows = read_windows(Path(text), load_tokenizer(model, config), length, tokens)
+    windows = read_windows(Path(text), load_tokenizer(model, config), length, tokens, viewer_tokens)
     batches = windows.batches(batch)
     on_status("loading the model")
     if by_layer:
@@ -81,7 +85,10 @@ def inspect_checkpoint(
         folder, network = model, load_model(model, config)
         run = partial(_run_whole, network)
     on_status("routing")
-    with Tallies(network, model, length, windows.begun) as tallies, explained(f"{model!r} cannot be run"):
+    with (
+        Tallies(network, model, length, windows.begun, len(windows.words)) as tallies,
+        explained(f"{model!r} cannot be run"),
+    ):
         run([site.path for site in tallies.sites], batches, on_progress)
     dtype = next(network.parameters()).dtype
     files = checkpoint_files(folder)
@@ -105,6 +112,7 @@ def inspect_checkpoint(
         time.perf_counter() - started,
         peak_memory_mb(),
         None if files is None else sum(file.stat().st_size for file in files) / 2**20,
+        windows.words,
     )
 
 

@@ -19,8 +19,13 @@ from sinkroute.lab.report.palette import OVER, UNDER
 __all__ = ["write_page"]
 
 
-def write_page(audit: Audit, path: Path) -> None:
+def write_page(audit: Audit, path: Path, *, viewer: str | None = None) -> None:
     """Write the page; its folder is there.
+
+    Args:
+        audit: what it shows.
+        path: of the HTML file.
+        viewer: the name of the token viewer beside it (`write_viewer`), which it links.
 
     Raises:
         ModuleNotFoundError: jinja2 is missing; `pip install "sinkroute[lab]"` brings it.
@@ -53,5 +58,6 @@ def write_page(audit: Audit, path: Path) -> None:
         near_dead=percent(NEAR_DEAD),
         under=UNDER,
         over=OVER,
+        viewer=viewer,
     )
     write_text(page, path)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkroute.lab.inspect.choices import Choices
 from sinkroute.routing.metrics import coefficient_of_variation, load_entropy, max_violation
 
 __all__ = ["NEAR_DEAD", "Alternative", "Audit", "Layer", "Setting"]
@@ -65,6 +66,7 @@ class Layer:
         gate_entropy: of a token's scores, over ln E, mean; 1 is undecided, 0 is sure.
         max_vio_batch: MaxVio of single batches, mean.
         alternatives: by name; empty where the rule is not understood.
+        choices: of the tokens that the viewer shows; None where there are no such tokens.
     """
 
     path: str
@@ -77,6 +79,7 @@ class Layer:
     gate_entropy: float | None = None
     max_vio_batch: float | None = None
     alternatives: dict[str, Alternative] = field(default_factory=dict)
+    choices: Choices | None = None
 
     @property
     def max_vio(self) -> float | None:
@@ -155,13 +158,19 @@ class Setting:
 
 @dataclass(frozen=True)
 class Audit:
-    """An inspection. `checkpoint_mb` is None where its files are not in a folder that can be looked into."""
+    """An inspection.
+
+    Attributes:
+        checkpoint_mb: None where its files are not in a folder that can be looked into.
+        words: the text of the tokens that the viewer shows; () without a viewer.
+    """
 
     setting: Setting
     layers: list[Layer]
     seconds: float
     peak_memory_mb: float
     checkpoint_mb: float | None
+    words: tuple[str, ...] = ()
 
     @property
     def read(self) -> list[Layer]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sinkroute.adapters.hf.contracts import CONTRACTS, Contract, Decision, Site
 from sinkroute.adapters.hf.find import find_routers
 from sinkroute.adapters.hf.scoring import Scoring
+from sinkroute.lab.inspect.choices import Keeper
 from sinkroute.lab.inspect.result import Alternative, Layer
 from sinkroute.lab.inspect.text import InspectError
 from sinkroute.routing import create_router
@@ -41,12 +42,13 @@ class Tallies:
         checkpoint: what errors call it.
         length: of the windows that it will be called with.
         begun: whether the first token of a window is not to be counted.
+        kept: the choices of so many tokens are kept for the viewer.
 
     Raises:
         InspectError: there is no router in it.
     """
 
-    def __init__(self, model: nn.Module, checkpoint: str, length: int, begun: bool) -> None:
+    def __init__(self, model: nn.Module, checkpoint: str, length: int, begun: bool, kept: int = 0) -> None:
         known, refused = find_routers(model)
         if not known and not refused:
             raise InspectError(
@@ -56,7 +58,7 @@ class Tallies:
         order = {path: place for place, (path, _) in enumerate(model.named_modules())}
         found: dict[Site, Scoring | str] = {**known, **refused}
         self.sites = sorted(found, key=lambda site: order[site.path])
-        self._tallies = [_Tally(site, found[site], checkpoint, length, begun) for site in self.sites]
+        self._tallies = [_Tally(site, found[site], checkpoint, length, begun, kept) for site in self.sites]
 
     def __enter__(self) -> Tallies:
         self._hooks = [tally.site.host.register_forward_hook(tally) for tally in self._tallies]
@@ -74,7 +76,7 @@ class Tallies:
 class _Tally:
     """The forward hook on one router."""
 
-    def __init__(self, site: Site, found: Scoring | str, checkpoint: str, length: int, begun: bool) -> None:
+    def __init__(self, site: Site, found: Scoring | str, checkpoint: str, length: int, begun: bool, kept: int) -> None:
         self.site, self.checkpoint, self.length, self.begun = site, checkpoint, length, begun
         self.scoring = found if isinstance(found, Scoring) else None
         self.reason = found if isinstance(found, str) else None
@@ -85,6 +87,7 @@ class _Tally:
         self.load_E = torch.zeros(0)
         self.others: dict[str, _Other] = {}
         self.routers: dict[str, Router] = {}
+        self.keeper = Keeper(kept)
 
     def __call__(self, host: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
         self.calls += 1
@@ -117,7 +120,9 @@ class _Tally:
         self.max_vio += max_violation(load_E).item()
         self.tokens += len(decision.experts_TK)
         if self.scoring is not None:
-            self.compare(self.scoring, logits_TE.float(), decision.experts_TK)
+            self.compare(self.scoring, logits_TE.float(), decision)
+        else:
+            self.keeper.add(decision.experts_TK, decision.weights_TK)
 
     def begin(self, decision: Decision) -> None:
         self.decided, self.top_k = True, decision.experts_TK.shape[-1]
@@ -128,8 +133,9 @@ class _Tally:
                 self.routers[name] = create_router(name, **sizes, **self.scoring.theirs(), probability=1.0, noise=0.0)
             self.others = {name: _Other(len(self.load_E)) for name in (*_SSR, "balanced")}
 
-    def compare(self, scoring: Scoring, logits_TE: Tensor, experts_TK: Tensor) -> None:
+    def compare(self, scoring: Scoring, logits_TE: Tensor, decision: Decision) -> None:
         """Add up what the alternatives would change."""
+        experts_TK = decision.experts_TK
         self.entropy += router_entropy(logits_TE, scoring.score).double().sum().item()
         scores_TE = scores(logits_TE, scoring.score)
         self.score += scores_TE.gather(-1, experts_TK).double().sum().item()
@@ -139,6 +145,7 @@ class _Tally:
             choices[name] = router(logits_TE).experts
         for name, others_TK in choices.items():
             self.others[name].add(scores_TE, experts_TK, others_TK)
+        self.keeper.add(experts_TK, decision.weights_TK, scores_TE, choices["balanced"])
 
     def layer(self) -> Layer:
         reason, router = self.reason, type(self.site.host).__name__
@@ -163,6 +170,7 @@ class _Tally:
                 name: other.result(self.tokens, self.top_k, self.score, self.calls)
                 for name, other in self.others.items()
             },
+            choices=self.keeper.choices(),
         )
 
     def _counted(self, values_TX: Tensor) -> Tensor:

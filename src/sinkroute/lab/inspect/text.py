@@ -33,10 +33,12 @@ class Windows(NamedTuple):
     """Attributes:
     ids_NL: (N, L) int64.
     begun: whether the first of each window is the tokenizer's BOS, which is not counted.
+    words: the parts of the text that the first counted tokens stand for; joined, they are the text.
     """
 
     ids_NL: Tensor
     begun: bool
+    words: tuple[str, ...] = ()
 
     @property
     def counted(self) -> int:
@@ -49,8 +51,8 @@ class Windows(NamedTuple):
         return list(self.ids_NL.split(size))
 
 
-def read_windows(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, tokens: int) -> Windows:
-    """The head of a text: windows of `length` that hold at most `tokens` of its tokens.
+def read_windows(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, tokens: int, words: int = 0) -> Windows:
+    """The head of a text: windows of `length` that hold at most `tokens` of its tokens, `words` of them spelled.
 
     Raises:
         InspectError: the file is missing, no UTF-8, empty, or shorter than a window.
@@ -63,8 +65,19 @@ def read_windows(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, to
             "raise --tokens or lower --length"
         )
     ids: list[int] = []
+    spelled: list[str] = []
+    rest = ""  # what stands behind the last token of a piece belongs to the next token
     for piece in _pieces(path):
-        ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        spell = len(spelled) < words
+        offsets = {"return_offsets_mapping": True} if spell and tokenizer.is_fast else {}
+        told = tokenizer(piece, add_special_tokens=False, verbose=False, **offsets)
+        ids += told["input_ids"]
+        if offsets:
+            found, after = _spelled(piece, told["offset_mapping"])
+            spelled += [rest + found[0], *found[1:]] if found else []
+            rest = after if found else rest + after
+        elif spell:
+            spelled += [str(tokenizer.decode([one])) for one in told["input_ids"][: words - len(spelled)]]
         if len(ids) >= tokens:
             break
     if not ids:
@@ -79,13 +92,27 @@ def read_windows(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, to
     ids_NL = torch.tensor(ids[: windows * own]).view(windows, own)
     if begin is not None:
         ids_NL = torch.cat([torch.full((windows, 1), begin), ids_NL], dim=1)
-    return Windows(ids_NL, begin is not None)
+    return Windows(ids_NL, begin is not None, tuple(spelled[: min(words, windows * own)]))
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id that the tokenizer itself puts before a text. (That it knows a BOS does not say that it uses it.)"""
     first: list[int] = tokenizer("a")["input_ids"][:1]
     return first[0] if first and first[0] == tokenizer.bos_token_id else None
+
+
+def _spelled(piece: str, offsets: list[tuple[int, int]]) -> tuple[list[str], str]:
+    """The text of each token, and what is left. What no token covers, such as a space, goes to the next; of tokens that
+    share a character, the first has it.
+
+    >>> _spelled("a  bé ", [(0, 1), (3, 4), (4, 5), (4, 5)])
+    (['a', '  b', 'é', ''], ' ')
+    """
+    out, done = [], 0
+    for _, end in offsets:
+        out.append(piece[done : max(done, end)])
+        done = max(done, end)
+    return out, piece[done:]
 
 
 def _pieces(path: Path) -> Iterator[str]:
