@@ -13,9 +13,9 @@ from sinkroute.kernels import native
 _CODE = """
 import math, torch
 from sinkroute.kernels import native
-from sinkroute.transport import balanced
+from sinkroute.transport import balanced, search
 assert native.load() is not None, native.status()
-balanced.PASSES = 1
+search.PASSES = 1
 """
 
 

@@ -18,7 +18,7 @@ from scipy.sparse import coo_array
 
 from sinkroute._errors import NonFiniteLogits
 from sinkroute.kernels import native
-from sinkroute.transport import balanced
+from sinkroute.transport import search
 from sinkroute.transport.balanced import balanced_topk
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
@@ -160,7 +160,7 @@ def test_large_problems_end_balanced_near_the_dual_bound(cost, scale, k):
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("cost", ["linear", "softmax"])
 def test_from_a_bad_start_the_repair_finds_the_best_choice(backend, cost, k, monkeypatch):
-    monkeypatch.setattr(balanced, "PASSES", 1)
+    monkeypatch.setattr(search, "PASSES", 1)
     generator = torch.Generator().manual_seed(8)
     tokens = 800 if backend == "kernels" else 160
     logits_TE = 4 * torch.randn(tokens, 16, generator=generator) + 4 * torch.randn(16, generator=generator)

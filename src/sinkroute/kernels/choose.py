@@ -16,7 +16,7 @@ from sinkroute.kernels.rows import Rows
 from sinkroute.kernels.storage import address
 from sinkroute.kernels.topk import largest
 
-__all__ = ["Choice", "choose"]
+__all__ = ["NEAREST", "Choice", "choose", "choose_with_edges"]
 
 NEAREST = 16  # distances that are kept for every expert, also in choice.c
 
@@ -60,6 +60,18 @@ def choose(rows: Rows, k: int, bias_E: Tensor, target_E: Tensor, limit_E: Tensor
         >>> choice.experts_TK.flatten().tolist(), choice.loads_E.tolist(), choice.step_E.tolist()
         ([0, 0, 1], [2, 1], [-1.0, 1.0])
     """
+    return choose_with_edges(rows, k, bias_E, target_E, limit_E)[0]
+
+
+def choose_with_edges(
+    rows: Rows, k: int, bias_E: Tensor, target_E: Tensor, limit_E: Tensor | None = None
+) -> tuple[Choice, Tensor]:
+    """`choose`, and what it knows of both sides of every expert's edge.
+
+    Returns:
+        The choice, and (2, NEAREST, E) of the working dtype, ascending: how far the nearest tokens are from leaving an
+        expert, and from coming to it. Where there are fewer, inf or what `limit_E` says.
+    """
     if (c := c_for(rows.logits_TE)) is not None:
         return _choose_in_c(c, rows, k, bias_E, target_E, limit_E)
     device, dtype, (tokens, experts) = rows.logits_TE.device, rows.dtype, rows.logits_TE.shape
@@ -91,12 +103,12 @@ def choose(rows: Rows, k: int, bias_E: Tensor, target_E: Tensor, limit_E: Tensor
     between_E = 0.5 * (nearest_NE.gather(0, at_1E - 1) + nearest_NE.gather(0, at_1E))[0]
     step_E = torch.where(wanted_E < NEAREST, between_E, nearest_NE[-1] * (wanted_E / NEAREST))
     step_E = torch.where((wanted_E > 0) & step_E.isfinite(), -step_E * surplus_E.sign(), 0)
-    return Choice(bias_E, experts_TK, loads_E, step_E, nearest_NE[-1].to(dtype))
+    return Choice(bias_E, experts_TK, loads_E, step_E, nearest_NE[-1].to(dtype)), sides_2NE
 
 
 def _choose_in_c(
     c: ctypes.CDLL, rows: Rows, k: int, bias_E: Tensor, target_E: Tensor, limit_E: Tensor | None
-) -> Choice:
+) -> tuple[Choice, Tensor]:
     tokens, experts = rows.logits_TE.shape
     # Names for what an address is taken of, so that it lives as long as the call.
     narrow_E, wide_E = bias_E.to(rows.dtype), target_E.double().contiguous()
@@ -117,4 +129,6 @@ def _choose_in_c(
         workspace.ctypes.data,
         threads,
     )
-    return Choice(bias_E, experts_TK, loads_E, step_E, near_E)
+    # The kernel merges what its threads found into the first of their places.
+    sides_2EN = torch.from_numpy(workspace[: 2 * experts * NEAREST]).view(2, experts, NEAREST)
+    return Choice(bias_E, experts_TK, loads_E, step_E, near_E), sides_2EN.transpose(1, 2)

@@ -26,7 +26,8 @@ One file a part:
     `checks`     every check of an argument                   `sinkhorn`, `naive`    solvers to compare it with
     `plan`       what comes back                              `implicit`             the gradient
     `solve`      the entrance and the registry of solvers     `ranks`                tokens spread over processes
-    `balanced`   whole tokens instead of mass
+    `balanced`   whole tokens instead of mass                 `over_ranks`, `quotas` the same over processes
+    `search`     its bias, by counting                        `loads`                its loads, by moving tokens
 
 What goes over all logits is an operation of `sinkroute.kernels`.
 """

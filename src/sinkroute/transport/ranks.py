@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,10 @@ from sinkroute.kernels.rows import wide_dtype
 from sinkroute.kernels.storage import holds_values
 from sinkroute.transport.problem import Problem, Reduction
 
-__all__ = ["over_all_ranks", "sum_over_ranks", "withdrawn"]
+__all__ = ["Gathering", "added", "gather_over_ranks", "over_all_ranks", "sum_over_ranks", "withdrawn"]
+
+Gathering = Callable[[Tensor], Tensor]
+"""A tensor of every rank, (ranks, *shape), in the order of the ranks."""
 
 
 def over_all_ranks(problem: Problem, reduce: Reduction | None) -> Problem:
@@ -52,15 +56,28 @@ def withdrawn(logits_TE: object, reduce: Reduction) -> Problem | None:
 def sum_over_ranks(group: dist.ProcessGroup) -> Reduction:
     """The sum over a process group, in the order of the ranks: the same bits whatever the network does."""
 
-    def reduce(x: Tensor) -> Tensor:
+    gather = gather_over_ranks(group)
+
+    return lambda x: added(gather(x))
+
+
+def added(parts_R: Tensor) -> Tensor:
+    """The sum over the first dimension, in its order."""
+    total = parts_R[0]
+    for part in parts_R[1:]:
+        total = total + part
+    return total
+
+
+def gather_over_ranks(group: dist.ProcessGroup) -> Gathering:
+    """What every rank of a process group gives."""
+
+    def gather(x: Tensor) -> Tensor:
         gathered = x.new_empty((dist.get_world_size(group), *x.shape))
         dist.all_gather(list(gathered.unbind()), x.contiguous(), group=group)
-        total = gathered[0]
-        for part in gathered[1:]:
-            total = total + part
-        return total
+        return gathered
 
-    return reduce
+    return gather
 
 
 def _total_mass(problem: Problem, reduce: Reduction | None) -> Tensor | float:
