@@ -8,7 +8,7 @@ TORCH_LATEST ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-oldest test-latest lock lint slow fuzz bench bench-routing bench-transport test-peers test-megatron test-trainers clean
+.PHONY: help demo test test-oldest test-latest lock lint slow fuzz bench bench-routing bench-transport test-peers test-megatron test-trainers test-ranks clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test    lint and the whole test suite        make slow    the long tests"
 	@echo "make test-oldest, make test-latest   the suite with the lowest and with the newest versions that are allowed"
 	@echo "make lock    the newest versions into requirements/, from which demo and test install"
+	@echo "make test-ranks   processes of a run that are killed, split disks, engines on 4 processes"
 	@echo "make fuzz    the property tests on random examples, MINUTES=30 of them; SEED= repeats one round"
 	@echo "make bench-routing   time and memory of every router alone, and of other packages' routers"
 	@echo "make bench   time per step of SSR against vanilla        make bench-transport   the solver against public ones"
@@ -84,6 +85,10 @@ lock: .venv-lock/bin/uv
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -q -m slow
+
+# Several processes of this machine each: not in parallel.
+test-ranks: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m ranks $(ARGS)
 
 # `make test` gives the property tests the same examples every time; this gives them others.
 fuzz: $(VENV)/.installed

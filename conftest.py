@@ -54,14 +54,15 @@ def _fresh_accelerate_state() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without an explicit `-m`, slow tests are left out. With `--fuzz SEED`, all but Hypothesis' are."""
+    """Without an explicit `-m`, `slow` and `ranks` are left out. With `--fuzz SEED`, all but Hypothesis' are."""
     if config.option.fuzz is not None:
         items[:] = [item for item in items if hypothesis.is_hypothesis_test(getattr(item, "obj", None))]
         for function in {item.obj.__func__ if hasattr(item.obj, "__func__") else item.obj for item in items}:
             hypothesis.seed(config.option.fuzz)(function)  # before `derandomize`, if a test asks for that
     if config.option.markexpr:
         return
-    skip = pytest.mark.skip(reason="slow: run with -m slow")
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(skip)
+    for name in ("slow", "ranks"):
+        skip = pytest.mark.skip(reason=f"{name}: run with -m {name}")
+        for item in items:
+            if item.get_closest_marker(name):
+                item.add_marker(skip)

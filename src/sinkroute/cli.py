@@ -33,6 +33,10 @@ __all__ = ["main"]
 # changes. It must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+# Of several processes, each is told in words when another one is gone. torch would say it too, in frames of C++.
+if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 # Their runs keep checkpoints; the others start over. (bench, which keeps what it has measured, says so itself.)
 CONTINUED = ("demo", "train", "compare")
 
@@ -121,6 +125,7 @@ def _train(arguments: list[str], console: Console) -> int:
     from sinkroute.lab.config import Config, find_preset, read_yaml
     from sinkroute.lab.display import Display
     from sinkroute.lab.interrupt import Interrupted, stop_on_signal
+    from sinkroute.lab.peers import join
     from sinkroute.lab.report import read_runs, result_table
     from sinkroute.lab.run import execute
     from sinkroute.lab.tasks import load_data
@@ -152,10 +157,12 @@ def _train(arguments: list[str], console: Console) -> int:
         command.label = "" if command.label == preset.label else command.label
     config = Config(**{name: value for name, value in vars(command).items() if name not in ("out", "fresh")})
     folder = Path(command.out or Path("runs") / path.stem)
-    data = load_data(config)
     with Display(console) as display, stop_on_signal() as stop:
-        display.begin(config.label or config.router.name, config.train.steps)
         try:
+            peers = join(config.train.timeout_minutes, stop)
+            with peers.guard():
+                data = peers.each("reading the data", lambda: load_data(config))
+            display.begin(config.label or config.router.name, config.train.steps)
             execute(
                 config,
                 data,

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def save_checkpoint(
     carried: Mapping[str, Tensor] | None = None,
     average: nn.Module | None = None,
 ) -> Path:
-    """Write `folder/step-…` and remove all but the newest `keep` checkpoints.
+    """Write `folder/step-…` and remove all but the newest `keep` checkpoints. Of several processes see `gather`.
 
     Args:
         folder: of all checkpoints of a run.
@@ -75,10 +76,54 @@ def save_checkpoint(
     Raises:
         CheckpointError: it could not be written (a full disk, say). Earlier checkpoints are untouched.
     """
-    target = folder / f"step-{step:06d}"
-    draft = folder / f".{target.name}.draft"
+    return gather(model, optimizer, carried=carried, average=average).write(folder, step, state, keep)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds, on the CPU of the main process.
+
+    Attributes:
+        contents: name of a file → its tensors by name; an empty one is not written, but for model and optimizer.
+        param_groups: of the optimiser.
+    """
+
+    contents: dict[str, Mapping[str, Any]]
+    param_groups: list[dict[str, Any]]
+
+    def write(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+        """As `save_checkpoint`; on the main process only."""
+        target = folder / f"step-{step:06d}"
+        draft = folder / f".{target.name}.draft"
+        try:
+            shutil.rmtree(draft, ignore_errors=True)  # left by a process that was killed
+            draft.mkdir(parents=True)
+            digests = {}
+            for name, content in self.contents.items():
+                if content or name in ("model", "optimizer"):
+                    file = draft / f"{name}.safetensors"
+                    save_file(_whole(content), file)
+                    digests[file.name] = _digest(file)
+            write_about(draft, step, digests, self.param_groups, state)
+            complete(draft, target)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise cannot_write(target, error) from error
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+
+def gather(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    carried: Mapping[str, Tensor] | None = None,
+    average: nn.Module | None = None,
+) -> Snapshot:
+    """What to save, whole: of parts that lie on several processes (FSDP2) a collective call, all of them or none."""
     optimizer_state: Any = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
-    moments = optimizer_state["state"]
+    moments = optimizer_state.get("state", {})  # on all but the main process there is nothing
     tensors = {f"{name}/{key}": tensor for name in moments for key, tensor in moments[name].items()}
     contents: dict[str, Mapping[str, Any]] = {
         "model": get_model_state_dict(model, options=_OPTIONS),
@@ -86,40 +131,42 @@ def save_checkpoint(
         "average": {} if average is None else get_model_state_dict(average, options=_OPTIONS),
         "carried": carried or {},
     }
-    try:
-        shutil.rmtree(draft, ignore_errors=True)  # left by a process that was killed
-        draft.mkdir(parents=True)
-        digests = {}
-        for name, content in contents.items():
-            if content or name in ("model", "optimizer"):
-                file = draft / f"{name}.safetensors"
-                save_file(_whole(content), file)
-                digests[file.name] = _digest(file)
-        about = {"step": step, "sha256": digests, "param_groups": optimizer_state["param_groups"], "state": state}
-        about["own_sha256"] = _own_digest(about)
-        (draft / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-        for path in draft.iterdir():
-            _flush(path)
-        shutil.rmtree(target, ignore_errors=True)
-        draft.rename(target)
-        _flush(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        older = latest_checkpoint(folder)
-        full = "No space left" in str(error)  # safetensors leaves no more of the cause than its text
-        raise CheckpointError(
-            f"cannot write the checkpoint {target}: {error}. "
-            + (
-                f"The disk is full ({shutil.disk_usage(folder.parent).free >> 20} MiB free): free some space. "
-                if full
-                else ""
-            )
-            + (f"Nothing is lost up to {older.name}" if older else "There is no earlier checkpoint")
-            + "; the same command resumes from there."
-        ) from error
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
+    return Snapshot(contents, optimizer_state.get("param_groups", []))
+
+
+def write_about(
+    draft: Path, step: int, digests: dict[str, str], param_groups: list[dict[str, Any]], state: dict[str, Any]
+) -> None:
+    """Write `state.json`: what is no tensor, and the SHA-256 of what is."""
+    about = {"step": step, "sha256": digests, "param_groups": param_groups, "state": state}
+    about["own_sha256"] = _own_digest(about)
+    (draft / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def complete(draft: Path, target: Path) -> None:
+    """Make a draft that is on the disk the checkpoint."""
+    for path in draft.iterdir():
+        _flush(path)
+    shutil.rmtree(target, ignore_errors=True)
+    draft.rename(target)
+    _flush(target.parent)
+
+
+def cannot_write(target: Path, error: Exception) -> CheckpointError:
+    """What to say when a checkpoint could not be written."""
+    folder = target.parent
+    older = latest_checkpoint(folder)
+    full = "No space left" in str(error)  # safetensors leaves no more of the cause than its text
+    return CheckpointError(
+        f"cannot write the checkpoint {target}: {error}. "
+        + (
+            f"The disk is full ({shutil.disk_usage(folder.parent).free >> 20} MiB free): free some space. "
+            if full
+            else ""
+        )
+        + (f"Nothing is lost up to {older.name}" if older else "There is no earlier checkpoint")
+        + "; the same command resumes from there."
+    )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -139,16 +186,20 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     Raises:
         CheckpointError: damaged, incomplete, or of another model.
     """
-    content = _read_state(path)
-    tensors = _read_tensors(path, "optimizer.safetensors", content)
+    content = read_state(path)
+    tensors = read_tensors(path, "optimizer", content)
     load_model(path, model)
+    set_optimizer_state_dict(model, optimizer, by_parameter(tensors, content["param_groups"]), options=_OPTIONS)
+    return content["state"]
+
+
+def by_parameter(tensors: Mapping[str, Tensor], param_groups: list[dict[str, Any]]) -> Any:
+    """The state of an optimiser as torch nests it, from the names of the file."""
     state: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition("/")
         state.setdefault(parameter, {})[key] = tensor
-    merged: Any = {"state": state, "param_groups": content["param_groups"]}
-    set_optimizer_state_dict(model, optimizer, merged, options=_OPTIONS)
-    return content["state"]
+    return {"state": state, "param_groups": param_groups}
 
 
 def load_carried(path: Path) -> dict[str, Tensor]:
@@ -157,8 +208,8 @@ def load_carried(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: damaged or incomplete.
     """
-    content = _read_state(path)
-    return _read_tensors(path, "carried.safetensors", content) if "carried.safetensors" in content["sha256"] else {}
+    content = read_state(path)
+    return read_tensors(path, "carried", content) if "carried.safetensors" in content["sha256"] else {}
 
 
 def load_model(path: Path, model: nn.Module, *, averaged: bool = False) -> None:
@@ -167,17 +218,31 @@ def load_model(path: Path, model: nn.Module, *, averaged: bool = False) -> None:
     Raises:
         CheckpointError: damaged, incomplete, or of another model.
     """
-    name = "average.safetensors" if averaged else "model.safetensors"
-    tensors: dict[str, Any] = {**_read_tensors(path, name, _read_state(path))}
-    try:
-        set_model_state_dict(model, tensors, options=_OPTIONS)
-    except RuntimeError as error:
+    tensors: dict[str, Any] = {**read_tensors(path, "average" if averaged else "model", read_state(path))}
+    require_fit(path, model, tensors)
+    set_model_state_dict(model, tensors, options=_OPTIONS)
+
+
+def require_fit(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Check, without loading them, that these are the tensors of the model.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != found:
+        names = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+        first = f"{names[0]} has shape {found.get(names[0])}, the model's {wanted.get(names[0])}"
         raise CheckpointError(
-            f"{path} does not fit this model: {error}. Use the configuration with which it was trained."
-        ) from None
+            f"{path} does not fit this model: {first}"
+            + (f", and {len(names) - 1} more differ" if len(names) > 1 else "")
+            + ". Use the configuration with which it was trained."
+        )
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
+    """What `state.json` holds."""
     try:
         content = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if content["own_sha256"] != _own_digest(content):
@@ -189,11 +254,12 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / 'state.json'} is damaged ({error!r}). {_cure(path)}") from None
 
 
-def _read_tensors(path: Path, name: str, content: dict[str, Any]) -> dict[str, Tensor]:
-    file = path / name
+def read_tensors(path: Path, name: str, content: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of `name`.safetensors; `content` is what `state.json` holds."""
+    file = path / f"{name}.safetensors"
     if not file.exists():
         raise CheckpointError(f"{file} is missing. {_cure(path)}")
-    found, expected = _digest(file), content["sha256"].get(name)
+    found, expected = _digest(file), content["sha256"].get(file.name)
     if found != expected:
         raise CheckpointError(
             f"{file} is damaged: its {file.stat().st_size} bytes have SHA-256 {found[:12]}…, "

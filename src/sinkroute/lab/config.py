@@ -200,6 +200,9 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints stay on disk."""
+    timeout_minutes: float = 10.0
+    """How long a process waits for the others in a step before it gives them up. What one of them does alone (reading
+    data, evaluating, writing a checkpoint) has no limit."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Also log to these: tensorboard, wandb, trackio."""
 
@@ -259,7 +262,7 @@ class Config:
             value = getattr(getattr(self, section), name)
             if value < least:
                 raise ValueError(f"{section}.{name} must be {least} or more, got {value}")
-        for name in ("lr", "clip"):
+        for name in ("lr", "clip", "timeout_minutes"):
             value = getattr(self.train, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"train.{name} must be a finite number above 0, got {value}")

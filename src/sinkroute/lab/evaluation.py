@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from sinkroute.lab.data import evaluation_windows
 from sinkroute.lab.models import SparseModel
@@ -83,6 +84,9 @@ class serving_mode:
     def __exit__(self, *error: object) -> None:
         self.no_grad.__exit__(*error)
         self.model.train(self.was_training)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a backward pass would have done it: whole weights are no parameters of the optimiser
 
     def begin_pass(self, number: int) -> None:
         for router in self.routers:

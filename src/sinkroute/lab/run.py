@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
+import sinkroute
 from sinkroute._errors import NonFiniteLogits
-from sinkroute.lab.config import Config
+from sinkroute.lab.config import Config, differences, to_mapping
+from sinkroute.lab.engine import holds_a_part
 from sinkroute.lab.evaluation import Evaluation
 from sinkroute.lab.files import write_json
 from sinkroute.lab.interrupt import Interrupted, StopRequest
 from sinkroute.lab.memory import peak_memory_mb, reset_peak_memory
 from sinkroute.lab.models import SparseModel, make_model
+from sinkroute.lab.peers import Peers, join
 from sinkroute.lab.tasks import Task, make_task
 from sinkroute.lab.training import Diverged, Progress, prepare_folder, train
 from sinkroute.routing import set_inference
@@ -47,30 +49,96 @@ def execute(
         ValueError: attacks or ways of serving that there are not; or as `prepare_folder` and `train`, which tell the
             rest.
     """
-    task = make_task(config, data)
-    for name, attack in config.eval.attacks.items():
-        task.check_attack(kind_of(name), attack)
-    _check_inference(config)
-    processes = PartialState(cpu=not torch.accelerator.is_available())
-    if processes.is_main_process:
-        prepare_folder(config, data, folder, fresh)
-    processes.wait_for_everyone()
+    peers = join(config.train.timeout_minutes, stop)
+    with peers.guard():
+        return _execute(config, data, folder, peers, fresh, stop, on_progress, on_status)
+
+
+def _execute(
+    config: Config,
+    data: Any,
+    folder: Path,
+    peers: Peers,
+    fresh: bool,
+    stop: StopRequest | None,
+    on_progress: Callable[[Progress], None] | None,
+    on_status: Callable[[str], None] | None,
+) -> dict[str, Any]:
+    def make() -> Task:
+        task = make_task(config, data)
+        for name, attack in config.eval.attacks.items():
+            task.check_attack(kind_of(name), attack)
+        _check_inference(config)
+        return task
+
+    task = peers.each("preparing the run", make)
+    _require_same(peers, config, data)
     result_file = folder / "result.json"
-    if result_file.exists():
+
+    def finished() -> dict[str, Any] | None:
+        prepare_folder(config, data, folder, fresh)
+        if not result_file.exists():
+            return None
         try:
             return json.loads(result_file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(
                 f"{result_file} is damaged ({error}); delete it and run the same command: training need not be repeated"
             ) from None
+
+    if (result := peers.on_main("looking into the folder", finished)) is not None:
+        return result
     reset_peak_memory()
     model = train(config, data, folder, stop=stop, on_progress=on_progress)
-    if not processes.is_main_process:
+    if holds_a_part(model):
+        evaluated = _evaluate_all(config, task, model, stop, on_status)
+    elif peers.is_main:
+        with peers.alone("evaluating"):
+            evaluated = _evaluate_all(config, task, model, stop, on_status)
+    if not peers.is_main:
         return {}
+    result = {**_training_result(config, folder, task, model), **evaluated}
+    write_json(result, result_file)
+    return result
+
+
+def _require_same(peers: Peers, config: Config, data: Any) -> None:
+    """Check that all processes were started alike: on another one's data or rates they would train in silence."""
+    own = {"version": sinkroute.__version__, "data": [data.name, data.sha256], "config": to_mapping(config)}
+    found = peers.gather("comparing what was asked for", own)
+
+    def compare() -> None:
+        for rank, other in enumerate(found):
+            if lines := differences(other, own):
+                raise ValueError(
+                    f"{peers.where(rank)} was started with something else than rank 0 (of it → of rank 0: "
+                    f"{'; '.join(lines)}); start all processes with the same command, data and version"
+                )
+
+    peers.on_main("comparing what was asked for", compare)
+
+
+def _evaluate_all(
+    config: Config,
+    task: Task,
+    model: SparseModel,
+    stop: StopRequest | None,
+    on_status: Callable[[str], None] | None,
+) -> dict[str, Any]:
+    """What is measured when training is over; of a model in parts, by all processes together."""
+    found = evaluate_split(model, task, "valid", stop=stop, on_status=on_status)
+    others = {}
+    for mode in config.eval.inference:
+        set_inference(model, mode)
+        others[mode] = evaluate_split(model, task, "valid", stop=stop, on_status=on_status)
+    return {**found, "inference": others} if others else found
+
+
+def _training_result(config: Config, folder: Path, task: Task, model: SparseModel) -> dict[str, Any]:
+    """What was trained, and what the log says of it."""
     training = _training_summary(config, folder, config.train.batch * task.items_each)
     probability = getattr(model.moe_layers[0].router, "probability", None)
-    watchers: Any = {"stop": stop, "on_status": on_status}
-    result = {
+    return {
         "task": task.name,
         "metric": task.metric,
         "method": config.router.name,
@@ -82,16 +150,7 @@ def execute(
         "parameters": model.count_parameters()._asdict(),
         "train": {**training, "peak_memory_mb": peak_memory_mb()},
         **({} if config.data.switch_to is None else {"switch": _switch_summary(config, folder)}),
-        **evaluate_split(model, task, "valid", **watchers),
     }
-    others = {}
-    for mode in config.eval.inference:
-        set_inference(model, mode)
-        others[mode] = evaluate_split(model, task, "valid", **watchers)
-    if others:
-        result["inference"] = others
-    write_json(result, result_file)
-    return result
 
 
 def _check_inference(config: Config) -> None:

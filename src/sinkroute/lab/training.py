@@ -11,37 +11,32 @@ import json
 import math
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 
 from sinkroute._errors import NonFiniteLogits, SinkrouteError
-from sinkroute.lab.checkpoint import (
-    latest_checkpoint,
-    list_checkpoints,
-    load_carried,
-    load_checkpoint,
-    load_model,
-    save_checkpoint,
-)
+from sinkroute.lab.average import RunningAverage
+from sinkroute.lab.checkpoint import gather, latest_checkpoint, list_checkpoints
 from sinkroute.lab.config import Config, TrainConfig, differences, read_yaml, write_yaml
+from sinkroute.lab.engine import holds_a_part, make_accelerator, shard_like
 from sinkroute.lab.files import write_json
 from sinkroute.lab.interrupt import Interrupted, StopRequest
 from sinkroute.lab.log import RunLog
 from sinkroute.lab.models import SparseModel, make_model
+from sinkroute.lab.peers import Peers, join, shared
+from sinkroute.lab.resume import restore
+from sinkroute.lab.tally import State, Tally
 from sinkroute.lab.tasks import make_task
 from sinkroute.routing import end_step, set_step
-from sinkroute.routing.metrics import max_violation
 
 __all__ = ["Data", "Diverged", "Progress", "check_data", "learning_rate", "prepare_folder", "train"]
 
@@ -92,7 +87,10 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 _OWN_FILES = ("config.yaml", "corpus.json", "log.jsonl", "result.json", "evaluation-*.json", "checkpoints", "sinkroute")
 
 # What may change between two calls of a run: it decides what is shown and kept, not which numbers come out of training.
-FREE_KEYS = ("label", "eval.", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.trackers")
+FREE_KEYS = (
+    "label", "eval.", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.trackers",
+    "train.timeout_minutes",
+)  # fmt: skip
 
 
 def prepare_folder(config: Config, data: Data, folder: Path, fresh: bool = False) -> None:
@@ -178,53 +176,57 @@ def train(
         Interrupted: as asked; the same call continues.
         Diverged: loss or scores are not finite any more.
         CheckpointError: a checkpoint is damaged or cannot be written.
+        PeerFailed, RankLost: another process of the run failed, or is gone; the same call continues.
         ValueError: a configuration that does not fit the machine or the data.
     """
+    peers = join(config.train.timeout_minutes, stop)
+    with peers.guard():
+        return _train(config, data, folder, peers, stop, on_progress)
+
+
+def _train(
+    config: Config,
+    data: Any,
+    folder: Path,
+    peers: Peers,
+    stop: StopRequest | None,
+    on_progress: Callable[[Progress], None] | None,
+) -> SparseModel:
     settings = config.train
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=settings.precision,
-        # Several micro-batches, one synchronisation: also across the end of the loader, which is the end of training.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=settings.accumulation, sync_with_dataloader=False
-        ),
-        # `batch` counts over all processes: the same run on one GPU or eight.
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-        log_with=list(settings.trackers) or None,
-        project_dir=str(folder),
-    )
-    micro_batch = settings.batch // settings.accumulation
-    if micro_batch % accelerator.num_processes:
-        raise ValueError(
-            f"train.batch / train.accumulation = {micro_batch} sequences cannot be shared by "
-            f"{accelerator.num_processes} processes; make it a multiple"
-        )
+    accelerator = make_accelerator(settings, folder)
     model = make_model(config)
     # Fused: one pass over memory for all parameters, on a CPU too.
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, settings.weight_decay), lr=settings.lr, betas=(0.9, settings.beta2), fused=True
     )
     wrapped, prepared = accelerator.prepare(model, optimizer)
+    in_parts = holds_a_part(model)
     task = make_task(config, data)
     average = None
-    if settings.average is not None:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
-    state = _State()
+    if settings.average is not None and in_parts:
+        average = RunningAverage(settings.average, shard_like(model, make_model(config), accelerator))
+    elif settings.average is not None:
+        average = RunningAverage.of(model, settings.average)
+    averaged = None if average is None else average.module
+    state = State()
     checkpoints = folder / "checkpoints"
-    if (latest := latest_checkpoint(checkpoints)) is not None:
-        state = _State(**load_checkpoint(latest, model, optimizer))
-        task.carry_on(_own_rows(load_carried(latest), accelerator))
+    peers.cure = "Nothing is saved yet: the same command starts anew."
+    if (found := restore(peers, checkpoints, model, optimizer, averaged, accelerator.device)) is not None:
+        state = State(**found[0])
+        task.carry_on(_own_rows(found[1], accelerator))
         if average is not None:
-            load_model(latest, average.module, averaged=True)
-            average.n_averaged.fill_(state.step)
+            average.count = state.step
+        peers.cure = _cure(state.step)
     remaining = Subset(task.items, range(state.step * settings.batch, settings.steps * settings.batch))
     loader = accelerator.prepare(
-        DataLoader(remaining, batch_size=micro_batch, drop_last=True, num_workers=settings.workers)
+        DataLoader(
+            remaining, batch_size=settings.batch // settings.accumulation, drop_last=True, num_workers=settings.workers
+        )
     )
     step_size = settings.batch * task.items_each
     if settings.trackers:
         accelerator.init_trackers("sinkroute")
-    tally = _Tally()
+    tally = Tally()
     log = RunLog(folder / "log.jsonl", last_step=state.step, enabled=accelerator.is_main_process)
     wrapped.train()
     started = time.perf_counter() - state.seconds
@@ -235,18 +237,13 @@ def train(
 
     def save() -> None:
         carried = {name: accelerator.gather(tensor.contiguous()) for name, tensor in task.carried().items()}
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            save_checkpoint(
-                checkpoints,
-                state.step,
-                model,
-                optimizer,
-                asdict(state),
-                settings.keep_checkpoints,
-                carried=carried,
-                average=None if average is None else average.module,
-            )
+        snapshot = gather(model, optimizer, carried=carried, average=averaged)
+
+        def write() -> None:
+            snapshot.write(checkpoints, state.step, asdict(state), settings.keep_checkpoints)
+
+        peers.on_main(f"writing the checkpoint of step {state.step}", write)
+        peers.cure = _cure(state.step)
 
     def write_line() -> None:
         if not tally.steps:
@@ -261,7 +258,7 @@ def train(
         for name in ("loss", "grad_norm"):
             # The gradient too: with it the weights are lost, a step before the loss shows it, and would be saved.
             if not math.isfinite(line[name]):
-                raise Diverged(_diverged(state.step, f"{name} is {line[name]}", checkpoints))
+                raise shared(Diverged(_diverged(state.step, f"{name} is {line[name]}", checkpoints)))
         state.seconds = seconds
         if on_progress is not None:
             mean_vio = sum(line["max_vio"]) / len(line["max_vio"])
@@ -272,6 +269,7 @@ def train(
     own_generator.__enter__()
     try:
         while state.step < settings.steps:
+            peers.at(f"training step {state.step + 1}")
             for group in prepared.param_groups:
                 group["lr"] = learning_rate(state.step, settings)
             for part in range(settings.accumulation):
@@ -279,7 +277,9 @@ def train(
                 batch = next(batches)
                 _key_dropout(config.seed, state.step, part, accelerator.process_index)
                 with accelerator.accumulate(wrapped):
-                    loss = task.loss(wrapped, batch, state.step, part)
+                    # Accelerate puts autocast into the model, but not into one that FSDP2 holds in parts.
+                    with accelerator.autocast() if in_parts else nullcontext():
+                        loss = task.loss(wrapped, batch, state.step, part)
                     auxiliary = model.auxiliary_loss()
                     accelerator.backward(loss if auxiliary is None else loss + auxiliary)
                     tally.add_micro_batch(model, loss, auxiliary, settings.accumulation)
@@ -291,7 +291,7 @@ def train(
                     prepared.zero_grad()
             end_step(model)  # now, not when the next begins: what is evaluated or saved below has learnt from this step
             if average is not None:
-                average.update_parameters(model)
+                average.update(model)
             state.step += 1
             tally.end_step(accelerator)
             asked = _agreed(stop, accelerator)
@@ -299,17 +299,19 @@ def train(
             if due or state.step % settings.log_every == 0:
                 write_line()
             paused = time.perf_counter()
-            if config.eval.every and state.step % config.eval.every == 0 and accelerator.is_main_process:
-                evaluate()
+            if config.eval.every and state.step % config.eval.every == 0:
+                if in_parts:
+                    evaluate()
+                else:
+                    peers.on_main(f"evaluating at step {state.step}", evaluate)
             if due:
                 save()
             # Neither evaluation nor a checkpoint is training time.
             pause = time.perf_counter() - paused
             started, tally.since = started + pause, tally.since + pause
             if asked and state.step < settings.steps:
-                raise Interrupted(
-                    f"stopped at step {state.step} of {settings.steps}; the same command continues from there"
-                )
+                words = f"stopped at step {state.step} of {settings.steps}; the same command continues from there"
+                raise shared(Interrupted(words))
     except NonFiniteLogits as error:
         raise Diverged(_diverged(state.step, str(error), checkpoints)) from error
     finally:
@@ -317,9 +319,13 @@ def train(
         log.close()
         if settings.trackers:
             accelerator.end_training()
-    if average is not None:
-        model.load_state_dict(average.module.state_dict())
+    if averaged is not None:
+        model.load_state_dict(averaged.state_dict())
     return model
+
+
+def _cure(step: int) -> str:
+    return f"The same command continues from step {step}."
 
 
 def _key_dropout(seed: int, step: int, part: int, rank: int) -> None:
@@ -340,100 +346,6 @@ def _agreed(stop: StopRequest | None, accelerator: Accelerator) -> bool:
     if accelerator.num_processes == 1:
         return asked
     return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum").item())
-
-
-@dataclass
-class _State:
-    """What a resumed run must know beside weights and optimiser."""
-
-    step: int = 0
-    seconds: float = 0.0
-
-
-@dataclass
-class _Tally:
-    """Sums since the last line of the log. Tensors stay on their device until a line is written."""
-
-    steps: int = 0
-    loss: Tensor | float = 0.0
-    auxiliary: Tensor | None = None
-    load_LE: Tensor | int = 0
-    dropped: Tensor | None = None
-    max_vio_L: Tensor | float = 0.0
-    step_loss: Tensor | float = 0.0
-    step_load_LE: Tensor | int = 0
-    step_sinkhorn: bool = False
-    loss_of_steps: list[Tensor] = field(default_factory=list)
-    max_vio_of_steps: list[Tensor] = field(default_factory=list)
-    branches: Counter[str] = field(default_factory=Counter)
-    sinkhorn_steps: int = 0
-    plan_passes: int | Tensor = 0
-    grad_norm: Tensor | float = 0.0
-    since: float = field(default_factory=time.perf_counter)
-
-    def add_micro_batch(self, model: SparseModel, loss: Tensor, auxiliary: Tensor | None, accumulation: int) -> None:
-        self.loss = self.loss + loss.detach() / accumulation
-        self.step_loss = self.step_loss + loss.detach() / accumulation
-        if auxiliary is not None:
-            self.auxiliary = (0.0 if self.auxiliary is None else self.auxiliary) + auxiliary.detach() / accumulation
-        routes = [layer.routes for layer in model.moe_layers if layer.routes is not None]
-        self.step_load_LE = self.step_load_LE + torch.stack([route.load for route in routes])
-        if left_out := [layer.dropped for layer in model.moe_layers if layer.dropped is not None]:
-            self.dropped = torch.stack(left_out).sum() + (0 if self.dropped is None else self.dropped)
-        self.branches.update(route.branch for route in routes)
-        self.step_sinkhorn = self.step_sinkhorn or any(route.branch == "sinkhorn" for route in routes)
-        self.plan_passes += sum(route.plan_passes or 0 for route in routes)
-
-    def end_step(self, accelerator: Accelerator) -> None:
-        """The load of a step is that of its whole batch: over micro-batches and processes."""
-        load_LE = accelerator.reduce(self.step_load_LE, "sum")
-        self.load_LE = self.load_LE + load_LE
-        max_vio_L = max_violation(load_LE)
-        self.max_vio_L = self.max_vio_L + max_vio_L
-        self.max_vio_of_steps.append(max_vio_L.mean())
-        self.loss_of_steps.append(torch.as_tensor(self.step_loss))
-        self.sinkhorn_steps += self.step_sinkhorn
-        self.step_loss, self.step_load_LE, self.step_sinkhorn = 0.0, 0, False
-        self.steps += 1
-
-    def line(
-        self,
-        accelerator: Accelerator,
-        state: _State,
-        seconds: float,
-        lr: float,
-        tokens_per_step: int,
-        *,
-        each_step: bool,
-    ) -> dict[str, Any]:
-        """Means over the steps since the last line; `each_step`: and loss and MaxVio of each of them."""
-        assert isinstance(self.load_LE, Tensor) and isinstance(self.max_vio_L, Tensor)
-        loss = accelerator.reduce(self.loss, "mean")
-        auxiliary = None if self.auxiliary is None else accelerator.reduce(self.auxiliary, "mean")
-        line = {
-            "kind": "train",
-            "step": state.step,
-            "loss": loss.item() / self.steps,
-            "aux_loss": None if auxiliary is None else auxiliary.item() / self.steps,
-            "lr": lr,
-            "grad_norm": float(self.grad_norm),
-            "tokens_per_second": self.steps * tokens_per_step / (time.perf_counter() - self.since),
-            "seconds": seconds,
-            "max_vio": (self.max_vio_L / self.steps).tolist(),
-            "load": self.load_LE.tolist(),
-            "branches": dict(self.branches),
-            "sinkhorn_steps": self.sinkhorn_steps,
-            "plan_passes": int(self.plan_passes),
-        }
-        if self.dropped is not None:  # of the choices, which are counted in the load
-            line["dropped"] = (accelerator.reduce(self.dropped, "sum") / self.load_LE.sum()).item()
-        if each_step:
-            losses = accelerator.reduce(torch.stack(self.loss_of_steps), "mean")
-            line["each_step"] = {"loss": losses.tolist(), "max_vio": torch.stack(self.max_vio_of_steps).tolist()}
-        return line
-
-    def clear(self) -> None:
-        self.__init__()  # type: ignore[misc]
 
 
 # Experts' biases, and what places in a picture begin with: matrices in shape alone.

@@ -23,6 +23,9 @@ class ParameterCount(NamedTuple):
 class SparseModel(nn.Module):
     """A model with mixtures of experts in it."""
 
+    _no_split_modules = ("_Block",)
+    """What FSDP shards as one, by Accelerate's name for it."""
+
     @property
     def moe_layers(self) -> list[MoE]:
         """The mixture layers, first to last; of a multi-head mixture the one in its middle."""
