@@ -123,7 +123,7 @@ test-peers: $(PEERS:%=.venv-%/.installed)
 # The import comes first: to pytest, a module that it cannot import is a skipped one.
 test-megatron: .venv-megatron/.installed
 	.venv-megatron/bin/python -W ignore -c "import sinkroute.adapters.megatron"
-	.venv-megatron/bin/python -m pytest -q tests/peers/test_megatron.py tests/peers/test_megatron_adapter.py $(ARGS)
+	.venv-megatron/bin/python -m pytest -q tests/peers/test_megatron*.py $(ARGS)
 
 $(PEERS:%=.venv-%/.torch): .venv-%/.torch: tests/peers/requirements.txt pyproject.toml scripts/make_venv.py
 	$(PYTHON) scripts/make_venv.py .venv-$*

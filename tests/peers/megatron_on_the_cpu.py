@@ -1,11 +1,14 @@
-"""A pytest plugin: the router tests of a checkout of Megatron-LM on the CPU, with our router in place of Megatron's.
+"""Megatron-Core on the CPU: what stands in for CUDA in our tests, and a pytest plugin for Megatron's.
+
+`stand_in()` lets a process run Megatron's models over gloo. As a plugin this file runs the router tests of a checkout
+of Megatron-LM, with our router in place of Megatron's:
 
     MEGATRON_REPO=.../Megatron-LM ROUTER=ssr-l OPTIONS='{"probability": 0.0, "noise": 0.0}' \
         python -m pytest -p megatron_on_the_cpu --noconftest .../tests/unit_tests/transformer/moe/test_routers.py
 
-ROUTER left out: with Megatron's own, to see what passes anyhow. Stand-ins: tensors stay where they are instead of going
-to a GPU; groups of one rank talk by gloo, those of several are fakes that say nothing; the test helpers, whose imports
-want the whole training framework, are small stand-ins here.
+ROUTER left out: with Megatron's own, to see what passes anyhow. Stand-ins there: groups of one rank talk by gloo, those
+of several are fakes that say nothing; the test helpers, whose imports want the whole training framework, are small
+stand-ins here.
 """
 
 import contextlib
@@ -17,8 +20,11 @@ import types
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.transformer.moe import moe_layer, moe_utils
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel import random as parallel_random
+from megatron.core.transformer import torch_norm
+from megatron.core.transformer.moe import moe_layer, moe_utils, token_dispatcher
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -34,12 +40,65 @@ class _OnTheCpu(TorchFunctionMode):
 class _Stream:
     """A CUDA stream, or an event on one, to code that would wait for it."""
 
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, stream):
+        pass
+
+    def record_event(self):
+        return self
+
+    def synchronize(self):
+        pass
+
 
 class _Generators:
     """Megatron's CUDA generators: the CPU's own is used."""
 
+    def is_initialized(self):
+        return False
+
     def fork(self, name=None):
         return contextlib.nullcontext()
+
+
+def _norm(config, hidden_size, eps=1e-5, **options):
+    """Megatron refuses torch's norm under sequence parallelism, for the sake of its gradients: this one is marked."""
+    norm = torch.nn.LayerNorm(hidden_size, eps)
+    for weight in norm.parameters():
+        weight.sequence_parallel = config.sequence_parallel
+    return norm
+
+
+class NearAttention(torch.nn.Module):
+    """Attention of a token to itself: what is left on a CPU with context parallelism, which torch's cannot do."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__()
+
+    def forward(self, query, key, value, *args, **kwargs):
+        copies = query.shape[2] // value.shape[2]
+        return value.repeat_interleave(copies, 2).flatten(2)
+
+
+def stand_in():
+    """From now on this process runs Megatron on the CPU: tensors stay where they are, streams are none."""
+    _OnTheCpu().__enter__()
+    for kind in (torch.Tensor, torch.nn.Module):
+        kind.cuda = lambda self, *args, **kwargs: self
+    torch.cuda.current_device = lambda: "cpu"
+    torch.cuda.Stream = _Stream
+    torch.cuda.current_stream = _Stream
+    torch.cuda.synchronize = lambda *args: None
+    for module in (tensor_parallel, parallel_random, layers, moe_utils):
+        module.get_cuda_rng_tracker = _Generators
+    # Sizes of parts go to the host on a GPU only, and the exchange wants numbers.
+    for module in (moe_utils, token_dispatcher):
+        module.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, **options: (
+            tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+        )
+    torch_norm.WrappedTorchNorm.__new__ = lambda cls, *args, **options: _norm(*args, **options)
 
 
 class Utils:
@@ -96,12 +155,7 @@ def _plug_in(router, options):
 def pytest_configure(config):
     config.addinivalue_line("markers", "internal: Megatron's")
     torch.set_num_threads(1)
-    _OnTheCpu().__enter__()
-    for kind in (torch.Tensor, torch.nn.Module):
-        kind.cuda = lambda self, *args, **kwargs: self
-    torch.cuda.current_device = lambda: "cpu"
-    torch.cuda.Stream = _Stream
-    moe_utils.get_cuda_rng_tracker = _Generators
+    stand_in()
     _stand_in("megatron.training")
     _stand_in("megatron.training.initialize", _set_random_seed=_set_random_seed)
     _stand_in("tests")

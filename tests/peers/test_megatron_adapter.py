@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import sinkroute
+from sinkroute.routing.attached import named_routers
+from sinkroute.routing.ranks import Ranks
 from sinkroute.routing.registry import router_options
 
 megatron_router = pytest.importorskip("megatron.core.transformer.moe.router")
@@ -773,6 +775,7 @@ def test_megatrons_distributed_checkpoints_go_there_and_back(tmp_path, monkeypat
     assert torch.equal(load(build(None, **BIASED), "biased").expert_bias, biased.expert_bias)
     resumed = load(build("loss-free"), "ours")
     assert torch.equal(resumed.router.state.bias_E, ours.router.state.bias_E)
+    assert resumed.router.state.ended == ours.router.state.ended == 0
     assert torch.equal(load(build(None), "ours").weight, ours.weight)
     assert torch.equal(load(build("ssr-l"), "theirs").weight, theirs.weight)
     begun = load(build("loss-free"), "theirs", strict="log_unexpected")
@@ -799,10 +802,11 @@ def test_set_inference_reaches_the_router():
     ("router", "options", "config", "words"),
     [
         ("ssr", {}, {}, "unknown router 'ssr'"),
-        ("ssr-l", {"plan_ranks": "dp"}, {}, "unknown plan_ranks 'dp'"),
+        ("ssr-l", {"plan_ranks": "pp"}, {}, "unknown plan_ranks 'pp'"),
+        ("ssr-l", {"plan_ranks": "ep"}, {}, "needs the group 'ep', .* lacks; it has tp_cp, tp_dp_cp, tp, cp: take"),
         ("ssr-l", {"reg_": 1.0}, {}, "unknown option of router 'ssr-l': 'reg_'; did you mean 'reg'"),
         ("ssr-l", {"score": "sigmoid"}, {}, "score='sigmoid' is read from Megatron's config"),
-        ("ssr-l", {"process_group": "world"}, {}, "process_group='world': plan_ranks"),
+        ("ssr-l", {"process_group": "world"}, {}, "process_group='world': plan_ranks says .* tp_cp"),
         ("ssr-l", {"layer": 3}, {}, "layer=3: Megatron numbers"),
         ("ssr-l", {"noise": "learned"}, {}, "has a parameter"),
         ("xmoe", {}, {}, "'xmoe' brings a gate"),
@@ -918,6 +922,37 @@ def test_a_plan_is_that_of_all_the_tokens_of_its_ranks(ranks, plan_ranks):
     for place in (0, 1):
         seen_TE = torch.cat([rank[plan_ranks][place] for rank in ranks])
         torch.testing.assert_close(seen_TE, torch.cat([part[place] for part in wanted]), rtol=1e-3, atol=1e-5)
+
+
+NAMES = ("tp", "cp", "tp_cp", "dp", "dp_cp", "tp_dp_cp", "ep", "tp_ep")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plan_is_of_any_group_of_a_stage_and_counts_are_of_the_stage(name):
+    alone = dist.new_group([0])
+    own = SimpleNamespace(**{each: alone if each == name else dist.group.WORLD for each in NAMES})
+    made = build("ssr-l", pg_collection=own, options={"plan_ranks": name})
+    ranks = next(iter(named_routers(made).values())).ranks
+    assert ranks.plan == Ranks(alone)
+    assert ranks.load == ranks.noise == Ranks(own.tp_dp_cp)
+
+
+def test_a_patch_takes_the_groups_of_the_part_that_the_router_is_in():
+    alone = dist.new_group([0])
+    model = model_of(build(None), build(None))
+    model.pg_collection = SimpleNamespace(**vars(groups()), dp_cp=dist.group.WORLD)
+    model.layers.pg_collection = SimpleNamespace(**vars(groups()), dp_cp=alone)
+    with pytest.raises(ValueError, match=r"'dp', which .* lacks; it has tp_cp, tp_dp_cp, tp, cp, dp_cp: take"):
+        patch(model, "ssr-l", plan_ranks="dp")
+    routers = patch(model, "ssr-l", plan_ranks="dp_cp").routers
+    assert [router.ranks.plan for router in routers.values()] == [Ranks(alone)] * 2
+
+
+def test_a_patch_takes_the_groups_that_a_router_keeps_where_no_part_has_any():
+    model = model_of(build(None))
+    assert len(patch(model, "ssr-l", plan_ranks="cp")) == 1
+    with pytest.raises(ValueError, match=r"'dp_cp', which .* lacks; it has tp_cp, tp_dp_cp, tp, cp: take"):
+        patch(model_of(build(None)), "ssr-l", plan_ranks="dp_cp")
 
 
 def test_the_two_kinds_of_plan_differ(ranks):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from megatron.core import __version__ as _version
@@ -25,15 +25,14 @@ from torch import Tensor, nn
 from sinkroute._errors import unknown_name
 from sinkroute.adapters._fit import fit_router, is_asked, join_bias, join_gate, on_scores
 from sinkroute.adapters._links import moves_bias
+from sinkroute.adapters._megatron_ranks import PlanRanks, check_plan_ranks, find_ranks, groups_around
 from sinkroute.adapters._patched import Patched, hold, holder, put_in
 from sinkroute.routing import Router, Routes, list_routers
-from sinkroute.routing.ranks import Ranks
+from sinkroute.routing.ranks import RouterRanks
 from sinkroute.routing.registry import RECOMMENDED
 from sinkroute.routing.scores import GroupScore
 
 __all__ = ["TopKRouter", "make_router"]
-
-PlanRanks = Literal["tp_cp", "tp_dp_cp"]
 
 
 def make_router(
@@ -43,16 +42,17 @@ def make_router(
 
     Args:
         router: a name from `sinkroute.list_routers()`; the recommended one unless told.
-        plan_ranks: whose tokens a plan balances together: those of the tensor- and context-parallel ranks, which hold
-            one micro-batch (`"tp_cp"`), or of the data-parallel ranks too (`"tp_dp_cp"`). What is counted over a batch
-            is always counted over all of these.
+        plan_ranks: whose tokens a plan balances together, by Megatron's name of the group: the tensor- and
+            context-parallel ranks, which hold one micro-batch (`"tp_cp"`), the data-parallel ranks too (`"tp_dp_cp"`),
+            those whose tokens come to one set of experts (`"tp_ep"`), or `"tp"`, `"cp"`, `"dp"`, `"dp_cp"`, `"ep"`.
+            What is counted over a batch is counted over all ranks of the pipeline stage in any case.
         options: the router's own (`probability`, `noise`, `seed`, `losses`, ...). What Megatron's config says is taken
             from there.
 
     Raises:
         ValueError: an unknown name, or an option that Megatron decides. When the layer is built: an unknown option, a
-            method that brings a gate or does not give each token `moe_router_topk` experts, and what contradicts the
-            config (docs/megatron.md).
+            group that the layer's `pg_collection` lacks, a method that brings a gate or does not give each token
+            `moe_router_topk` experts, and what contradicts the config (docs/megatron.md).
 
     ::
 
@@ -81,7 +81,7 @@ def patch(model: nn.Module, router: str = RECOMMENDED, *, plan_ranks: PlanRanks 
     _check_arguments(router, plan_ranks, options)
 
     def fit(path: str, theirs: megatron_router.TopKRouter) -> Router:
-        return _fit(theirs, router, options, plan_ranks)
+        return _fit(theirs, router, options, find_ranks(groups_around(model, path, theirs), plan_ranks))
 
     return put_in(model, router, {megatron_router.TopKRouter: (TopKRouter, fit)}, "Megatron")
 
@@ -105,7 +105,7 @@ class TopKRouter(megatron_router.TopKRouter):
         plan_ranks: PlanRanks,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        hold(self, _fit(self, router, options, plan_ranks))
+        hold(self, _fit(self, router, options, find_ranks(pg_collection, plan_ranks)))
 
     def set_layer_number(self, layer_number: int) -> None:
         """The layer's number, part of the key of the random draws; those of multi-token prediction come after."""
@@ -202,9 +202,10 @@ class TopKRouter(megatron_router.TopKRouter):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # A checkpoint that was made without sinkroute knows of no state: the router starts with the one it has.
         if "router" in self._modules:
-            ours = self.router.state_dict(prefix=f"{prefix}router.")
-            if not any(key in state_dict for key in ours):
-                state_dict.update(ours)
+            start = f"{prefix}router."
+            # Not by our own `state_dict`: what is loaded in place may be in these very buffers, which that fills.
+            if not any(key.startswith(start) for key in state_dict):
+                state_dict.update(self.router.state_dict(prefix=start))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -224,17 +225,10 @@ def _dense(routes: Routes, logits_TE: Tensor, padding_T: Tensor | None) -> tuple
 def _check_arguments(router: str, plan_ranks: str, options: dict[str, Any]) -> None:
     if router not in list_routers():
         raise unknown_name("router", router, list_routers())
-    if plan_ranks not in get_args(PlanRanks):
-        raise unknown_name("plan_ranks", plan_ranks, get_args(PlanRanks))
-    for option, cure in (
-        ("process_group", "plan_ranks says whose"),
-        ("layer", "Megatron numbers its layers: leave it out"),
-    ):
-        if option in options:
-            raise ValueError(f"{option}={options[option]!r}: {cure}")
+    check_plan_ranks(plan_ranks, options)
 
 
-def _fit(host: megatron_router.TopKRouter, name: str, options: dict[str, Any], plan_ranks: PlanRanks) -> Router:
+def _fit(host: megatron_router.TopKRouter, name: str, options: dict[str, Any], ranks: RouterRanks) -> Router:
     """The router for a layer of this configuration, on these ranks."""
     if not _version.startswith("0.19."):
         warnings.warn(
@@ -252,12 +246,10 @@ def _fit(host: megatron_router.TopKRouter, name: str, options: dict[str, Any], p
         config.moe_router_topk,
         options,
         "Megatron's config",
-        process_group={"tp_cp": host.tp_cp_group, "tp_dp_cp": host.tp_dp_cp_group}[plan_ranks],
+        process_group=ranks.plan,
         **_said_by(config),
     )
-    # The layers of one pipeline stage: "all ranks" would add up the loads of different layers.
-    stage = Ranks(host.tp_dp_cp_group)
-    router.ranks = router.ranks._replace(load=stage, noise=stage)
+    router.ranks = ranks
     if config.moe_router_enable_expert_bias:
         join_bias(router, "moe_router_enable_expert_bias", functools.partial(getattr, host, "expert_bias"))
     else:
