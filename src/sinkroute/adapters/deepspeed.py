@@ -38,12 +38,13 @@ except ImportError as error:
         "`pip install deepspeed==0.19.8` where torch is installed"
     ) from error
 
+from sinkroute.adapters._engine_ranks import engine_ranks
 from sinkroute.adapters._fit import fit_router, is_asked, join_bias, join_gate, on_scores, refuse_bias, refuse_loss
 from sinkroute.adapters._patched import Kinds, Patched, holder, outputs_of, put_in
+from sinkroute.adapters._ranks import Layout
 from sinkroute.kernels.normal import normal_like
 from sinkroute.routing import Router
 from sinkroute.routing.draws import hash63
-from sinkroute.routing.ranks import Ranks
 from sinkroute.routing.registry import RECOMMENDED
 from sinkroute.routing.routes import Routes
 
@@ -102,7 +103,6 @@ class SinkrouteGate(TopKGate):
                     logits_SE = F.linear(input.float(), self.wg.weight.float())
                     router(logits_SE, None if used_token is None else used_token.reshape(-1) != 0)
             return super().forward(input, used_token, sparse_routes, use_tutel)
-        _check_ranks(router)
         if self.wall_clock_breakdown:
             self.timers(TOPK_GATE_TIMER).start()
         tokens_SD = input.float()
@@ -191,7 +191,6 @@ class SinkrouteEPRouter(TokenChoiceTopKRouter):
         router = holder(self)
         if not is_asked(router):
             return super().forward(x, expert_bias)
-        _check_ranks(router)
         for link in router.links:
             link.pull()
         if router.is_plain():
@@ -248,6 +247,10 @@ def patch(model: nn.Module, router: str = RECOMMENDED, **options: Any) -> Patche
 
     kinds: Kinds = {TopKGate: (SinkrouteGate, fit_gate), TokenChoiceTopKRouter: (SinkrouteEPRouter, fit_autoep)}
     patched = put_in(model, router, kinds, "DeepSpeed")
+    first = next(iter(patched.routers.values()))
+    ranks = Layout(engine_ranks, first.clock, first.ranks.plan).ranks()
+    for each in patched.routers.values():
+        each.ranks = ranks
     if replaced:
         warnings.warn(
             f"{' and '.join(sorted(replaced))} of the model's gates is off in training while they are patched: the "
@@ -309,17 +312,6 @@ def _check_bias_stays(bias: Tensor, name: str) -> None:
         raise ValueError(
             f"router {name!r} moves e_score_correction_bias, which ZeRO 3 keeps in parts as a parameter; make it a "
             "buffer, as transformers does, take ZeRO 2, or a method without a bias, such as ssr-s"
-        )
-
-
-def _check_ranks(router: Router) -> None:
-    if groups.mpu is None or router.ranks.plan != Ranks(None):
-        return
-    ranks = bwc_tensor_model_parallel_world_size(mpu=groups.mpu)
-    if ranks > 1:
-        raise ValueError(
-            f"process_group=None, but {ranks} tensor-parallel ranks hold the same tokens and must draw the same noise; "
-            "give process_group=mpu.get_data_parallel_group()"
         )
 
 

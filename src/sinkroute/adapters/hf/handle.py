@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sinkroute.adapters._patched import Patched
+from sinkroute.adapters._ranks import Layout
 from sinkroute.adapters.hf.contracts import Site
 from sinkroute.adapters.hf.entrance import Entrance, entrances
+from sinkroute.adapters.hf.layout import SpreadOf
 from sinkroute.adapters.hf.model_pass import ModelPass
 from sinkroute.adapters.hf.quirks import is_half, own_coefficients, silence, with_loss
 from sinkroute.adapters.hf.saved import Saved
@@ -47,6 +49,7 @@ class Handle(Patched):
         self._shows_loss = show_aux_loss
         self._step, self._idle_step, self._passes, self._said = -1, -1, 0, set[str]()
         self._saved = Saved(model, router)
+        self._layout: Layout | None = None
         self._coefficients = [] if keep_aux_loss else own_coefficients(model)
         self.switched_off = {name: value for _, name, value in self._coefficients}
 
@@ -78,6 +81,11 @@ class Handle(Patched):
 
     def watch(self) -> None:
         """Hear of the model's passes, once all routers are taken."""
+        first = self._seats[0].router
+        self._layout = Layout(SpreadOf(self.model), first.clock, first.ranks.plan)
+        ranks = self._layout.ranks()
+        for seat in self._seats:
+            seat.router.ranks = ranks
         for module in entrances(self.model):
             for hook in Entrance(self, module).hooks:
                 self.on_remove(hook.remove)
@@ -137,6 +145,8 @@ class Handle(Patched):
             seat.loss = None
         if torch.compiler.is_compiling():
             return
+        if self._step < 0 and self._layout is not None:
+            self._layout.forget()  # the model may have been wrapped since the step was told
         if (clock.step, True) != (self._step, clock.told):
             self._check_gradients()
             self._step, self._passes = clock.step if clock.told else -1, 0

@@ -205,7 +205,8 @@ class RouterCallback(TrainerCallback):
         self.monitor.reset("eval")  # nothing is logged: not to be taken for the next evaluation's
 
     def _metrics(self, mode: Literal["train", "eval"], prefix: str) -> dict[str, float]:
-        layers = self.monitor.metrics(mode, reset=True, process_group="world")
+        router = next(iter(named_routers(self.model).values()))  # ranks that hold the same tokens count once
+        layers = self.monitor.metrics(mode, reset=True, process_group=router.ranks.load.group)
         if not any(values["passes"] for values in layers.values()):
             return {}
         metrics = {}
