@@ -8,6 +8,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import chain, combinations
 from pathlib import Path
@@ -298,6 +299,15 @@ def test_4096_tokens_of_48_layers_of_128_experts_take_less_than_5_mb(skew: float
 def test_an_audit_that_kept_no_tokens_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'made' kept no tokens to show; give inspect_checkpoint viewer_tokens=4096"):
         write_viewer([made([], 4, ())], tmp_path / "tokens.html")
+
+
+def test_a_layer_that_does_not_see_every_token_once_is_not_shown(tmp_path: Path) -> None:
+    audit = made([chosen(logits(3, 4), 2)], 4, ("a", "b", "c"))
+    audit.layers[0] = replace(audit.layers[0], tokens=6)
+    write_viewer([audit], tmp_path / "tokens.html")
+    told = Page(tmp_path / "tokens.html").told["checkpoints"][0]["layers"][0]
+    assert "blob" not in told
+    assert "not called once for every token" in told["reason"]
 
 
 # -- from checkpoints ------------------------------------------------------------------------------------------------

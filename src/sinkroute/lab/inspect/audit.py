@@ -50,8 +50,8 @@ def inspect_checkpoint(
         length: of a window; None: 512, or as many positions as the model has where they are fewer.
         batch: windows in a batch, over which alternatives are balanced.
         by_layer: whether to have one layer in memory at a time, and the hidden states of all windows.
-        viewer_tokens: the choices of the first so many tokens are kept for `write_viewer`: 16 bytes for each token, layer and
-            expert of the token.
+        viewer_tokens: the choices of the first so many tokens are kept for `write_viewer`: 16 bytes for each layer
+            and expert of a token.
         on_status: is told what is being done.
         on_progress: is told how much of it is done: batches, or with `by_layer` layers times batches.
 

@@ -71,13 +71,13 @@ def _checkpoint(audit: Audit, place: int, blobs: dict[str, str]) -> dict[str, An
         "window": setting.length - setting.bos,
         "tokens": setting.tokens,
         "layers": [
-            _layer(layer, label, f"c{place}l{number}", len(audit.words), blobs)
+            _layer(layer, label, f"c{place}l{number}", audit, blobs)
             for number, (label, layer) in enumerate(zip(labels(audit.layers), audit.layers, strict=True))
         ],
     }
 
 
-def _layer(layer: Layer, label: str, name: str, tokens: int, blobs: dict[str, str]) -> dict[str, Any]:
+def _layer(layer: Layer, label: str, name: str, audit: Audit, blobs: dict[str, str]) -> dict[str, Any]:
     out: dict[str, Any] = {"label": label, "path": layer.path, "rule": layer.rule, "reason": layer.reason}
     choices = layer.choices
     if layer.load is None:
@@ -85,7 +85,8 @@ def _layer(layer: Layer, label: str, name: str, tokens: int, blobs: dict[str, st
     out |= {"experts": len(layer.load), "load": layer.load.tolist()}
     if "balanced" in layer.alternatives:
         out["balanced_load"] = layer.alternatives["balanced"].load.tolist()
-    if choices is None or len(choices.experts_TK) != tokens:
+    # A router that is called twice for each token has its choices in another order than the text.
+    if choices is None or layer.tokens != audit.setting.tokens or len(choices.experts_TK) != len(audit.words):
         return out | {
             "reason": layer.reason or "it is not called once for every token, or not always with as many experts"
         }
