@@ -324,7 +324,7 @@ def chance_table(layouts: dict[tuple[str, str], Layout], tokens: int) -> Table:
 
 def simulation_table(names: list[str], steps: int) -> Table:
     """Chance, and what routers make of tokens that are independent."""
-    routers = ("softmax", "loss-free", "ssr-dual")
+    routers = ("softmax", "ssr-dual")
     title = f"MaxVio of independent tokens, {steps} steps, mean of the second half"
     table = _table(title, "experts, top-k", "tokens", "by chance", *routers)
     sizes = dict.fromkeys((MIXTURES[name].experts, MIXTURES[name].top_k) for name in names)

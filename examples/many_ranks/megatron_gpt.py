@@ -169,7 +169,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options = parse(arguments)
     mixture = MIXTURES[options.mixture]
     layout = start(options)
-    tensor_parallel.model_parallel_cuda_manual_seed(options.seed)
+    torch.manual_seed(options.seed)
+    if GPU:
+        tensor_parallel.model_parallel_cuda_manual_seed(options.seed)
     config = transformer_config(mixture, layout, use_cpu_initialization=not GPU)
     model = build_model(mixture, config)
     chunk, optimizer = build_optimizer(config, model.cuda() if GPU else model)

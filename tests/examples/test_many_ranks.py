@@ -94,6 +94,18 @@ def test_what_one_rank_holds_alone_is_all(budget, mixtures):
         assert kept.weights + kept.gradients + kept.adam == bytes_a_parameter * total
 
 
+def test_the_budget_says_what_the_engines_were_found_to_hold(budget, mixtures):
+    # The numbers of tests/peers/test_torchtitan_recipes.py and test_megatron_recipes.py.
+    small, layout = mixtures.MIXTURES["small"], mixtures.Layout
+    for spread, held in ((layout(dp=2, ep=2), 436_576), (layout(dp=2, tp=2, ep=2), 219_488)):
+        assert budget.memory(small, spread, "torchtitan").weights == 4 * held
+    narrow = 16 * 2 * (2048 - 128)  # norms of queries and keys: OLMoE's are over all heads
+    for name, held in (("7b-a1b", 1_281_955_840 + narrow), ("30b-a3b", 2_200_410_112)):
+        found = budget.memory(mixtures.MIXTURES[name], mixtures.LAYOUTS["megatron"][name], "megatron")
+        # A first stage is without the norm at the end, which the budget counts in parts.
+        assert found.weights == pytest.approx(2 * held, abs=2 * 2048)
+
+
 # -- messages --------------------------------------------------------------------------------------------------------
 
 
