@@ -22,7 +22,17 @@ class SinkrouteError(Exception):
 
 
 class RankLost(SinkrouteError, RuntimeError):
-    """A collective call that failed because another rank has gone or came too late. Its cause is torch's error."""
+    """A collective call that failed because another rank has gone or came too late. Its cause is torch's error.
+
+    >>> lost = RankLost("rank 1 of [0, 1] no longer answers")
+    >>> str(lost.during("the end of step 7"))
+    'during the end of step 7: rank 1 of [0, 1] no longer answers'
+    """
+
+    def during(self, what: str) -> RankLost:
+        """This, saying what the call was for: who knows that is above who made it."""
+        self.args = (f"during {what}: {self}",)
+        return self
 
 
 class NonFiniteLogits(ValueError):

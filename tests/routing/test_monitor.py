@@ -247,6 +247,7 @@ def slow(calls, experts, top_k, score):
     found = {name: float(np.mean(values)) for name, values in mean.items()}
     return found | {
         "plan_error_max": max(mean["plan_error"], default=None),
+        **dict.fromkeys(("collectives", "messages", "bytes"), 0.0),
         "tokens": len(mean["router_entropy"]),
         "passes": len(calls),
         "load": load.astype(int).tolist(),
@@ -694,6 +695,7 @@ def test_each_write_is_a_line_of_json_with_the_metrics(tmp_path, tier):
     for step in (10, np.int64(20)):
         model(random(5, 8))
         expected.append({"step": int(step), "mode": "train", "layers": monitor.metrics()})
+        expected[-1]["step_ends"] = {"steps": 0, "collectives": 0.0, "messages": 0.0, "bytes": 0.0}
         monitor.write(path, step, reset=True)
     monitor.write(path, 20, mode="eval")
     lines = [json.loads(line) for line in path.read_text().splitlines()]

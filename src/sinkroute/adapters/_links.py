@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkroute.routing.fold import GateFold
-from sinkroute.routing.ranks import distribute
+from sinkroute.routing.ranks import distribute, undistributed
 from sinkroute.routing.router import Router
 from sinkroute.routing.serving import Link
 
@@ -37,7 +37,7 @@ class BiasLink(Link):
         theirs, ours_E = self.find().detach(), self._ours()
         if theirs.is_meta:
             return
-        theirs_E: Tensor = (theirs.full_tensor() if hasattr(theirs, "full_tensor") else theirs).flatten()
+        theirs_E = undistributed(theirs).flatten()
         # A model in bf16 holds ours rounded; that is no other value, and the finer one stays.
         same_E = theirs_E == ours_E.to(theirs_E.device, theirs_E.dtype)
         ours_E.copy_(torch.where(same_E.to(ours_E.device), ours_E, theirs_E.to(ours_E.device, ours_E.dtype)))

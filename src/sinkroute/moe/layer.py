@@ -129,7 +129,7 @@ class MoE(nn.Module):
         mask_T = None if token_mask is None else token_mask.reshape(-1)
         x_TD = zero_padding(x.reshape(-1, self.d_model), mask_T)
         # (T, E)
-        logits_TE = self._logits(x_TD, token_ids)
+        logits_TE = self._checked_logits(x_TD, token_ids)
         # experts and weights (T, K)
         self.routes = routes = self.router(logits_TE, mask_T)
         weights_TK, chosen_TK = self._limited(routes, mask_T)
@@ -167,6 +167,15 @@ class MoE(nn.Module):
         # and most places may be empty.
         known = routes.experts.device.type == "cpu" or routes.experts.shape[1] > self.router.top_k
         return chosen_TK if known else None
+
+    def _checked_logits(self, x_TD: Tensor, token_ids: Tensor | None) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._logits(x_TD, token_ids)
+        try:
+            return self._logits(x_TD, token_ids)
+        except Exception:  # ranks that wait for this one are told
+            self.router.withdraw(x_TD.device)
+            raise
 
     def _logits(self, x_TD: Tensor, token_ids: Tensor | None) -> Tensor:
         """The gate's logits in float32 or better, whatever the model's dtype or autocast: near-ties decide routes."""
@@ -246,7 +255,7 @@ def check_inputs(
         x = _checked_tokens(x, d_model)
         token_mask = checked_mask(token_mask, x, x.shape[:-1])
         token_ids = None if token_ids is None else checked_ids(token_ids, x)
-    except (TypeError, ValueError, NotImplementedError):
+    except Exception:
         if not torch.compiler.is_compiling():
             router.withdraw(x.device if isinstance(x, Tensor) else torch.device("cpu"))
         raise

@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from sinkroute._errors import unknown_name
+from sinkroute._errors import RankLost, unknown_name
 from sinkroute.routing.attached import named_routers
 from sinkroute.routing.log_file import append_line
 from sinkroute.routing.ranks import Group, Ranks
 from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
+from sinkroute.routing.step import STEP_ENDS
 from sinkroute.routing.text_table import text_table
 from sinkroute.routing.watch import Mode, Tier, Watch, called_with
 
@@ -78,6 +79,7 @@ class LoadMonitor:
         self._routers = _watchable(model)
         self._watches = {name: Watch(router, tier, device) for name, router in self._routers.items()}
         self._handles: list[RemovableHandle] = []
+        self._ends = STEP_ENDS.now()
         self.attach()
 
     @property
@@ -89,17 +91,22 @@ class LoadMonitor:
     def attach(self) -> LoadMonitor:
         """Watch (again); nothing happens to a monitor that is attached. What was counted before stays."""
         if not self._handles:
-            self._handles = [
-                router.register_forward_hook(self._watches[name], with_kwargs=True)
-                for name, router in self._routers.items()
-            ]
+            for name, router in self._routers.items():
+                self._watches[name].skip_sent(router)
+                self._handles.append(router.register_forward_hook(self._watches[name], with_kwargs=True))
         return self
 
     def remove(self) -> None:
         """Take all hooks off the model; what was counted can still be read."""
+        self._note_sent()
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def _note_sent(self) -> None:
+        if self._handles:
+            for name, router in self._routers.items():
+                self._watches[name].note_sent(router)
 
     def __enter__(self) -> LoadMonitor:
         return self.attach()
@@ -119,7 +126,9 @@ class LoadMonitor:
         of the places for experts that tokens were offered (K each) and no expert took; `aux_loss`, mean over passes
         that had one; `sinkhorn_share` and `assigned_share` of passes, and means over such: `plan_error`,
         `plan_error_max`, `plan_passes` of plans, `max_vio_assigned`. An assigned pass is one whose branch is not
-        `"softmax"`: a Sinkhorn step, a linear assignment, expert choice.
+        `"softmax"`: a Sinkhorn step, a linear assignment, expert choice. `collectives`, `messages` and `bytes`: what a
+        rank sends in a pass to those that it plans with, mean over passes (see `sinkroute.transport.collectives` for
+        the words, and `step_ends` for what is sent between passes).
 
         Detailed also `router_entropy`, mean over tokens of H(p) in nats, and over assigned passes: `disagreement`, the
         share of tokens whose set of experts is not that of plain top-k; `max_vio_topk` of plain top-k; and `gap`,
@@ -134,15 +143,40 @@ class LoadMonitor:
                 None: this rank alone.
         """
         _check_mode(mode)
-        found = self._gathered(mode, Ranks(process_group))
+        try:
+            found = self._gathered(mode, Ranks(process_group))
+        except RankLost as lost:
+            raise lost.during("LoadMonitor.metrics") from lost.__cause__
         if reset:
             self.reset(mode)
         return {name: watch.describe(found[name]) for name, watch in self._watches.items()}
+
+    def step_ends(self) -> dict[str, Any]:
+        """What this process sent at the ends of steps, where routers are brought up to date: all layers in one call.
+
+        `steps`, and means over them: `collectives`, `messages`, `bytes`. Since the last reset of what passes in
+        training did; of all models of the process.
+
+        >>> import sinkroute
+        >>> router = sinkroute.create_router("loss-free", num_experts=4, top_k=1)
+        >>> with LoadMonitor(router) as monitor:
+        ...     for step in range(3):
+        ...         sinkroute.set_step(router, step)
+        ...         _ = router(torch.randn(6, 4))
+        >>> monitor.step_ends()  # two have ended; one rank has nobody to talk to
+        {'steps': 2, 'collectives': 0.0, 'messages': 0.0, 'bytes': 0.0}
+        """
+        (steps, sent), then = STEP_ENDS.now(), self._ends
+        steps, sent = steps - then[0], sent - then[1]
+        return {"steps": steps} | {name: count / max(steps, 1) for name, count in sent._asdict().items()}
 
     def reset(self, mode: Mode | None = None) -> None:
         """Begin anew with one mode, or with both."""
         if mode is not None:
             _check_mode(mode)
+        self._note_sent()
+        if mode != "eval":
+            self._ends = STEP_ENDS.now()
         for watch in self._watches.values():
             for name, counts in watch.counts.items():
                 if mode in (None, name):
@@ -150,6 +184,7 @@ class LoadMonitor:
 
     def _gathered(self, mode: Mode, ranks: Ranks) -> dict[str, Tensor]:
         """Layer → what each rank counted, (ranks, N), on the CPU. One transfer, one collective call."""
+        self._note_sent()
         parts = [watch.counts[mode].all_N for watch in self._watches.values()]
         sizes, device = [len(part) for part in parts], parts[0].device
         ranks.require_alike(
@@ -185,9 +220,11 @@ class LoadMonitor:
         with contextlib.ExitStack() as undo:
             if "torch._dynamo" in sys.modules:  # a compiled model would not know the hooks
                 undo.enter_context(torch.compiler.set_stance("force_eager"))
+            self._note_sent()
             for name, router in self._routers.items():
                 self._watches[name].paused = True
                 undo.callback(setattr, self._watches[name], "paused", False)
+                undo.callback(self._watches[name].skip_sent, router)
                 hook = router.register_forward_hook(
                     lambda _, args, kwargs, routes, name=name: collect(name, args, kwargs, routes), with_kwargs=True
                 )
@@ -210,7 +247,7 @@ class LoadMonitor:
         reset: bool = False,
         process_group: Group = None,
     ) -> None:
-        """Append `{"step": ..., "mode": ..., "layers": metrics()}` as one line of JSON.
+        """Append `{"step": ..., "mode": ..., "layers": metrics()}` as one line of JSON; of training also `step_ends`.
 
         The line is handed to the system at once and survives the process; one that a killed process left torn is cut
         off, so that the file is JSONL at all times. NaN and infinity become null, which JSON lacks words for.
@@ -224,9 +261,10 @@ class LoadMonitor:
             OSError: the file cannot be written.
         """
         step = operator.index(step)
+        ends = {"step_ends": self.step_ends()} if mode == "train" else {}
         layers = self.metrics(mode, reset=reset, process_group=process_group)
         if Ranks(process_group).rank == 0:
-            append_line(Path(path), {"step": step, "mode": mode, "layers": layers})
+            append_line(Path(path), {"step": step, "mode": mode, "layers": layers} | ends)
 
     def to_pandas(self, mode: Mode = "train", *, process_group: Group = None) -> Any:
         """`metrics()` as a `pandas.DataFrame`: a row per layer, a column per metric.
@@ -253,7 +291,17 @@ class LoadMonitor:
         router       4       1    1.000           1.000    0.500  1.000     2      0.000           0.000
         """
         metrics = self.metrics(mode, process_group=process_group)
-        return text_table("layer", _COLUMNS, metrics)
+        return "\n".join([text_table("layer", _COLUMNS, metrics), *self._talk(mode, metrics)])
+
+    def _talk(self, mode: Mode, metrics: dict[str, dict[str, Any]]) -> list[str]:
+        """Lines of the table about what is sent, where anything is."""
+        lines, ends = [], self.step_ends()
+        calls, size = (sum(of[name] or 0 for of in metrics.values()) for name in ("collectives", "bytes"))
+        if calls:
+            lines.append(f"sent in a pass of all layers: {calls:.3g} collectives, {size:.4g} bytes")
+        if mode == "train" and ends["collectives"]:
+            lines.append(f"sent at the end of a step: {ends['collectives']:.3g} collectives, {ends['bytes']:.4g} bytes")
+        return lines
 
 
 def _watchable(model: nn.Module) -> dict[str, Router]:

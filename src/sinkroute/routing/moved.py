@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sinkroute.kernels.storage import is_freed
-from sinkroute.routing.ranks import distribute
+from sinkroute.routing.ranks import distribute, undistributed
 
 __all__ = ["Trace", "add", "require_trained", "require_whole", "shape_of"]
 
@@ -110,7 +110,7 @@ def add(tensor: Tensor, move: Tensor) -> Tensor:
     if wide == tensor.dtype:  # or the ranks of a sharded one would have to talk for what is known
         return move
     taken: Any = tensor.to(wide) - old
-    whole: Tensor = taken.full_tensor() if hasattr(taken, "full_tensor") else taken
+    whole = undistributed(taken)
     return whole.to(move.device, torch.float64)
 
 
@@ -189,6 +189,6 @@ def _read(tensor: Tensor, mean_D: Tensor | None) -> Tensor:
         whole: Any = _engine("utils").safe_get_full_fp32_param(tensor)
     else:
         whole = tensor.detach()
-    whole = (whole.full_tensor() if hasattr(whole, "full_tensor") else whole).float()
+    whole = undistributed(whole).float()
     read: Tensor = whole.clone() if mean_D is None else whole @ mean_D.to(whole.device, whole.dtype)
     return read

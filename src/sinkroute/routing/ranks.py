@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -11,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sinkroute.routing.draws import hash63
+from sinkroute.transport.collectives import all_gather, all_reduce, counted
 
-__all__ = ["Group", "Ranks", "RouterRanks", "distribute"]
+__all__ = ["Group", "Ranks", "RouterRanks", "distribute", "undistributed"]
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -92,16 +94,14 @@ class Ranks:
     def sum(self, values: Tensor) -> Tensor:
         """`values` summed over the ranks, in place."""
         if (group := self.group) is not None:
-            dist.all_reduce(values, group=group)
+            all_reduce(values, group)
         return values
 
     def gather(self, values: Tensor) -> Tensor:
         """`values` of every rank, (ranks, *shape); of this one where it is alone."""
         if (group := self.group) is None:
             return values[None]
-        found = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(found, values, group=group)
-        return torch.stack(found)
+        return all_gather(values, group)
 
     def require_alike(self, sizes: Sequence[int], device: torch.device, what: str) -> None:
         """Refuse sizes that differ between the ranks, on all of them, before a call that would wait for ever.
@@ -177,8 +177,26 @@ def _of_mesh(mesh: Any) -> Any:
 
 
 def distribute(values: Tensor, like: Tensor) -> Tensor:
-    """`values`, the same on all ranks, in the mesh and the placements of `like`, a `DTensor`. A collective call."""
+    """`values`, the same on all ranks, in the mesh and the placements of `like`, a `DTensor`. Every rank cuts its part
+    out of what it has: nobody has to talk."""
     from torch.distributed.tensor import distribute_tensor  # half a second that only sharded models need
 
     sharded: Any = like
-    return distribute_tensor(values.to(sharded.device), sharded.device_mesh, sharded.placements)
+    return distribute_tensor(values.to(sharded.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
+def undistributed(tensor: Tensor) -> Tensor:
+    """All of a `DTensor`, on every rank; another tensor as it is.
+
+    A collective call for each dimension of its mesh over which it is cut.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    sharded: Any = tensor
+    part, mesh = sharded.to_local(), sharded.device_mesh
+    with contextlib.ExitStack() as calls:
+        for dim, placement in enumerate(sharded.placements):
+            if mesh.size(dim) > 1 and not placement.is_replicate():
+                calls.enter_context(counted("full_tensor", part, mesh.get_group(dim), mesh.size(dim) - 1))
+        whole: Tensor = sharded.full_tensor()
+    return whole

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from sinkroute._errors import require_count
+from sinkroute._errors import RankLost, require_count
 from sinkroute.kernels.normal import normal_like
 from sinkroute.kernels.topk import topk
 from sinkroute.routing.card import Card
@@ -34,6 +34,7 @@ from sinkroute.routing.routes import Routes
 from sinkroute.routing.scores import limit_to_groups, scores, weigh
 from sinkroute.routing.serving import Link, Serving
 from sinkroute.routing.state import RouterState, recomputing
+from sinkroute.transport.collectives import Account
 
 __all__ = ["Router"]
 
@@ -53,6 +54,7 @@ class Router(nn.Module):
         correction_E: (E,) what the model that the router is plugged into adds in its own choice, without weighing
             (`e_score_correction_bias`), or None. Plain top-k includes it; methods that choose otherwise do not look.
         correction_on: whether it is added to the `"scores"` or to the `"logits"`.
+        sent: what passes send to other ranks, by mode; what is compiled sends without an entry.
         links: what the state is to agree with, such as that model's own bias.
         balances: False in `sinkroute.no_balancing`, where passes in training mode are routed as when serving.
 
@@ -129,6 +131,7 @@ class Router(nn.Module):
         self.correction_on: Literal["scores", "logits"] = "scores"
         self.links: list[Link] = []
         self.balances, self._warned_of_passes = True, False
+        self.sent = {"train": Account(), "eval": Account()}
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}"
@@ -154,8 +157,24 @@ class Router(nn.Module):
             TypeError: a dtype that is not float, a mask that is no bool tensor.
             ValueError: a wrong shape; non-finite logits of a real token (checked on CPU only: elsewhere it would stall
                 the device); on a CPU, another rank has refused its logits in a pass for which the ranks talk.
+            RankLost: another rank has gone, in such a pass.
         """
-        logits_TX, token_mask = self._checked(logits_TE, token_mask)  # (T, E) or (T, logit_parts · E)
+        if torch.compiler.is_compiling():
+            return self._pass(*checked_logits(logits_TE, token_mask, self.num_experts, self.logit_parts), plain)
+        try:
+            checked = checked_logits(logits_TE, token_mask, self.num_experts, self.logit_parts)
+        except Exception:  # the other ranks would wait for this one
+            self.withdraw(logits_TE.device if isinstance(logits_TE, Tensor) else torch.device("cpu"))
+            raise
+        try:
+            with self.sent["train" if self.training else "eval"]:
+                return self._pass(*checked, plain)
+        except RankLost as lost:
+            raise lost.during(
+                f"a pass of {type(self).__name__}, layer {self.layer}, step {self.step}"
+            ) from lost.__cause__
+
+    def _pass(self, logits_TX: Tensor, token_mask: Tensor | None, plain: Routes | None) -> Routes:
         logits_TE = logits_TX[:, : self.num_experts]
         if self.training:
             self._count_pass()
@@ -177,22 +196,10 @@ class Router(nn.Module):
             self.state.note(routes.load, sums)
         return self._with_losses(routes, logits_TE, token_mask)
 
-    def _checked(self, logits_TE: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if torch.compiler.is_compiling():
-            return checked_logits(logits_TE, token_mask, self.num_experts, self.logit_parts)
-        try:
-            return checked_logits(logits_TE, token_mask, self.num_experts, self.logit_parts)
-        except (TypeError, ValueError):  # the other ranks would wait for this one
-            self.withdraw(logits_TE.device if isinstance(logits_TE, Tensor) else torch.device("cpu"))
-            raise
-
     def _with_losses(self, routes: Routes, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
-        load_E = routes.load
-        inputs = LossInputs(
-            logits_TE, routes.experts, routes.chosen, load_E, token_mask, self.score, lambda: self.batch_load(load_E)
-        )
-        loss = self._auxiliary.total(inputs, routes.aux_loss)
-        if loss is None:
+        choice = routes.experts, routes.chosen, routes.load
+        inputs = LossInputs(logits_TE, *choice, token_mask, self.score, lambda: self.batch_load(routes.load))
+        if (loss := self._auxiliary.total(inputs, routes.aux_loss)) is None:
             return routes
         loss, weights_TK = self._auxiliary.keep_gradient(loss, routes.weights, self.micro_batch)
         return replace(routes, weights=weights_TK, aux_loss=loss)
@@ -234,8 +241,7 @@ class Router(nn.Module):
         """Whether in this mode and step the method does no more than plain top-k (of a model that its state is in)."""
         if self.training:
             return self.takes_correction() and not self.losses and self.ties == "first"
-        serving = self.serving()
-        return serving is not None and (serving.plain or bool(self.links))
+        return (serving := self.serving()) is not None and (serving.plain or bool(self.links))
 
     def check_step(self, step: int, total_steps: int | None) -> None:
         """Refuse a step for which `prepare_step` would fail, before any router of a model is moved.
@@ -309,12 +315,9 @@ class Router(nn.Module):
     def count(self, experts_TK: Tensor, chosen_TK: Tensor | None) -> Tensor:
         """(E,) int64: how many choices each expert has; `chosen_TK` says which places are some, None: all."""
         # Not bincount: it would wait for the device to learn its output's size.
-        if chosen_TK is None:
-            ones_R = torch.ones_like(experts_TK).flatten()
-        else:
-            ones_R = chosen_TK.expand_as(experts_TK).flatten().long()
+        ones_TK = torch.ones_like(experts_TK) if chosen_TK is None else chosen_TK.expand_as(experts_TK).long()
         load_E = torch.zeros(self.num_experts, dtype=torch.int64, device=experts_TK.device)
-        return load_E.scatter_add(0, experts_TK.flatten(), ones_R)
+        return load_E.scatter_add(0, experts_TK.flatten(), ones_TK.flatten())
 
     def batch_load(self, load_E: Tensor) -> Tensor:
         """(E,) int64: the load over all ranks and the micro-batches of this step up to this one. A collective call."""
@@ -388,8 +391,7 @@ class Router(nn.Module):
         """Notice that nobody tells the steps, which nothing here can do without: what is summed over one would grow."""
         if torch.compiler.is_compiling() or recomputing():
             return
-        passes = self.clock.count_pass()
-        if not passes:
+        if not (passes := self.clock.count_pass()):
             return
         of_batch = self._auxiliary.of_batch
         if of_batch:

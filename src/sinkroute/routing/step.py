@@ -10,11 +10,13 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+from sinkroute._errors import RankLost
 from sinkroute.routing.attached import named_routers
 from sinkroute.routing.ranks import Ranks
 from sinkroute.routing.router import Router
+from sinkroute.transport.collectives import Account
 
-__all__ = ["end_step", "set_step"]
+__all__ = ["STEP_ENDS", "end_step", "set_step"]
 
 
 PLANLESS_STEPS = 1000
@@ -87,6 +89,7 @@ def end_step(module: nn.Module) -> None:
 
     Raises:
         ValueError: the ranks of a process group hold other routers; found in the first call, on all ranks.
+        RankLost: another rank has gone.
 
     >>> import torch, sinkroute
     >>> router = sinkroute.create_router("loss-free", num_experts=2, top_k=1)
@@ -104,11 +107,27 @@ def end_step(module: nn.Module) -> None:
     _end_step(routers)
 
 
-@torch.no_grad()
+STEP_ENDS = Account()
+"""Ends of steps in this process at which there was something to bring up to date, and what they sent."""
+
+
 def _end_step(routers: list[Router]) -> None:
+    over = [router for router in routers if router.state is not None and not router.state.has_ended]
+    if not over:
+        return
+    try:
+        with STEP_ENDS:
+            _bring_up_to_date(over)
+    except RankLost as lost:
+        steps = sorted({router.state.current for router in over if router.state is not None})
+        raise lost.during(f"the end of step {', '.join(map(str, steps))}") from lost.__cause__
+
+
+@torch.no_grad()
+def _bring_up_to_date(routers: list[Router]) -> None:
     together: dict[tuple[Ranks, torch.device], list[tuple[Router, Tensor]]] = {}
     for router in routers:
-        if router.state is not None and not router.state.has_ended:
+        if router.state is not None:
             pending = router.state.pending()
             together.setdefault((router.ranks.load, pending.device), []).append((router, pending))
     for (ranks, _), members in together.items():

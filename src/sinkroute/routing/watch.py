@@ -37,6 +37,9 @@ _SUMS = (
     "plans",  # passes that told of a plan
     "plan_error",
     "plan_passes",
+    "collectives",
+    "messages",
+    "bytes",
 )
 _DETAILED_SUMS = ("router_entropy", "moved_tokens", "max_vio_topk")
 
@@ -84,6 +87,7 @@ class Watch:
         self.num_experts, self.detailed, self.paused = router.num_experts, tier == "detailed", False
         names = _SUMS + (_DETAILED_SUMS if self.detailed else ())
         self.counts = {mode: _Counts(router.num_experts, names, device) for mode in get_args(Mode)}
+        self.skip_sent(router)
 
     def __call__(self, router: Router, args: tuple[Any, ...], kwargs: dict[str, Any], routes: Routes) -> None:
         if self.paused or (router.training and not router.balances):
@@ -93,6 +97,20 @@ class Watch:
             self._note_training(router, logits_TE, token_mask, routes)
         elif not recomputing():
             self._note(self.counts["eval"], router, logits_TE, token_mask, routes)
+
+    def skip_sent(self, router: Router) -> None:
+        """What the router has sent so far is not counted."""
+        self._seen = {mode: account.sent for mode, account in router.sent.items()}
+
+    @torch.no_grad()
+    def note_sent(self, router: Router) -> None:
+        """Count what the router has sent since: repetitions and passes without a token send, too."""
+        for mode, then in self._seen.items():
+            now = router.sent[mode].sent
+            if now is not then:
+                for name, count in (now - then)._asdict().items():
+                    self.counts[mode].sums[name].add_(count)
+        self.skip_sent(router)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The hook of a copied or saved model does nothing: the monitor watches the original.
@@ -184,6 +202,9 @@ class Watch:
             "plan_error": _mean(sums["plan_error"], plans),
             "plan_error_max": by_rank[:, -1].amax().item() if plans else None,
             "plan_passes": _mean(sums["plan_passes"], plans),
+            "collectives": _mean(sums["collectives"], passes),
+            "messages": _mean(sums["messages"], passes),
+            "bytes": _mean(sums["bytes"], passes),
         }
         if self.detailed:
             metrics["router_entropy"] = _mean(sums["router_entropy"], sums["tokens"])

@@ -78,7 +78,7 @@ def refuse_bad_logits(problem: Problem) -> None:
     """
     error = _bad_logits(problem)
     if problem.reduce is not None:
-        # All ranks or none: whoever goes on would wait for the others.
+        # All ranks or none: whoever goes on would wait for the others. Each can look, and its error names the first.
         bad = torch.tensor(float(error is not None), dtype=problem.target_E.dtype, device=problem.target_E.device)
         if bool(problem.reduce(bad)) and error is None:
             error = NonFiniteLogits(

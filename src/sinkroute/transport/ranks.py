@@ -12,9 +12,12 @@ from torch import Tensor
 
 from sinkroute.kernels.rows import wide_dtype
 from sinkroute.kernels.storage import holds_values
+from sinkroute.transport.collectives import all_gather
 from sinkroute.transport.problem import Problem, Reduction
 
-__all__ = ["Gathering", "added", "gather_over_ranks", "over_all_ranks", "sum_over_ranks", "withdrawn"]
+__all__ = ["Gathering", "added", "gather_over_ranks", "over_all_ranks", "refusals", "sum_over_ranks", "withdrawn"]
+
+TEXT = 400  # bytes of an error that other ranks are told
 
 Gathering = Callable[[Tensor], Tensor]
 """A tensor of every rank, (ranks, *shape), in the order of the ranks."""
@@ -28,13 +31,13 @@ def over_all_ranks(problem: Problem, reduce: Reduction | None) -> Problem:
     """
     total = _total_mass(problem, reduce)
     if reduce is not None and not isinstance(total, Tensor) and math.isnan(total):
-        raise ValueError("another rank refused its arguments, its error says which; here they are right")
+        raise ValueError(f"another rank refused its arguments, here they are right; {refusals(reduce)}")
     empty = not isinstance(total, Tensor) and total == 0
     return replace(problem, target_E=problem.target_E * total, empty=empty, reduce=reduce)
 
 
-def withdrawn(logits_TE: object, reduce: Reduction) -> Problem | None:
-    """Tell the ranks that wait in their first collective that this one has refused its arguments.
+def withdrawn(logits_TE: object, reduce: Reduction, error: BaseException | None) -> Problem | None:
+    """Tell the ranks that wait in their first collective that this one has refused its arguments, by this error.
 
     On an accelerator nobody looks at the total: the others go on, to a plan that has not converged. Returned is a
     problem without tokens, for this rank to solve along with them; None where they know already.
@@ -44,7 +47,10 @@ def withdrawn(logits_TE: object, reduce: Reduction) -> Problem | None:
         device = logits_TE.device
     dtype = wide_dtype(device)
     total = reduce(torch.full((), math.nan, dtype=dtype, device=device))
-    if device.type == "cpu" or not isinstance(logits_TE, Tensor) or logits_TE.ndim == 0:
+    if device.type == "cpu":
+        refusals(reduce, error)
+        return None
+    if not isinstance(logits_TE, Tensor) or logits_TE.ndim == 0:
         return None
     experts = logits_TE.shape[-1]
     share_E = torch.full((experts,), 1 / max(experts, 1), dtype=dtype, device=device)
@@ -53,12 +59,31 @@ def withdrawn(logits_TE: object, reduce: Reduction) -> Problem | None:
     )
 
 
+def refusals(reduce: Reduction, error: BaseException | None = None) -> str:
+    """What ranks say that have refused what they were given. All call it once they know that one has; on a CPU.
+
+    Args:
+        reduce: the sum over the ranks.
+        error: that this rank is about to raise; None: it waits for others.
+
+    >>> refusals(lambda x: x, ValueError("reg must be above 0, got -1"))
+    'rank 0 says: ValueError: reg must be above 0, got -1'
+    """
+    said = torch.zeros(1 + TEXT, dtype=torch.float64, device="cpu")
+    if error is not None:
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        text = f"rank {rank} says: {type(error).__name__}: {error}".encode()[:TEXT]
+        said[0] = 1
+        said[1 : 1 + len(text)] = torch.tensor(list(text), dtype=said.dtype)
+    count, *numbers = reduce(said).tolist()
+    if count != 1:  # their texts are added up
+        return f"the errors of {count:.0f} ranks say why"
+    return bytes(map(int, numbers)).rstrip(b"\0").decode(errors="ignore")
+
+
 def sum_over_ranks(group: dist.ProcessGroup) -> Reduction:
     """The sum over a process group, in the order of the ranks: the same bits whatever the network does."""
-
-    gather = gather_over_ranks(group)
-
-    return lambda x: added(gather(x))
+    return lambda x: added(all_gather(x, group))
 
 
 def added(parts_R: Tensor) -> Tensor:
@@ -71,13 +96,7 @@ def added(parts_R: Tensor) -> Tensor:
 
 def gather_over_ranks(group: dist.ProcessGroup) -> Gathering:
     """What every rank of a process group gives."""
-
-    def gather(x: Tensor) -> Tensor:
-        gathered = x.new_empty((dist.get_world_size(group), *x.shape))
-        dist.all_gather(list(gathered.unbind()), x.contiguous(), group=group)
-        return gathered
-
-    return gather
+    return lambda x: all_gather(x, group)
 
 
 def _total_mass(problem: Problem, reduce: Reduction | None) -> Tensor | float:

@@ -31,7 +31,7 @@ from sinkroute.transport.problem import Problem, Reduction, Solution
 from sinkroute.transport.ranks import over_all_ranks, sum_over_ranks, withdrawn
 from sinkroute.transport.sinkhorn import sinkhorn
 
-__all__ = ["AUTO", "SOLVERS", "Solver", "list_solvers", "solve"]
+__all__ = ["AUTO", "SOLVERS", "Solver", "leave", "list_solvers", "solve"]
 
 
 class Solver(Protocol):
@@ -163,9 +163,9 @@ def solve(
                 "differentiable=True gives derivatives by backward only, and logits_TE carries a tangent (forward-mode "
                 "differentiation, torch.func.jvp or jacfwd); take torch.func.vjp or jacrev, or differentiable=False"
             )
-    except Exception:
+    except Exception as error:
         if reduce is not None:  # the others wait for this rank
-            _leave(logits_TE, reduce, name, tol, max_passes)
+            leave(logits_TE, reduce, error, name, tol=tol, max_passes=max_passes)
         raise
     with full_precision(logits_TE):
         problem = over_all_ranks(alone, reduce)
@@ -201,13 +201,28 @@ def _found(problem: Problem, name: str, tol: float, max_passes: int | None, init
     return SOLVERS[name](problem, tol=tol, max_passes=max_passes, init_E=init_E)
 
 
-def _leave(logits_TE: object, reduce: Reduction, name: str, tol: object, max_passes: object) -> None:
-    """Take part in what the other ranks do although this one has nothing to solve; then it may raise."""
-    rest = withdrawn(logits_TE, reduce)
+def leave(
+    logits_TE: object,
+    reduce: Reduction,
+    error: BaseException | None,
+    method: str = AUTO,
+    *,
+    tol: object = None,
+    max_passes: object = None,
+) -> None:
+    """Take part in what the other ranks do in `solve` although this one has nothing to solve; then it may raise.
+
+    Args:
+        logits_TE: which this rank was given, whatever they are; an accelerator's tell of its device and of E.
+        reduce: as of `solve`.
+        error: that this rank is about to raise; on a CPU the others tell it in theirs.
+        method, tol, max_passes: as the other ranks have them.
+    """
+    rest = withdrawn(logits_TE, reduce, error)
     if rest is not None:
         tol = tol if isinstance(tol, float) else 1e-4
         limit = max_passes if isinstance(max_passes, int) else None
-        SOLVERS.get(name, dual)(rest, tol=tol, max_passes=limit, init_E=None)
+        SOLVERS.get(method, dual)(rest, tol=tol, max_passes=limit, init_E=None)
 
 
 # -- as one operation: for tracers, for `torch.func`, for tensors without values ----------------------------------

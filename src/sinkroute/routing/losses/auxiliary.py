@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from sinkroute.routing.losses.inputs import LossInputs
 from sinkroute.routing.losses.registry import LOSSES
 from sinkroute.routing.ranks import Ranks
 from sinkroute.routing.state import recomputing
+from sinkroute.transport.ranks import refusals
 
 __all__ = ["AuxiliaryLosses", "attach_gradient"]
 
@@ -78,7 +80,7 @@ class AuxiliaryLosses:
                     return batch_E
         batch_E = ranks.sum(load_E.clone())
         if not torch.compiler.is_compiling() and _is_refused(batch_E):
-            raise ValueError("another rank refused its logits, its error says why; here they are right")
+            raise ValueError(f"another rank refused its logits, here they are right; {refusals(ranks.sum)}")
         if keep:
             batch_E = batch_E if self._load_E is None else batch_E + self._load_E
             self._load_E = batch_E
@@ -87,9 +89,12 @@ class AuxiliaryLosses:
         return batch_E
 
     def withdraw(self, num_experts: int, ranks: Ranks, device: torch.device) -> None:
-        """Take part in the other ranks' `batch_load` with nothing to give: there they raise."""
-        if self.of_batch:
-            ranks.sum(torch.full((num_experts,), _REFUSED, dtype=torch.int64, device=device))
+        """Take part in the other ranks' `batch_load` with nothing to give: there they raise, on a CPU."""
+        if not self.of_batch:
+            return
+        batch_E = ranks.sum(torch.full((num_experts,), _REFUSED, dtype=torch.int64, device=device))
+        if _is_refused(batch_E):
+            refusals(ranks.sum, sys.exc_info()[1])
 
     def keep_gradient(self, loss: Tensor, weights_TK: Tensor, micro_batch: int) -> tuple[Tensor, Tensor]:
         """Keep the loss's gradient alive under reentrant activation checkpointing.

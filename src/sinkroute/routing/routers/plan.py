@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.router import Router
 from sinkroute.transport import Plan, solve
+from sinkroute.transport.ranks import sum_over_ranks
+from sinkroute.transport.solve import leave
 
 __all__ = ["PlanRouter"]
 
@@ -64,9 +66,8 @@ class PlanRouter(Router):
     def withdraw(self, device: torch.device) -> None:
         group = self.ranks.plan.group if self.plans_now() else None
         if group is not None:
-            nothing = torch.empty(0, self.num_experts, dtype=torch.int64, device=device)
-            with contextlib.suppress(TypeError):  # integers are refused, and solve tells the others
-                solve(nothing, tol=self.tol, max_passes=self.max_passes, process_group=group)
+            nothing = torch.empty(0, self.num_experts, device=device)
+            leave(nothing, sum_over_ranks(group), sys.exc_info()[1], tol=self.tol, max_passes=self.max_passes)
             if device.type == "cpu":  # the other ranks know now, and call no more
                 return
         super().withdraw(device)
