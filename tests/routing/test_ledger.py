@@ -316,7 +316,7 @@ GO_ON = "restart the job: it continues from its last checkpoint"
 @pytest.mark.parametrize(
     ("what", "during"),
     [
-        ("pass", "during a pass of SSRLinearRouter, layer 7, step 13: "),
+        ("pass", "during step 13 of layer 7, SSRLinearRouter: "),
         ("end", "during the end of step 13: "),
         ("metrics", "during LoadMonitor.metrics: "),
     ],

@@ -170,9 +170,7 @@ class Router(nn.Module):
             with self.sent["train" if self.training else "eval"]:
                 return self._pass(*checked, plain)
         except RankLost as lost:
-            raise lost.during(
-                f"a pass of {type(self).__name__}, layer {self.layer}, step {self.step}"
-            ) from lost.__cause__
+            raise lost.during(f"step {self.step} of layer {self.layer}, {type(self).__name__}") from lost.__cause__
 
     def _pass(self, logits_TX: Tensor, token_mask: Tensor | None, plain: Routes | None) -> Routes:
         logits_TE = logits_TX[:, : self.num_experts]
