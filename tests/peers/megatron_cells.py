@@ -19,7 +19,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import get_submodules
@@ -33,8 +33,8 @@ EXPERTS, TOP_K, LAYERS, WIDTH, WORDS, LENGTH, SEQUENCES = 8, 2, 2, 16, 32, 16, 2
 SCORES = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
 
 
-def begin(tp=1, pp=1, vp=None, cp=1, ep=1, etp=1):
-    """Groups of these sizes, over all ranks."""
+def begin(tp=1, pp=1, vp=None, cp=1, ep=1, etp=1, mtp=0):
+    """Groups of these sizes, over all ranks. (`mtp` is no group: so many layers of multi-token prediction.)"""
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
@@ -54,6 +54,7 @@ def config_of(sizes, **options):
         "cp": "context_parallel_size",
         "ep": "expert_model_parallel_size",
         "etp": "expert_tensor_parallel_size",
+        "mtp": "mtp_num_layers",
     }
     said = {
         "num_layers": LAYERS * (sizes.get("vp") or 1),
@@ -76,7 +77,7 @@ def config_of(sizes, **options):
         attention_dropout=0.0,
         pipeline_dtype=torch.float32,
         gradient_accumulation_fusion=False,
-        **{names[name]: size for name, size in ({"etp": 1} | sizes).items()},
+        **{names[name]: size for name, size in ({"etp": 1} | sizes).items() if size},
         **said | options,
     )
 
@@ -99,6 +100,7 @@ class Model:
             get_submodules(spec.submodules.mlp).router = make_router(router, **(options or {}))
         if sizes.get("cp", 1) > 1:
             spec.submodules.self_attention.submodules.core_attention = megatron_on_the_cpu.NearAttention
+        last = {"mtp_block_spec": get_gpt_mtp_block_spec(self.config, spec, False)} if sizes.get("mtp") else {}
         chunks = range(sizes.get("vp") or 1)
         self.chunks = [
             GPTModel(
@@ -109,6 +111,7 @@ class Model:
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
                 vp_stage=chunk if len(chunks) > 1 else None,
+                **last,
             )
             for chunk in chunks
         ]
@@ -122,9 +125,9 @@ class Model:
         self.dp, self.cp = parallel_state.get_data_parallel_world_size(), sizes.get("cp", 1)
 
     def hosts(self):
-        """The routers of the layers on this rank, as Megatron numbers them."""
+        """The routers of the layers on this rank, as Megatron numbers them: those of multi-token prediction last."""
         found = (part for chunk in self.chunks for part in chunk.modules() if isinstance(part, TopKRouter))
-        return {host.layer_number: host for host in found}
+        return {host.layer_number + self.config.num_layers * host.is_mtp_layer: host for host in found}
 
     def routers(self):
         """Ours, by their layers."""
@@ -290,6 +293,62 @@ def gate_gradients(sizes, router, options, config, micro_batches):
             for layer, host in model.hosts().items()
         },
     }
+
+
+def without_sequence_parallelism(sizes):
+    """What Megatron says of a step."""
+    try:
+        Model(sizes, "ssr-l", sequence_parallel=False).run(0, 1)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def moved_copies(sizes, steps=3):
+    """Gates in bfloat16 whose float32 copies are on the ranks in turn, as with a distributed optimiser.
+
+    Returns:
+        `messages` of each end of a step, by how many numbers they had; `moved`, how far the gates are from where they
+        began; `apart`, how far they were from their copies; and `refused`, what is said where no rank has a copy.
+    """
+    model = Model(sizes, "ssr-dual", num_layers=4)
+    own, ranks = dist.get_rank(), stage()
+    for layer, host in model.hosts().items():
+        host.weight.data = host.weight.detach().bfloat16()
+        mine = ranks[layer % len(ranks)] == own
+        host.weight.main_param, host.weight.main_param_sharded = host.weight.detach().float() if mine else None, True
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    first = {layer: host.weight.detach().float().clone() for layer, host in model.hosts().items()}
+    messages, reduce, apart = [], dist.all_reduce, 0.0
+
+    def counted(values, *args, **options):
+        messages[-1].append(values.numel())
+        return reduce(values, *args, **options)
+
+    for step in range(steps):
+        model.run(step, 1)
+        messages.append([])
+        dist.all_reduce = counted
+        for chunk in model.chunks:
+            sinkroute.end_step(chunk)
+        dist.all_reduce = reduce
+        for host in model.hosts().values():  # as the optimiser does: copies are written over the gates, on all ranks
+            written = torch.zeros_like(host.weight, dtype=torch.float32)
+            if host.weight.main_param is not None:
+                apart = max(apart, float((host.weight.float() - host.weight.main_param).abs().max()))
+                written.copy_(host.weight.main_param)
+            dist.all_reduce(written, group=group)
+            host.weight.data.copy_(written)
+    moved = min(float((host.weight.float() - first[layer]).abs().max()) for layer, host in model.hosts().items())
+    for host in model.hosts().values():
+        host.weight.main_param = None
+    model.run(steps, 1)
+    refused = ""
+    try:
+        sinkroute.end_step(model.chunks[0])
+    except ValueError as error:
+        refused = str(error)
+    return {"messages": messages, "apart": apart, "moved": moved, "refused": refused}
 
 
 # -- ranks -----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sinkroute._errors import unknown_name
 from sinkroute.adapters._fit import fit_router, is_asked, join_bias, join_gate, on_scores
 from sinkroute.adapters._links import moves_bias
+from sinkroute.adapters._megatron_copies import move_main_param
 from sinkroute.adapters._megatron_ranks import PlanRanks, check_plan_ranks, find_ranks, groups_around
 from sinkroute.adapters._patched import Patched, hold, holder, put_in
 from sinkroute.routing import Router, Routes, list_routers
@@ -253,7 +254,7 @@ def _fit(host: megatron_router.TopKRouter, name: str, options: dict[str, Any], r
     if config.moe_router_enable_expert_bias:
         join_bias(router, "moe_router_enable_expert_bias", functools.partial(getattr, host, "expert_bias"))
     else:
-        join_gate(router, "Megatron's router", host, host, functools.partial(_move_main_param, router))
+        join_gate(router, "Megatron's router", host, host, functools.partial(move_main_param, router))
     if host.is_aux_loss_enabled():
         warnings.warn(
             f"moe_aux_loss_coeff={config.moe_aux_loss_coeff} with router={name!r}: both balance, and Megatron's "
@@ -262,39 +263,6 @@ def _fit(host: megatron_router.TopKRouter, name: str, options: dict[str, Any], r
         )
     _number(router, host)
     return router
-
-
-def _move_main_param(router: Router, weight: Tensor, move: Tensor) -> bool:
-    """Add `move` to the float32 copy of a gate in low precision, which Megatron's optimisers write over it.
-
-    Raises:
-        ValueError: the copy is kept where it cannot be found, or in a part that cannot be told.
-    """
-    if weight.dtype == torch.float32 or not hasattr(weight, "main_param"):
-        return False
-    main, move_X, weight_X = weight.main_param, move.flatten(), weight.detach().flatten()
-    size = 0 if main is None else main.numel()
-    if getattr(weight, "main_param_sharded", False):
-        total = router.ranks.load.sum(torch.tensor(size, device=weight.device))
-        if total == 0:
-            raise ValueError(
-                f"{type(router).__name__} moves the gate, and the optimiser keeps a float32 copy of that where it "
-                "cannot be found; set use_precision_aware_optimizer=False, or take a method that leaves the gate "
-                'alone, such as "ssr-l"'
-            )
-    if main is None:  # it is on other ranks
-        return True
-    # A rank of a distributed optimiser has all of it, its beginning or its end.
-    places = {0, weight_X.numel() - size}
-    found = [at for at in places if torch.equal(weight_X[at : at + size], main.detach().flatten().to(weight.dtype))]
-    if len(found) != 1:
-        raise ValueError(
-            f"{type(router).__name__} moves the gate, and of the optimiser's float32 copy this rank has {size} numbers "
-            f"of {weight_X.numel()}, which are not the gate's first or last; take use_distributed_optimizer=False, "
-            'or a method that leaves the gate alone, such as "ssr-l"'
-        )
-    main.detach().view(-1).add_(move_X[found[0] : found[0] + size].to(main.device, main.dtype))
-    return True
 
 
 def _number(router: Router, host: megatron_router.TopKRouter) -> None:
