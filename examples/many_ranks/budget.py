@@ -27,10 +27,11 @@ from torch import nn
 
 import sinkroute
 from sinkroute.routing.fold import GateFold
+from sinkroute.transport.over_ranks import MESSAGES
 
 FLOAT64 = 8
-# Passes of the solver over the logits in a plan (docs/transport.md), and the most messages of a balanced choice.
-PASSES, CHOICE_MESSAGES = 5.2, 13
+# Passes of the solver over the logits in a plan (docs/transport.md).
+PASSES = 5.2
 # The share of steps with a plan of ssr-l: the paper's.
 PROBABILITY = 0.001
 # Of the busiest expert, in training and as served, by docs/study.md: 512 tokens a step, 16 experts top-2.
@@ -212,9 +213,9 @@ def messages(mixture: Mixture, layout: Layout) -> list[Messages]:
         Messages("ssr-dual, a bias", 1, sizes[False], False, ranks),
         Messages("ssr-dual, folded into the gate", 1, sizes[True], False, ranks),
         Messages(
-            "ssr-dual, a step with a plan of all ranks",
-            1 + layers * CHOICE_MESSAGES,
-            sizes[True] + layers * CHOICE_MESSAGES * 3 * experts,
+            "ssr-dual, a plan of all ranks, at most",
+            1 + layers * MESSAGES,
+            sizes[True] + layers * MESSAGES * 3 * experts,
             True,
             ranks,
             share=0.0,

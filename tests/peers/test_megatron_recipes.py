@@ -23,7 +23,7 @@ def recipe():
 
 
 def trained(*arguments):
-    lines = recipe().main(["small", "--steps", "16", "--report-every", "4", "--global-batch", "8", *arguments])
+    lines = recipe().main(["small", "--steps", "12", "--report-every", "4", "--global-batch", "4", *arguments])
     return [{name: value for name, value in line.items() if value is not None} for line in lines]
 
 
@@ -48,7 +48,7 @@ def test_the_small_mixture_trains_balanced_on_these_ranks(layout, ranks, layers,
     seen = [each for each in losses if each]  # the last stage knows it
     assert seen and all(each[-1] < each[0] < math.log(256) + 0.2 for each in seen)
     for lines in found:
-        assert [line["step"] for line in lines] == [3, 7, 11, 15]
+        assert [line["step"] for line in lines] == [3, 7, 11]
         last = lines[-1]
         assert len(last["max_vio_global"]) == layers
         assert last["dead"] == 0 and max(last["max_vio_global"]) < 1

@@ -1,6 +1,6 @@
 """The recipes of examples/many_ranks in torchtitan: the small mixture trains here, the large ones are laid out."""
 
-import importlib
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-pytest.importorskip("torchtitan.trainer")
-pytest.importorskip("sinkroute.adapters.torchtitan_trainer")
+# Not imported here: on a CPU `torchtitan_on_the_cpu` comes first.
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="torchtitan is not installed")
 
 
 def recipes():
@@ -30,7 +30,7 @@ def trained(**parallelism):
     config = made.small()
     on_the_cpu.dense_attention(config.model_spec.model)
     config.training.mixed_precision_param = "float32"
-    config.training.steps = 8
+    config.training.steps = 6
     for name, degree in parallelism.items():
         setattr(config.parallelism, name, degree)
     trainer = config.build()
@@ -77,7 +77,7 @@ def with_stages():
 def test_the_small_mixture_trains_balanced_on_these_ranks(layout, ranks, layers, held, run_ranks):
     found = run_ranks(layout, ranks)
     for rank in found:
-        assert [len(names) for names in rank["layers"]] == [layers] * 8
+        assert [len(names) for names in rank["layers"]] == [layers] * 6
         # 4 sequences of 128 tokens a replica, each token once, whichever ranks have parts of it.
         assert set(rank["tokens"]) == {4 * 128 * 2}
         assert rank["dead"][-1] == 0 and rank["max_vio_global"][-1] < 1
