@@ -6,7 +6,8 @@ All that a CPU needs is here, and nothing of it in the package:
 - `barrier` is called with device ids, which gloo refuses;
 - FlexAttention has no backward pass on a CPU: dense causal attention is in its place (`dense_attention`);
 - FSDP scales gradients in the collective, by an operation that gloo lacks;
-- gloo has no `all_to_all` of lists: a single one of concatenated parts.
+- gloo has no `all_to_all` of lists: a single one of concatenated parts;
+- a pipeline tries its stages on memory that holds anything, which routers refuse on a CPU if it is not finite.
 """
 
 from __future__ import annotations
@@ -67,6 +68,13 @@ def _exchange_lists() -> None:
     dist.all_to_all = torch.distributed.distributed_c10d.all_to_all = all_to_all
 
 
+def _try_stages_on_zeros() -> None:
+    from torch.distributed.pipelining import _utils
+
+    make = _utils._make_tensor_from_meta
+    _utils._make_tensor_from_meta = lambda *args: make(*args).zero_()
+
+
 def dense_attention(model_config: Any) -> None:
     """Put dense causal attention into a torchtitan model configuration."""
     from torchtitan.models.common.attention import ScaledDotProductAttention
@@ -79,3 +87,4 @@ _be_the_device()
 _without_device_ids()
 _sum_in_collectives()
 _exchange_lists()
+_try_stages_on_zeros()

@@ -1,14 +1,12 @@
-"""One process of torchtitan's Trainer on CPUs: `python torchtitan_rank.py CELLS.json`.
+"""One process of torchtitan's Trainer on CPUs, for torchtitan_matrix.py, which forks it: imports take most of the time.
 
-CELLS is a list of what to train, one after the other: a name for what is written, layout, method, first and last step.
-What each router was given and gave, the loads that were counted and the losses go to FOLDER/NAME-RANK.pt.
+A cell says what to train: a name for what is written, layout, method, first and last step. What each router was given
+and gave, the loads that were counted and the losses go to FOLDER/NAME-RANK.pt.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.config import ParallelismConfig, TrainingConfig
+from torchtitan.config import CommConfig, ParallelismConfig, TrainingConfig
 from torchtitan.config.override import OverrideConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models.common.config_utils import decoder_vocab_size
@@ -36,6 +34,7 @@ from sinkroute.routing.attached import named_routers
 from sinkroute.routing.state import recomputing
 
 ROWS, LENGTH = 4, 32  # of the global batch of a step, on however many ranks
+LAYERS = 4  # the first is dense; of two stages, the first has one layer with experts, the second two
 
 
 class NoTokenizer(BaseTokenizer):
@@ -113,7 +112,7 @@ class Recording(SinkrouteTrainer):
         self.metrics_processor.log = noting
 
     def _note(self, router: Any, inputs: Any, routes: Any) -> None:
-        if not router.training or recomputing():
+        if not router.training or not router.balances or recomputing():
             return
         bias = router.choice_bias()
         self.calls.append(
@@ -125,6 +124,7 @@ class Recording(SinkrouteTrainer):
                 "experts": routes.experts.clone(),
                 "branch": routes.branch,
                 "bias": None if bias is None or bias.bias_E is None else bias.bias_E.clone(),
+                "correction": None if router.correction_E is None else router.correction_E.clone(),
             }
         )
 
@@ -136,6 +136,8 @@ class Recording(SinkrouteTrainer):
         return counting
 
     def train_step(self, data_iterator: Any) -> None:
+        if not self.biases:
+            self.biases.append(self.learned())  # of a checkpoint
         super().train_step(data_iterator)
         self.biases.append(self.learned())
 
@@ -170,13 +172,14 @@ def _set_weights(part: torch.nn.Module) -> None:
 
 METHODS: dict[str, dict[str, Any]] = {
     "ssr-l": {"router": "ssr-l", "probability": 0.5, "noise": 0.5, "noise_scale": "absolute", "process_group": "world"},
-    "ssr-dual": {"router": "ssr-dual"},
+    "ssr-dual": {"router": "ssr-dual", "process_group": "world"},
     "loss-free": {"router": "loss-free", "update_rate": 0.02},
 }
 
 
 def config_of(cell: dict[str, Any], folder: Path) -> Recording.Config:
     spec = model_registry("debugmodel")
+    spec.model.layers = spec.model.layers[:LAYERS]
     on_the_cpu.dense_attention(spec.model)
     layout = dict(cell["layout"])
     data = ROWS // layout.pop("dp_degree")
@@ -197,6 +200,7 @@ def config_of(cell: dict[str, Any], folder: Path) -> Recording.Config:
             disable_cuda_graphs=True,
         ),
         parallelism=ParallelismConfig(**layout),
+        comm=CommConfig(train_timeout_seconds=600),
         checkpoint=CheckpointManager.Config(
             enable=True,
             interval=2,
@@ -209,37 +213,33 @@ def config_of(cell: dict[str, Any], folder: Path) -> Recording.Config:
     )
 
 
-def main(cells: Path) -> None:
+def train(cell: dict[str, Any], folder: Path) -> None:
+    """As RANK of WORLD_SIZE processes."""
     torch.set_num_threads(1)
-    for cell in json.loads(cells.read_text(encoding="utf-8")):
-        since = time.monotonic()
-        trainer = config_of(cell, cells.parent).build()
-        trainer.train()
-        routers = [router for part in trainer.model_parts for router in named_routers(part).values()]
-        told = {
-            name: None if (group := ranks.group) is None else dist.get_process_group_ranks(group)
-            for name, ranks in routers[0].ranks._asdict().items()
-        }
-        dims = trainer.parallel_dims
-        places = {
-            name: 0 if (mesh := dims.get_optional_mesh(name)) is None else mesh.get_local_rank()
-            for name in ("pp", "batch", "cp", "tp")
-        }
-        found = {
-            "calls": trainer.calls,
-            "loads": trainer.loads,
-            "losses": trainer.losses,
-            "biases": trainer.biases,
-            "layers": trainer.layers,
-            "ranks": told,
-            "noise_rank": routers[0].ranks.noise.rank,
-            "places": places,
-            "options": routers[0].options,
-            "seconds": time.monotonic() - since,
-        }
-        torch.save(found, cells.parent / f"{cell['name']}-{os.environ['RANK']}.pt")
-        trainer.close()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    since = time.monotonic()
+    trainer = config_of(cell, folder).build()
+    trainer.train()
+    routers = [router for part in trainer.model_parts for router in named_routers(part).values()]
+    told = {
+        name: None if (group := ranks.group) is None else dist.get_process_group_ranks(group)
+        for name, ranks in routers[0].ranks._asdict().items()
+    }
+    dims = trainer.parallel_dims
+    places = {
+        name: 0 if (mesh := dims.get_optional_mesh(name)) is None else mesh.get_local_rank()
+        for name in ("pp", "batch", "cp", "tp")
+    }
+    found = {
+        "calls": trainer.calls,
+        "loads": trainer.loads,
+        "losses": trainer.losses,
+        "biases": trainer.biases,
+        "layers": trainer.layers,
+        "ranks": told,
+        "noise_rank": routers[0].ranks.noise.rank,
+        "places": places,
+        "options": routers[0].options,
+        "seconds": time.monotonic() - since,
+    }
+    torch.save(found, folder / f"{cell['name']}-{os.environ['RANK']}.pt")
+    trainer.close()
