@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import sinkroute
 
@@ -469,6 +469,27 @@ def test_activation_checkpointing_changes_no_gradient_and_counts_no_token_twice(
         torch.testing.assert_close(once, twice)
 
 
+@pytest.mark.parametrize("method", ["ssr-l", "ssr-dual", "loss-free"])
+def test_selective_checkpointing_changes_no_gradient_whatever_it_keeps(method):
+    gradients = []
+    for recompute in (False, True):
+        moe = make_layer(coeff=0.05, route_norm=True)
+        adapter.patch(moe, method, **({"probability": 0.5} if method == "ssr-l" else {}))
+        for step in range(4):
+            sinkroute.set_step(moe, step)
+            x = tokens().requires_grad_()
+            y = checkpoint(moe, x, use_reentrant=False, context_fn=kept) if recompute else moe(x)
+            y.square().mean().backward()
+        gradients.append([p.grad for p in moe.parameters()])
+    for once, twice in zip(*gradients, strict=True):
+        torch.testing.assert_close(once, twice)
+
+
+def kept():
+    aten = torch.ops.aten
+    return create_selective_checkpoint_contexts([aten.mm.default, aten.add.Tensor, aten.topk.default])
+
+
 # -- ways into a model -----------------------------------------------------------------------------------------------
 
 
@@ -532,6 +553,22 @@ def test_a_method_that_does_not_fit_is_refused_and_nothing_is_patched(method, op
     with pytest.raises(ValueError, match=reason):
         adapter.patch(moe, method, **options)
     assert type(moe.router) is titan_moe.TokenChoiceTopKRouter
+
+
+@pytest.mark.parametrize(("method", "options"), [("load-balance", {}), ("ssr-l", {"losses": ["z-loss"]})])
+@pytest.mark.parametrize("coeff", [None, 1e-3])
+def test_a_loss_is_refused_before_there_are_ranks_or_stages(method, options, coeff):
+    config = layer_config(coeff=coeff)
+    config.router = adapter.route(config.router, method, **options)
+    with pytest.raises(ValueError, match="auxiliary loss, and nothing in torchtitan adds it"):
+        config.build()
+
+
+def test_choices_can_be_viewed_as_torchtitan_does():
+    moe = make_layer()
+    adapter.patch(moe, "loss-free")
+    sinkroute.set_step(moe, 0)
+    assert all(part.is_contiguous() for part in moe.router(tokens())[:2])
 
 
 def test_a_model_without_layers_and_one_that_is_patched_already_are_refused():

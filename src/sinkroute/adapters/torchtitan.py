@@ -14,6 +14,7 @@ torchtitan's command line, `patch` on a built model.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import re
@@ -27,6 +28,7 @@ from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_module_registration_hook,
 )
+from torch.utils._python_dispatch import _disable_current_modes
 
 try:
     from torchtitan.config.override import derive, override
@@ -43,6 +45,7 @@ from sinkroute.adapters._fit import fit_router, is_asked, join_bias, join_gate, 
 from sinkroute.adapters._links import moves_bias
 from sinkroute.adapters._patched import Patched, hold, holder, outputs_of, put_in
 from sinkroute.adapters._titan_ranks import ranks_in
+from sinkroute.kernels.storage import is_watched
 from sinkroute.routing import Router
 from sinkroute.routing.registry import RECOMMENDED
 from sinkroute.routing.routes import Routes
@@ -128,7 +131,7 @@ class SinkrouteRouter(TokenChoiceTopKRouter):
             with outputs_of(self.gate) as logits:
                 weights_BLK, experts_BLK, scores_BLE = super().forward(x_BLD, expert_bias_E)
             plain = Routes(_local(experts_BLK).flatten(0, -2), _local(weights_BLK).flatten(0, -2))
-            router(_local(logits[0]).detach().flatten(0, -2), plain=plain)
+            _ask(router, _local(logits[0]).detach().flatten(0, -2), plain=plain)
             return weights_BLK, experts_BLK, scores_BLE
         with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
             logits_BLE = self.gate(x_BLD)
@@ -138,7 +141,7 @@ class SinkrouteRouter(TokenChoiceTopKRouter):
         for link in router.links:
             link.see(_local(x_BLD))
         local_BLE = _local(logits_BLE)
-        routes = router(local_BLE.flatten(0, -2))
+        routes = _ask(router, local_BLE.flatten(0, -2))
         weights_BLK, experts_BLK = (
             _like(part.contiguous().unflatten(0, local_BLE.shape[:-1]), logits_BLE)  # they take views of it
             for part in (routes.weights.to(local_BLE.dtype), routes.experts)
@@ -300,6 +303,15 @@ def _fit(theirs: TokenChoiceTopKRouter, name: str, options: dict[str, Any], laye
 @functools.cache
 def _as_titan_module(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (cls, Module), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _ask(router: Router, logits_TE: Tensor, plain: Routes | None = None) -> Routes:
+    """Unseen by selective checkpointing, torchtitan's default: it wants the same operations when a pass is repeated,
+    and a router counts nothing then."""
+    unseen = torch._C._len_torch_dispatch_stack() > 0 and not is_watched()
+    with _disable_current_modes() if unseen else contextlib.nullcontext():
+        routes: Routes = router(logits_TE, plain=plain)
+    return routes
 
 
 def _refuse_frozen(x_BLD: Tensor) -> None:
