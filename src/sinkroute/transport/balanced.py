@@ -205,8 +205,8 @@ def _over_ranks(
             problem = check_problem(logits_TE, 1.0, cost, mask, None, expert_mass)
             init_E = starting_potentials(problem, init)
             forbids = problem.count() > 0 and _check(problem, k)
-    except Exception:
-        refuse_to_ranks(logits_TE, rank.gather)  # the others wait for this rank
+    except Exception as error:
+        refuse_to_ranks(logits_TE, rank.gather, error)  # the others wait for this rank
         raise
     with torch.no_grad(), full_precision(logits_TE):
         return balance_over_ranks(problem, k, float(tol), init_E, forbids, rank, _balance)

@@ -30,7 +30,7 @@ from sinkroute.kernels.rows import COSTS, wide_dtype
 from sinkroute.transport.loads import bounds, one_sided, repaired
 from sinkroute.transport.problem import Problem
 from sinkroute.transport.quotas import quotas
-from sinkroute.transport.ranks import Gathering, added
+from sinkroute.transport.ranks import Gathering, added, refusals
 from sinkroute.transport.search import Tokens, column_quantiles, cost_extent, search, within_reach
 
 __all__ = ["FACTS", "MESSAGES", "Rank", "balance_over_ranks", "refuse_to_ranks"]
@@ -83,7 +83,13 @@ def balance_over_ranks(
         ValueError: on all ranks: one has refused its arguments, or they do not agree.
     """
     message = _Message(problem, rank)
-    facts = _Facts(message.gather(_facts(problem, k, tol, init_E, forbids)))
+    facts_RF = message.gather(_facts(problem, k, tol, init_E, forbids))
+    if facts_RF[:, 0].any():
+        told = "its error says which"
+        if problem.logits_TE.device.type == "cpu":
+            told = refusals(message.sum)
+        raise ValueError(f"another rank refused its arguments, here they are right; {told}")
+    facts = _Facts(facts_RF)
     if not facts.real_R.any():
         return alone(replace(problem, target_E=0 * problem.target_E), k, tol, init_E)
     if facts.rows_R.max() <= FEW:
@@ -110,12 +116,20 @@ def balance_over_ranks(
     return here.experts_TK, bias_E.to(problem.logits_TE.device, problem.dtype), passes, moves
 
 
-def refuse_to_ranks(logits_TE: object, gather: Gathering) -> None:
-    """Tell the ranks in `balance_over_ranks`, which wait for this one, that it has refused its arguments."""
+def refuse_to_ranks(logits_TE: object, gather: Gathering, error: BaseException | None) -> None:
+    """Tell the ranks in `balance_over_ranks`, which wait for this one, that it has refused its arguments.
+
+    Args:
+        logits_TE: which this rank was given, whatever they are; of tensors the device counts.
+        gather: as of the `Rank`.
+        error: that this rank is about to raise; on a CPU the others tell it in theirs.
+    """
     device = torch.device("cpu")
     if isinstance(logits_TE, Tensor) and not logits_TE.is_meta:
         device = logits_TE.device
     gather(torch.ones(FACTS, dtype=wide_dtype(device), device=device))
+    if device.type == "cpu":
+        refusals(lambda x: added(gather(x)), error)
 
 
 class _Message:
@@ -162,12 +176,10 @@ class _Facts:
         extent: the least and the largest cost.
 
     Raises:
-        ValueError: a rank has refused its arguments, or they do not agree.
+        ValueError: what must agree does not.
     """
 
     def __init__(self, facts_RF: Tensor) -> None:
-        if facts_RF[:, 0].any():
-            raise ValueError("another rank refused its arguments, its error says which; here they are right")
         first = 1 + len(AGREED)
         for name, said_R in zip(AGREED, facts_RF[:, 1:first].T, strict=True):
             said = said_R.nan_to_num(math.inf).tolist()

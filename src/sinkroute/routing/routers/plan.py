@@ -11,7 +11,8 @@ from torch import Tensor
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.router import Router
 from sinkroute.transport import Plan, solve
-from sinkroute.transport.ranks import sum_over_ranks
+from sinkroute.transport.over_ranks import refuse_to_ranks
+from sinkroute.transport.ranks import gather_over_ranks, sum_over_ranks
 from sinkroute.transport.solve import leave
 
 __all__ = ["PlanRouter"]
@@ -19,6 +20,9 @@ __all__ = ["PlanRouter"]
 
 class PlanRouter(Router):
     """A router that solves for plans. With `process_group`, a plan is that of all its ranks' tokens."""
+
+    # Whether `choose_by_plan` talks to the ranks of a plan too, by `balanced_topk`.
+    balances_choice = False
 
     @dataclass(frozen=True, kw_only=True)
     class Options(CommonOptions):
@@ -66,8 +70,10 @@ class PlanRouter(Router):
     def withdraw(self, device: torch.device) -> None:
         group = self.ranks.plan.group if self.plans_now() else None
         if group is not None:
-            nothing = torch.empty(0, self.num_experts, device=device)
-            leave(nothing, sum_over_ranks(group), sys.exc_info()[1], tol=self.tol, max_passes=self.max_passes)
-            if device.type == "cpu":  # the other ranks know now, and call no more
+            nothing, error = torch.empty(0, self.num_experts, device=device), sys.exc_info()[1]
+            leave(nothing, sum_over_ranks(group), error, tol=self.tol, max_passes=self.max_passes)
+            if device.type != "cpu" and self.balances_choice:
+                refuse_to_ranks(nothing, gather_over_ranks(group), error)
+            if device.type == "cpu" or self.balances_choice:  # the other ranks know now, and call no more
                 return
         super().withdraw(device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import Tensor
 
 from sinkroute.routing.card import Card
@@ -20,10 +21,14 @@ from sinkroute.transport import Plan, balanced_topk
 __all__ = ["SSRBalancedRouter", "choose_balanced"]
 
 
-def choose_balanced(plan: Plan, top_k: int, tol: float, token_mask: Tensor | None) -> tuple[Tensor, None, Tensor]:
-    """Experts with balanced loads for the cost of a plan, best first; see `PlanRouter.choose_by_plan`."""
+def choose_balanced(
+    plan: Plan, top_k: int, tol: float, token_mask: Tensor | None, group: dist.ProcessGroup | None
+) -> tuple[Tensor, None, Tensor]:
+    """Experts with balanced loads for the cost of a plan of these ranks, best first; see `choose_by_plan`."""
     cost_TE, potentials_E = plan.logits.detach(), plan.potentials.detach()
-    experts_TK, bias_E = balanced_topk(cost_TE, top_k, tol, token_mask=token_mask, init=potentials_E)
+    experts_TK, bias_E = balanced_topk(
+        cost_TE, top_k, tol, token_mask=token_mask, init=potentials_E, process_group=group
+    )
     return best_first(experts_TK, cost_TE + potentials_E), None, bias_E
 
 
@@ -39,6 +44,7 @@ class SSRBalancedRouter(SSRRouter):
 
     card = Card("plans", "no", "top-k; on a share p of the steps a plan and a balanced choice")
     keeps_groups = False
+    balances_choice = True
 
     @dataclass(frozen=True, kw_only=True)
     class Options(SSRRouter.Options):
@@ -51,4 +57,4 @@ class SSRBalancedRouter(SSRRouter):
         )
 
     def choose_by_plan(self, plan: Plan, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        return choose_balanced(plan, self.top_k, self.balance_tol, token_mask)
+        return choose_balanced(plan, self.top_k, self.balance_tol, token_mask, self.ranks.plan.group)

@@ -24,6 +24,7 @@ One family: γ = 1 with exact quantiles is quantile balancing, sign(cap − load
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,7 +41,10 @@ from sinkroute.routing.routes import Routes
 from sinkroute.routing.scores import best_first, scores
 from sinkroute.routing.serving import Serving
 from sinkroute.routing.state import RouterState, recomputing
+from sinkroute.routing.step_tokens import StepTokens, plans_apart, potentials_of_all
 from sinkroute.transport import balanced_topk
+from sinkroute.transport.over_ranks import refuse_to_ranks
+from sinkroute.transport.ranks import gather_over_ranks
 
 __all__ = ["SSRDualRouter"]
 
@@ -124,6 +128,7 @@ class SSRDualRouter(Router):
             "the first plan is of the first training step with a real token, and none has come: see that training "
             "passes reach the router"
         )
+        self.step_tokens = StepTokens()
         self._plans: bool | None = None
         self._edge: Edge | None = None
         self.register_load_state_dict_post_hook(_ask_again)  # type: ignore[no-untyped-call]
@@ -169,9 +174,22 @@ class SSRDualRouter(Router):
         if not recomputing():
             self.plan_count.note(self.step)
         cost_TE = self._cost(logits_TE)
-        experts_TK, bias_E = balanced_topk(cost_TE, self.top_k, TOL, token_mask=token_mask, init=self.state.average_E)
+        if plans_apart(self.ranks) and self.clock.told:
+            self.step_tokens.note(cost_TE, token_mask)
+        group, init_E = self.ranks.plan.group, self.state.average_E
+        experts_TK, bias_E = balanced_topk(
+            cost_TE, self.top_k, TOL, token_mask=token_mask, init=init_E, process_group=group
+        )
         experts_TK = best_first(experts_TK, cost_TE, bias_E)
         return Routes(experts_TK, self.weigh(logits_TE, experts_TK), branch="assignment", potentials=bias_E)
+
+    def withdraw(self, device: torch.device) -> None:
+        group = self.ranks.plan.group if self.training and self.exact else None
+        if group is None:
+            super().withdraw(device)
+            return
+        nothing = torch.empty(0, self.num_experts, device=device)
+        refuse_to_ranks(nothing, gather_over_ranks(group), sys.exc_info()[1])  # the others call no more
 
     def _cost(self, logits_TE: Tensor) -> Tensor:
         return logits_TE.detach() if self.bias_on == "logits" else scores(logits_TE.detach(), self.score)
@@ -196,18 +214,28 @@ class SSRDualRouter(Router):
     @uncompiled
     def _potentials(self, logits_TE: Tensor, token_mask: Tensor | None) -> Tensor:
         self.plan_count.note(self.step)
-        return balanced_topk(self._cost(logits_TE), self.top_k, TOL, token_mask=token_mask, init=self.state.bias_E).bias
+        if self.ranks.load.group is not None and self.clock.told:
+            # It chooses nothing here, and is found when the step is over.
+            self.step_tokens.note(self._cost(logits_TE), token_mask)
+            return self.state.bias_E
+        return self._find(self._cost(logits_TE), token_mask=token_mask, init=self.state.bias_E)
+
+    def _find(self, cost_TE: Tensor, **others: Any) -> Tensor:
+        return balanced_topk(cost_TE, self.top_k, TOL, **others).bias
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def finish_step(self, load_E: Tensor, sums: dict[str, Tensor]) -> None:
         tokens = sums["tokens"].clamp(min=1)
         vector_E, known = sums["vector"], sums["tokens"][0] > 0
+        potentials_E = vector_E / tokens
+        if plans_apart(self.ranks) if self.exact else self.ranks.load.group is not None and self.plans_now():
+            potentials_E = potentials_of_all(self.step_tokens, self.ranks, potentials_E, self._find)
         if self.exact:
-            self._follow(vector_E / tokens, known)
+            self._follow(potentials_E, known)
         elif self.plans_now():
             self.plan_count.expect(self.step)
-            self._begin_at(vector_E / tokens, known)
+            self._begin_at(potentials_E, known)
         else:
             self._move(load_E.double(), vector_E, sums["width"] / tokens, known)
 
@@ -281,3 +309,4 @@ class SSRDualRouter(Router):
 def _ask_again(router: SSRDualRouter, _: object) -> None:
     """The state was loaded: whether the next step has a plan may be another answer."""
     router._plans = None
+    router.step_tokens = StepTokens()

@@ -1,0 +1,71 @@
+"""The tokens of a step's plans, kept until the step is over: what all ranks remember is to balance all of them.
+
+Each rank may plan for its tokens alone, and what the method keeps of that has to balance those of all. The mean of the
+ranks' potentials does not where ranks see other domains. A pass is no place to ask the other ranks: they may have
+another number of micro-batches, be at another layer (pipeline stages) or repeat a pass (activation checkpointing). The
+end of a step is: there all ranks take part, once and in the order of the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sinkroute.routing.ranks import RouterRanks
+from sinkroute.routing.state import recomputing
+
+__all__ = ["StepTokens", "plans_apart", "potentials_of_all"]
+
+
+def plans_apart(ranks: RouterRanks) -> bool:
+    """Whether a plan is of fewer ranks than those whose tokens a method is to balance by what it keeps.
+
+    >>> plans_apart(RouterRanks.of(None))  # in one process
+    False
+    """
+    return ranks.load != ranks.plan and ranks.load.group is not None
+
+
+class StepTokens:
+    """What this rank's plans of one step were made of.
+
+    >>> tokens = StepTokens()
+    >>> tokens.note(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([True, False]))
+    >>> tokens.take(num_experts=2, device=torch.device("cpu"))
+    tensor([[1., 2.]])
+    >>> len(tokens.take(num_experts=2, device=torch.device("cpu")))
+    0
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+
+    def note(self, cost_TE: Tensor, token_mask: Tensor | None) -> None:
+        """A pass of the training had a plan of this cost."""
+        if not recomputing():
+            cost_TE = cost_TE.detach()
+            self._parts.append(cost_TE if token_mask is None else cost_TE[token_mask])
+
+    def take(self, num_experts: int, device: torch.device) -> Tensor:
+        """(N, E) float32, the costs of all real tokens since it was asked last; N may be 0."""
+        # Of one dtype wherever a rank has none.
+        nothing_TE = torch.empty(0, num_experts, dtype=torch.float32, device=device)
+        parts, self._parts = self._parts, []
+        return torch.cat([nothing_TE, *(part.to(nothing_TE) for part in parts)])
+
+
+def potentials_of_all(tokens: StepTokens, ranks: RouterRanks, mean_E: Tensor, solve: Callable[..., Tensor]) -> Tensor:
+    """The potentials (E,) that balance the tokens of all ranks, for all of them to keep. A collective call.
+
+    Args:
+        tokens: of this rank.
+        ranks: of the router.
+        mean_E: (E,) the mean of the ranks' potentials: where to start, and what is kept where no rank has a token.
+        solve: from costs (N, E), `init` and `process_group` to potentials (E,).
+    """
+    cost_NE = tokens.take(len(mean_E), mean_E.device)
+    start_E = mean_E if mean_E.any() else None
+    found_E = solve(cost_NE, init=start_E, process_group=ranks.load.group).to(mean_E)
+    return torch.where(found_E.any(), found_E, mean_E)
