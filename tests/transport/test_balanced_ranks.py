@@ -209,7 +209,7 @@ def test_the_bias_is_the_same_on_all_ranks_to_the_bit_and_balances_all_tokens(re
 def test_messages_are_as_many_as_is_said(results, case):
     for result in results:
         *_, messages, numbers = result["cases"][case]
-        assert messages <= over_ranks.MESSAGES
+        assert messages <= over_ranks.CALLS
         assert numbers == results[0]["cases"][case][-1]
         assert max(numbers) <= max(3 * E, over_ranks.FACTS) or case in FEW_OR_FORBIDDEN
 

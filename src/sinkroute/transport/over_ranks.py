@@ -33,7 +33,7 @@ from sinkroute.transport.quotas import quotas
 from sinkroute.transport.ranks import Gathering, added, refusals
 from sinkroute.transport.search import Tokens, column_quantiles, cost_extent, search, within_reach
 
-__all__ = ["FACTS", "MESSAGES", "Rank", "balance_over_ranks", "refuse_to_ranks"]
+__all__ = ["CALLS", "FACTS", "Rank", "balance_over_ranks", "refuse_to_ranks"]
 
 SAMPLE_PASSES, FULL_PASSES = 16, 16  # at most; the first over samples of all sizes together
 KEPT = 0.015  # how far loads may be from their targets with the bias of all, which the repair does not better
@@ -45,8 +45,8 @@ FEW = 32  # tokens of each rank, whose logits are no longer than the passes woul
 AGREED = ("k", "the number of experts", "tol", "cost", "the dtype's bits", "expert_mass", "init")
 UNSHOWN = ("cost", "expert_mass", "init")  # sums that stand for them
 FACTS = 1 + len(AGREED) + 4 + LEVELS + 1
-# Facts, a start, passes, loads, and, where experts are forbidden, loads again and the logits.
-MESSAGES = 2 + SAMPLE_PASSES + FULL_PASSES + 3
+# Calls of all_gather: facts, a start, passes, loads, and, where experts are forbidden, loads again and the logits.
+CALLS = 2 + SAMPLE_PASSES + FULL_PASSES + 3
 
 
 Found = tuple[Tensor, Tensor, int, int]

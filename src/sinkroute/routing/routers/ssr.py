@@ -47,8 +47,8 @@ Inference = Literal["none", "noise", "sinkhorn", "both"]
 class SSRRouter(PlanRouter):
     """Softmax top-k, and now and then the transport plan.
 
-    With `process_group`, the plan is that of all its ranks' tokens. (Loads after the top-k, where a member of the
-    family balances these, are those of this rank.)
+    With `process_group`, the plan is that of all its ranks' tokens, and so are loads after the top-k, where a member of
+    the family balances these.
     """
 
     card = Card("plans", "no", "top-k; on a share p of the steps a plan")
