@@ -28,13 +28,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 import sinkroute
 from sinkroute.adapters.megatron import make_router
 from sinkroute.routing.attached import named_routers
+from sinkroute.routing.state import recomputing
 
 EXPERTS, TOP_K, LAYERS, WIDTH, WORDS, LENGTH, SEQUENCES = 8, 2, 2, 16, 32, 16, 2
 SCORES = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
 
 
-def begin(tp=1, pp=1, vp=None, cp=1, ep=1, etp=1, mtp=0):
-    """Groups of these sizes, over all ranks. (`mtp` is no group: so many layers of multi-token prediction.)"""
+def begin(tp=1, pp=1, vp=None, cp=1, ep=1, etp=1, mtp=0, recomputed=0):
+    """Groups of these sizes, over all ranks. (`mtp` and `recomputed` are none: see `config_of`.)"""
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
@@ -55,6 +56,7 @@ def config_of(sizes, **options):
         "ep": "expert_model_parallel_size",
         "etp": "expert_tensor_parallel_size",
         "mtp": "mtp_num_layers",
+        "recomputed": "recompute_num_layers",
     }
     said = {
         "num_layers": LAYERS * (sizes.get("vp") or 1),
@@ -62,6 +64,8 @@ def config_of(sizes, **options):
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
     }
+    if sizes.get("recomputed"):
+        said |= {"recompute_granularity": "full", "recompute_method": "uniform"}
     return TransformerConfig(
         hidden_size=WIDTH,
         num_attention_heads=4,
@@ -100,7 +104,12 @@ class Model:
             get_submodules(spec.submodules.mlp).router = make_router(router, **(options or {}))
         if sizes.get("cp", 1) > 1:
             spec.submodules.self_attention.submodules.core_attention = megatron_on_the_cpu.NearAttention
-        last = {"mtp_block_spec": get_gpt_mtp_block_spec(self.config, spec, False)} if sizes.get("mtp") else {}
+        last = {}
+        if sizes.get("mtp"):  # of two stages with embeddings Megatron cannot save those of positions
+            last = {
+                "mtp_block_spec": get_gpt_mtp_block_spec(self.config, spec, False),
+                "position_embedding_type": "none",
+            }
         chunks = range(sizes.get("vp") or 1)
         self.chunks = [
             GPTModel(
@@ -206,15 +215,17 @@ def stage():
 
 
 def watched(model):
-    """Name → logits and experts of each pass, in the order of the passes; filled while the model trains."""
+    """Layer → logits and experts of each pass, in their order, and those of its repetition; filled in training."""
     seen = {}
 
     def note(layer, router, args, routes):
         if router.training:
-            parts = seen.setdefault(layer, {"logits": [], "experts": [], "weights": []})
-            parts["logits"].append(args[0].detach().clone())
-            parts["experts"].append(routes.experts.clone())
-            parts["weights"].append(routes.weights.detach().clone())
+            parts = seen.setdefault(layer, {"logits": [], "experts": [], "again": []})
+            if recomputing():
+                parts["again"].append(routes.experts.clone())
+            else:
+                parts["logits"].append(args[0].detach().clone())
+                parts["experts"].append(routes.experts.clone())
 
     for layer, router in model.routers().items():
         router.register_forward_hook(functools.partial(note, layer))
@@ -256,7 +267,9 @@ def trained(sizes, router, options, config, folder, steps=4, micro_batches=2):
         model.save(folder)
     return {
         "stage": stage(),
-        "seen": {layer: {name: torch.stack(parts) for name, parts in each.items()} for layer, each in seen.items()},
+        "seen": {
+            layer: {name: torch.stack(parts) for name, parts in each.items() if parts} for layer, each in seen.items()
+        },
         "loads": loads,
         "losses": losses,
         **outcome(model),
@@ -276,7 +289,8 @@ def gate_gradients(sizes, router, options, config, micro_batches):
     seen = {}
 
     def apart(layer, host, args):
-        seen.setdefault(layer, []).append(args[0].detach().clone().flatten(0, -2))
+        if not recomputing():
+            seen.setdefault(layer, []).append(args[0].detach().clone().flatten(0, -2))
         return (args[0].detach(), *args[1:])  # what comes after this gate has no part in its gradient
 
     for layer, host in model.hosts().items():

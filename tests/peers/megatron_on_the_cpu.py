@@ -21,6 +21,7 @@ import types
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.fusions import fused_softmax
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel import random as parallel_random
 from megatron.core.transformer import torch_norm
@@ -93,6 +94,10 @@ def stand_in():
     torch.cuda.synchronize = lambda *args: None
     for module in (tensor_parallel, parallel_random, layers, moe_utils):
         module.get_cuda_rng_tracker = _Generators
+    # Where a backward pass repeats a forward pass, the mode does not reach.
+    fused_softmax.get_default_causal_mask = lambda size: torch.ones(size, size).triu(1).bool()
+    parallel_random._get_all_rng_states = tuple
+    parallel_random._set_all_rng_states = lambda *states: None
     # Sizes of parts go to the host on a GPU only, and the exchange wants numbers.
     for module in (moe_utils, token_dispatcher):
         module.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, **options: (
