@@ -10,6 +10,7 @@ import errno
 import gc
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(f"[yellow]Interrupted.[/]{cure}", soft_wrap=True)
         return 130
     except EXPECTED_ERRORS as error:
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            # torchrun asks the rest to stop as soon as one has ended: they are about to, and say why first.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if os.environ.get("SINKROUTE_TRACEBACK"):
             raise
         errors.print(f"[red]error:[/] {escape(_words(error, command))}", highlight=False, soft_wrap=True)
@@ -157,7 +161,7 @@ def _train(arguments: list[str], console: Console) -> int:
         command.label = "" if command.label == preset.label else command.label
     config = Config(**{name: value for name, value in vars(command).items() if name not in ("out", "fresh")})
     folder = Path(command.out or Path("runs") / path.stem)
-    with Display(console) as display, stop_on_signal() as stop:
+    with stop_on_signal() as stop, Display(console) as display:
         try:
             peers = join(config.train.timeout_minutes, stop)
             with peers.guard():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +40,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "config.yaml"
 
 
-def losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == "train"]
+@pytest.fixture(scope="session")
+def undisturbed(processes: Processes, small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Number of processes → folder of a run that nobody disturbed; made when first asked for."""
+
+    class Runs(dict[int, Path]):
+        def __missing__(self, number: int) -> Path:
+            folder = tmp_path_factory.mktemp("undisturbed") / str(number)
+            left = processes.run([["train", str(small), "--out", str(folder)]] * number, folder.parent / "logs")
+            assert left.codes == [0] * number, left.texts
+            self[number] = folder
+            return folder
+
+    return Runs()

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 HERE = Path(__file__).parent
 # Longer than anything takes on a machine that many share: what hangs fails.
-SECONDS = 120
+SECONDS = 400
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         assert self.zygote.stdin is not None and self.zygote.stdout is not None
         self.zygote.stdin.close()
-        self.zygote.wait(timeout=10)
+        self.zygote.wait(timeout=SECONDS)
         self.zygote.stdout.close()
 
     def ask(self, job: Any) -> Any:
@@ -109,9 +109,11 @@ class Started:
             if self.codes[rank] is None and (ranks is None or rank in ranks):
                 os.kill(pid, number)
 
-    def wait(self, seconds: float = SECONDS) -> Left:
+    def wait(self, ranks: Sequence[int] | None = None, seconds: float = SECONDS) -> Left:
+        """Until these have ended, by default all; what still runs then is killed."""
         until, first = time.monotonic() + seconds, 0.0
-        while None in self.codes and time.monotonic() < until:
+        ranks = range(len(self.pids)) if ranks is None else ranks
+        while any(self.codes[rank] is None for rank in ranks) and time.monotonic() < until:
             for rank, pid in enumerate(self.pids):
                 if self.codes[rank] is None:
                     self.codes[rank] = self.processes.ask(pid)
@@ -133,3 +135,9 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def lines(folder: Path) -> list[tuple[float, list[list[int]]]]:
+    """Of each step the loss and the loads, to the last bit."""
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(line["loss"], line["load"]) for line in found if line["kind"] == "train"]

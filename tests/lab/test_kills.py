@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from .processes import Processes
+from .processes import Processes, lines
 
 ranks = pytest.mark.ranks
 
@@ -50,27 +49,6 @@ CELLS = [
         ]
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(processes: Processes, small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Number of processes → folder of a run that nobody disturbed; made when first asked for."""
-
-    class Runs(dict[int, Path]):
-        def __missing__(self, number: int) -> Path:
-            folder = tmp_path_factory.mktemp("undisturbed") / str(number)
-            left = processes.run([["train", str(small), "--out", str(folder)]] * number, folder.parent / "logs")
-            assert left.codes == [0] * number, left.texts
-            self[number] = folder
-            return folder
-
-    return Runs()
-
-
-def lines(folder: Path) -> list[tuple[float, list[list[int]]]]:
-    """Of each step the loss and the loads, to the last bit."""
-    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [(line["loss"], line["load"]) for line in found if line["kind"] == "train"]
 
 
 @pytest.mark.parametrize(("at", "rank", "step", "number", "launcher"), CELLS)

@@ -15,11 +15,12 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -42,6 +43,9 @@ __all__ = [
     "load_model",
     "save_checkpoint",
 ]
+
+SHARDS = "shards"
+"""The folder in a checkpoint that was written in parts, see `lab.shards`."""
 
 # Names by parameter, whole tensors on the CPU: the same file from one process or several.
 _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -84,26 +88,29 @@ class Snapshot:
     """All that a checkpoint holds, on the CPU of the main process.
 
     Attributes:
-        contents: name of a file → its tensors by name; an empty one is not written, but for model and optimizer.
+        contents: name of a file → its tensors by name; an empty one is not written.
         param_groups: of the optimiser.
+        digests: of files that already lie in the draft (`lab.shards`).
     """
 
     contents: dict[str, Mapping[str, Any]]
     param_groups: list[dict[str, Any]]
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         """As `save_checkpoint`; on the main process only."""
         target = folder / f"step-{step:06d}"
         draft = folder / f".{target.name}.draft"
         try:
-            shutil.rmtree(draft, ignore_errors=True)  # left by a process that was killed
-            draft.mkdir(parents=True)
-            digests = {}
+            if not self.digests:
+                shutil.rmtree(draft, ignore_errors=True)  # left by a process that was killed
+                draft.mkdir(parents=True)
+            digests = dict(self.digests)
             for name, content in self.contents.items():
-                if content or name in ("model", "optimizer"):
+                if content:
                     file = draft / f"{name}.safetensors"
                     save_file(_whole(content), file)
-                    digests[file.name] = _digest(file)
+                    digests[file.name] = digest(file)
             write_about(draft, step, digests, self.param_groups, state)
             complete(draft, target)
         except (OSError, SafetensorError) as error:
@@ -152,7 +159,7 @@ def complete(draft: Path, target: Path) -> None:
     _flush(target.parent)
 
 
-def cannot_write(target: Path, error: Exception) -> CheckpointError:
+def cannot_write(target: Path, error: BaseException) -> CheckpointError:
     """What to say when a checkpoint could not be written."""
     folder = target.parent
     older = latest_checkpoint(folder)
@@ -218,9 +225,34 @@ def load_model(path: Path, model: nn.Module, *, averaged: bool = False) -> None:
     Raises:
         CheckpointError: damaged, incomplete, or of another model.
     """
-    tensors: dict[str, Any] = {**read_tensors(path, "average" if averaged else "model", read_state(path))}
-    require_fit(path, model, tensors)
+    name, about = "average" if averaged else "model", read_state(path)
+    if in_shards(about):
+        check_shards(path, about)
+        tensors: dict[str, Any] = get_model_state_dict(model)
+        try:
+            dcp.load({name: tensors}, checkpoint_id=path / SHARDS, no_dist=True)
+        except dcp.api.CheckpointException as error:
+            raise CheckpointError(f"{path} does not fit this model: {error}") from error
+    else:
+        tensors = {**read_tensors(path, name, about)}
+        require_fit(path, model, tensors)
     set_model_state_dict(model, tensors, options=_OPTIONS)
+
+
+def in_shards(about: dict[str, Any]) -> bool:
+    """Whether a checkpoint was written in parts; `about` is what `state.json` holds."""
+    return f"{SHARDS}/.metadata" in about["sha256"]
+
+
+def check_shards(path: Path, about: dict[str, Any], index: int = 0, number: int = 1) -> None:
+    """Compare the parts with their SHA-256; of several processes, each looks at some.
+
+    Raises:
+        CheckpointError: one is missing or damaged.
+    """
+    for name, expected in sorted(about["sha256"].items())[index::number]:
+        if name.startswith(SHARDS):
+            _check_digest(path / name, expected)
 
 
 def require_fit(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -257,15 +289,20 @@ def read_state(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path, name: str, content: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of `name`.safetensors; `content` is what `state.json` holds."""
     file = path / f"{name}.safetensors"
+    _check_digest(file, content["sha256"].get(file.name))
+    return load_file(file)
+
+
+def _check_digest(file: Path, expected: str | None) -> None:
+    path = next(parent for parent in file.parents if parent.name.startswith("step-"))
     if not file.exists():
         raise CheckpointError(f"{file} is missing. {_cure(path)}")
-    found, expected = _digest(file), content["sha256"].get(file.name)
+    found = digest(file)
     if found != expected:
         raise CheckpointError(
             f"{file} is damaged: its {file.stat().st_size} bytes have SHA-256 {found[:12]}…, "
             f"expected {str(expected)[:12]}…. {_cure(path)}"
         )
-    return load_file(file)
 
 
 def _cure(path: Path) -> str:
@@ -278,7 +315,8 @@ def _whole(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """The SHA-256 of a file."""
     with path.open("rb") as file:
         # hashlib.file_digest needs Python 3.11
         digest = hashlib.sha256()

@@ -200,6 +200,8 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints stay on disk."""
+    sharded_checkpoints: bool = False
+    """With FSDP2, each process writes its part of a checkpoint: for a model that fits no single one."""
     timeout_minutes: float = 10.0
     """How long a process waits for the others in a step before it gives them up. What one of them does alone (reading
     data, evaluating, writing a checkpoint) has no limit."""

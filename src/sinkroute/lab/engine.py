@@ -50,6 +50,11 @@ def make_accelerator(settings: TrainConfig, folder: Path) -> Accelerator:
     if accelerator.distributed_type == DistributedType.FSDP:
         # Weights stay float32 and autocast does the rest, as without sharding: rounded gates would route otherwise.
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    elif settings.sharded_checkpoints:
+        raise ValueError(
+            "train.sharded_checkpoints=True needs FSDP2 (accelerate launch --use_fsdp --fsdp_version 2): without it "
+            "each process holds all of the model. Leave it False"
+        )
     return accelerator
 
 

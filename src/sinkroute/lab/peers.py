@@ -272,7 +272,9 @@ def join(minutes: float = 10.0, stop: StopRequest | None = None) -> Peers:
     global _joined
     try:
         state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(minutes=minutes))
-    except (dist.DistError, TimeoutError) as error:
+    except (RuntimeError, TimeoutError) as error:
+        if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+            raise
         raise RankLost(
             f"not all {os.environ.get('WORLD_SIZE', '')} processes came to {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')} within train.timeout_minutes={minutes:g}; start all of them with the "

@@ -104,7 +104,9 @@ def _execute(
 
 def _require_same(peers: Peers, config: Config, data: Any) -> None:
     """Check that all processes were started alike: on another one's data or rates they would train in silence."""
-    own = {"version": sinkroute.__version__, "data": [data.name, data.sha256], "config": to_mapping(config)}
+    asked = to_mapping(config)
+    del asked["data"]["path"]  # where the data lie is each machine's affair, but for what they are
+    own = {"version": sinkroute.__version__, "data": f"{data.name}, SHA-256 {data.sha256}", "config": asked}
     found = peers.gather("comparing what was asked for", own)
 
     def compare() -> None:

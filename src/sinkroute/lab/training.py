@@ -34,6 +34,7 @@ from sinkroute.lab.log import RunLog
 from sinkroute.lab.models import SparseModel, make_model
 from sinkroute.lab.peers import Peers, join, shared
 from sinkroute.lab.resume import restore
+from sinkroute.lab.shards import write_shards
 from sinkroute.lab.tally import State, Tally
 from sinkroute.lab.tasks import make_task
 from sinkroute.routing import end_step, set_step
@@ -89,7 +90,7 @@ _OWN_FILES = ("config.yaml", "corpus.json", "log.jsonl", "result.json", "evaluat
 # What may change between two calls of a run: it decides what is shown and kept, not which numbers come out of training.
 FREE_KEYS = (
     "label", "eval.", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.trackers",
-    "train.timeout_minutes",
+    "train.timeout_minutes", "train.sharded_checkpoints",
 )  # fmt: skip
 
 
@@ -237,6 +238,13 @@ def _train(
 
     def save() -> None:
         carried = {name: accelerator.gather(tensor.contiguous()) for name, tensor in task.carried().items()}
+        peers.at(f"saving step {state.step}")
+        if settings.sharded_checkpoints:
+            steps, keep = state.step, settings.keep_checkpoints
+            more: Any = {"carried": carried, "average": averaged}
+            write_shards(peers, checkpoints, steps, model, optimizer, asdict(state), keep, **more)
+            peers.cure = _cure(state.step)
+            return
         snapshot = gather(model, optimizer, carried=carried, average=averaged)
 
         def write() -> None:
