@@ -393,14 +393,15 @@ class InspectCommand:
 
     model: tyro.conf.Positional[str]
     """The checkpoint's folder, or its id on the Hugging Face hub, from where it is then downloaded."""
-    text: str
-    """A text in UTF-8; its head is used."""
+    text: str | None = None
+    """A text in UTF-8; its head is used. A run of `sinkroute train` on images takes no text: its validation images."""
     tokens: int = 16384
-    """At most so many tokens of the text, cut down to whole windows."""
+    """At most so many tokens of the text, cut down to whole windows; of images, to whole images."""
     length: int | None = None
     """Tokens in a window; by default 512, or as many positions as the model has where they are fewer."""
-    batch: int = 8
-    """Windows in a batch, over which the balanced alternatives are balanced."""
+    batch: int | None = None
+    """Windows in a batch, over which the balanced alternatives are balanced; by default 8. Of images: as many as in the
+    run's training."""
     by_layer: bool = False
     """For models that are larger than the memory: read one layer at a time. The hidden states of all windows are kept,
     tokens x width numbers; --tokens bounds them."""
@@ -420,7 +421,8 @@ def _inspect(arguments: list[str], console: Console) -> int:
     # hundred MB come together. To be set before torch is loaded.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     from sinkroute.lab.files import write_json
-    from sinkroute.lab.inspect import write_page, write_viewer
+    from sinkroute.lab.inspect import is_run, write_page, write_viewer
+    from sinkroute.lab.inspect.loading import load_config
 
     command = tyro.cli(InspectCommand, args=arguments, prog="sinkroute inspect")
     # What cannot be written should not be found out after an hour.
@@ -436,6 +438,8 @@ def _inspect(arguments: list[str], console: Console) -> int:
         except OSError as error:
             raise UsageError(f"--output {folder} cannot be made a folder: {error.strerror}") from error
         targets.append(folder / "inspect.json")
+    if command.against and not is_run(command.against):
+        load_config(command.against)  # nor that it is not there
     audits = [_inspected(model, command, console) for model in (command.model, command.against) if model]
     first, *others = audits
     for path in targets:
@@ -457,22 +461,37 @@ def _inspected(model: str, command: InspectCommand, console: Console) -> Audit:
     """Inspect one checkpoint and print what was found."""
     from rich.progress import Progress
 
-    from sinkroute.lab.inspect import audit_table, facts, inspect_checkpoint, summary
+    from sinkroute.lab.inspect import audit_table, facts, inspect_checkpoint, inspect_images, is_run, summary
 
     gc.collect()  # modules hold each other: without, the checkpoint before would still be in memory
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task("", total=None)
-        audit = inspect_checkpoint(
-            model,
-            command.text,
-            tokens=command.tokens,
-            length=command.length,
-            batch=command.batch,
-            by_layer=command.by_layer,
-            viewer_tokens=command.viewer_tokens if command.output else 0,
-            on_status=lambda words: bars.update(task, description=words),
-            on_progress=lambda done, total: bars.update(task, completed=done, total=total),
-        )
+        shared: dict[str, Any] = {
+            "tokens": command.tokens,
+            "viewer_tokens": command.viewer_tokens if command.output else 0,
+            "on_progress": lambda done, total: bars.update(task, completed=done, total=total),
+        }
+        if is_run(model):
+            given = {"--text": command.text, "--length": command.length, "--by-layer": command.by_layer or None}
+            for option, value in given.items():
+                if value is not None:
+                    raise UsageError(
+                        f"{option} is of checkpoints and texts, and {model} is a run of the lab's, which is inspected "
+                        f"on its images; leave {option} out (a run on text: sinkroute export it first)"
+                    )
+            audit = inspect_images(model, batch=command.batch, **shared)
+        elif command.text is None:
+            raise UsageError(f"--text is missing: inspect runs a text through {model}; --text FILE")
+        else:
+            audit = inspect_checkpoint(
+                model,
+                command.text,
+                length=command.length,
+                batch=8 if command.batch is None else command.batch,
+                by_layer=command.by_layer,
+                on_status=lambda words: bars.update(task, description=words),
+                **shared,
+            )
     console.print(audit_table(audit))
     for sentence in (*summary(audit), "", *facts(audit)):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)

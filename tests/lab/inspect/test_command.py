@@ -46,6 +46,14 @@ def test_what_cannot_be_written_is_refused_before_the_audit(
     assert f"{option} {tmp_path / place} cannot be" in capsys.readouterr().err
 
 
+def test_another_checkpoint_that_is_not_there_is_refused_before_the_audit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sinkroute.lab.inspect.inspect_checkpoint", lambda *_, **__: pytest.fail("it was begun"))
+    assert main(["inspect", "MODEL", "--text", "FILE", "--against", "./nowhere"]) == 1
+    assert "there is no folder './nowhere'" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.slow
 def test_by_layer_stays_far_below_the_size_of_the_checkpoint(save: Save, text: Path) -> None:
     """1.0 GiB of float32 in 16 layers, in a new process; less the 0.5 GiB that an empty one has."""

@@ -3,11 +3,13 @@
 `text` cuts a file into windows of tokens, `loading` brings a checkpoint into memory, `by_layer` brings it there one
 layer at a time and `lockstep` takes all windows through it, `tally` counts what the routers decide and what balanced
 routing would, `audit` runs it, `result` is what came out, `table` and `page` show it.
-`choices` keeps what the first tokens chose, and `viewer` shows them, packed by `viewer_pack`, in `viewer_colours`.
+`images` does the same for vision models of the lab. `choices` keeps what the first tokens chose, and `viewer` shows it,
+packed by `viewer_pack`, in the colours of `viewer_colours`.
 """
 
 from sinkroute.lab.inspect.audit import inspect_checkpoint
 from sinkroute.lab.inspect.choices import Choices
+from sinkroute.lab.inspect.images import inspect_images, is_run
 from sinkroute.lab.inspect.page import write_page
 from sinkroute.lab.inspect.result import Alternative, Audit, Layer
 from sinkroute.lab.inspect.table import audit_table, facts, summary
@@ -23,6 +25,8 @@ __all__ = [
     "audit_table",
     "facts",
     "inspect_checkpoint",
+    "inspect_images",
+    "is_run",
     "summary",
     "write_page",
     "write_viewer",

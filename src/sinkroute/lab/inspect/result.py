@@ -11,7 +11,7 @@ from torch import Tensor
 from sinkroute.lab.inspect.choices import Choices
 from sinkroute.routing.metrics import coefficient_of_variation, load_entropy, max_violation
 
-__all__ = ["NEAR_DEAD", "Alternative", "Audit", "Layer", "Setting"]
+__all__ = ["NEAR_DEAD", "Alternative", "Audit", "Layer", "Pictures", "Setting"]
 
 FORMAT = 1
 # Of the mean load: an expert with less is near-dead.
@@ -157,12 +157,26 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """The images whose patches the viewer shows.
+
+    Attributes:
+        pixels: (N, C, H, W) uint8.
+        side: patches in a row, and rows of them; before the patches of an image stands its class token.
+    """
+
+    pixels: Tensor
+    side: int
+
+
+@dataclass(frozen=True)
 class Audit:
     """An inspection.
 
     Attributes:
         checkpoint_mb: None where its files are not in a folder that can be looked into.
-        words: the text of the tokens that the viewer shows; () without a viewer.
+        words: the text of the tokens that the viewer shows, or where in an image they are; () without a viewer.
+        pictures: those images; None for a text.
     """
 
     setting: Setting
@@ -171,6 +185,7 @@ class Audit:
     peak_memory_mb: float
     checkpoint_mb: float | None
     words: tuple[str, ...] = ()
+    pictures: Pictures | None = None
 
     @property
     def read(self) -> list[Layer]:

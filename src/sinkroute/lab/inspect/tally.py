@@ -29,7 +29,7 @@ from sinkroute.routing.router import Router
 from sinkroute.routing.scores import scores
 from sinkroute.transport import balanced_topk
 
-__all__ = ["Tallies"]
+__all__ = ["Tallies", "Tally"]
 
 _SSR = ("ssr-l", "ssr-s")
 
@@ -58,7 +58,7 @@ class Tallies:
         order = {path: place for place, (path, _) in enumerate(model.named_modules())}
         found: dict[Site, Scoring | str] = {**known, **refused}
         self.sites = sorted(found, key=lambda site: order[site.path])
-        self._tallies = [_Tally(site, found[site], checkpoint, length, begun, kept) for site in self.sites]
+        self._tallies = [Tally(site, found[site], checkpoint, length, begun, kept) for site in self.sites]
 
     def __enter__(self) -> Tallies:
         self._hooks = [tally.site.host.register_forward_hook(tally) for tally in self._tallies]
@@ -73,7 +73,7 @@ class Tallies:
         return [tally.layer() for tally in self._tallies]
 
 
-class _Tally:
+class Tally:
     """The forward hook on one router."""
 
     def __init__(self, site: Site, found: Scoring | str, checkpoint: str, length: int, begun: bool, kept: int) -> None:

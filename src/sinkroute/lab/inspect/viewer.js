@@ -109,17 +109,21 @@ function build() {
       title.textContent = name + (view === "own" ? "the model's own routes" : "balanced top-k");
       legend.setAttribute("role", "group");
       legend.setAttribute("aria-label", "experts: show only the tokens of one");
+      if (checkpoint.side) text.classList.add("gallery");
       text.tabIndex = 0;
       text.setAttribute("role", "group");
       text.setAttribute("aria-label", title.textContent + ": the text");
       let block = null;
       checkpoint.words.forEach((word, place) => {
-        if (place % checkpoint.window === 0) text.append((block = make("div", "window")));
-        const token = make("span", "t", word);
+        const first = place % checkpoint.window === 0;
+        if (first && !checkpoint.side) text.append((block = make("div", "window")));
+        if (first && checkpoint.side) text.append(picture(checkpoint, place / checkpoint.window));
+        if (checkpoint.side) block = first ? text.lastChild : text.lastChild.lastChild;
+        const token = make("span", "t", checkpoint.side && !first ? undefined : word);
         token.place = place;
         token.kind = "t" + (word === "" ? " none" : /[\n\r]/.test(word) ? " line" : "");
         tokens.push(token);
-        block.append(token);
+        first && checkpoint.side ? block.prepend(token) : block.append(token);
       });
       root.append(title, facts, legend, text);
       $("panels").append(root);
@@ -129,6 +133,14 @@ function build() {
       panels.push(panel);
     }
   });
+}
+
+function picture(checkpoint, number) {
+  const made = make("div", "picture"), patches = make("div", "patches");
+  patches.style.gridTemplateColumns = `repeat(${checkpoint.side}, 1fr)`;
+  patches.style.backgroundImage = `url("${checkpoint.pictures[number]}")`;
+  made.append(patches);
+  return made;
 }
 
 const layerOf = (checkpoint) => checkpoint.layers[Math.min(state.layer, checkpoint.layers.length - 1)];

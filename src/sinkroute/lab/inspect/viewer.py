@@ -6,6 +6,8 @@ layer's choices lie there packed (`viewer_pack`) and are unfolded when the layer
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Sequence
 from importlib import resources
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkroute.lab.files import write_text
-from sinkroute.lab.inspect.result import Audit, Layer
+from sinkroute.lab.inspect.result import Audit, Layer, Pictures
 from sinkroute.lab.inspect.table import labels
 from sinkroute.lab.inspect.viewer_colours import INK, MOST, colours
 from sinkroute.lab.inspect.viewer_pack import pack, spell
@@ -70,6 +72,8 @@ def _checkpoint(audit: Audit, place: int, blobs: dict[str, str]) -> dict[str, An
         "words": audit.words,
         "window": setting.length - setting.bos,
         "tokens": setting.tokens,
+        "side": audit.pictures.side if audit.pictures else None,
+        "pictures": _drawn(audit.pictures) if audit.pictures else [],
         "layers": [
             _layer(layer, label, f"c{place}l{number}", audit, blobs)
             for number, (label, layer) in enumerate(zip(labels(audit.layers), audit.layers, strict=True))
@@ -93,6 +97,19 @@ def _layer(layer: Layer, label: str, name: str, audit: Audit, blobs: dict[str, s
     packed, how = pack(choices, len(layer.load))
     blobs[name] = spell(packed)
     return out | how | {"blob": name}
+
+
+def _drawn(pictures: Pictures) -> list[str]:
+    """Each image as a PNG in a data URL."""
+    from PIL import Image
+
+    out = []
+    for pixels_CHW in pictures.pixels:
+        pixels = pixels_CHW[0] if len(pixels_CHW) == 1 else pixels_CHW.permute(1, 2, 0)
+        file = io.BytesIO()
+        Image.fromarray(pixels.contiguous().numpy()).save(file, "png")
+        out.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii"))
+    return out
 
 
 def _json(content: Any) -> str:
