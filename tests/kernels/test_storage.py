@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sinkroute
-from sinkroute.kernels.storage import address, holds_values, is_traced, is_watched, plain, readable
+from sinkroute.kernels.storage import address, holds_values, is_traced, is_watched, plain, readable, uncached
 
 SOURCES = Path(sinkroute.__file__).parent
 
@@ -90,6 +90,40 @@ def test_selective_checkpointing_is_nobody_who_looks_on():
 
     checkpoint(look, torch.ones(2, 2, requires_grad=True), use_reentrant=False, context_fn=contexts).sum().backward()
     assert seen == [(False, True)] * 2
+
+
+def test_selective_checkpointing_does_not_see_what_is_uncached():
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+    from torch.utils.flop_counter import FlopCounterMode
+
+    seen, passes = [], []
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    @uncached
+    def once_more_each_time(x):
+        passes.append(None)
+        for _ in passes:
+            x = x.sin()
+        return x
+
+    def contexts():
+        def policy(context, func, *args, **kwargs):
+            assert "sin" not in str(func)
+            return func is torch.ops.aten.mm.default
+
+        return create_selective_checkpoint_contexts(policy)
+
+    x = torch.full((2, 2), 0.5, requires_grad=True)
+    with FlopCounterMode(display=False) as flops, Operations():  # others go on, and do not begin anew
+        y = checkpoint(lambda x: once_more_each_time(x @ x), x, use_reentrant=False, context_fn=contexts)
+        assert flops.get_total_flops() == 16 and "aten.sin.default" in seen
+        y.sum().backward()
+    assert len(passes) == 2 and x.grad.isfinite().all()
 
 
 def test_plain_memory_is_passed_on_as_it_is():

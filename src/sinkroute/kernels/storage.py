@@ -12,16 +12,34 @@ takes one asks here, and nothing else does:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
-__all__ = ["address", "has_tangent", "holds_values", "is_freed", "is_traced", "is_watched", "plain", "readable"]
+__all__ = [
+    "address",
+    "has_tangent",
+    "holds_values",
+    "is_freed",
+    "is_traced",
+    "is_watched",
+    "plain",
+    "readable",
+    "uncached",
+]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 _TRACERS = torch._C._TorchDispatchModeKey
 _NO_DISPATCH = Tensor.__torch_dispatch__  # what a subclass has that is memory with another name
@@ -90,7 +108,40 @@ def is_watched() -> bool:
     )
 
 
-def _modes() -> Sequence[object]:
+def uncached(function: Callable[P, T]) -> Callable[P, T]:
+    """A function whose operations selective activation checkpointing does not see: a repetition computes them anew.
+
+    It counts operations, and takes for the n-th of a kind what the n-th gave the first time. What is counted or found
+    in a first pass only, and not in its repetition, would put all behind it out of step.
+
+    >>> uncached(max)(1, 2)
+    2
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling() or not any(type(mode).__name__ in _CACHES for mode in _modes()):
+            return function(*args, **kwargs)
+        with _without_caches():
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+@contextlib.contextmanager
+def _without_caches() -> Iterator[None]:
+    others = [mode for mode in _modes() if type(mode).__name__ not in _CACHES]
+    with _disable_current_modes():
+        for mode in others:  # not by `with`: they would begin anew
+            _push_mode(mode)
+        try:
+            yield
+        finally:
+            for _ in others:
+                _pop_mode()
+
+
+def _modes() -> Sequence[Any]:
     return () if torch._C._len_torch_dispatch_stack() == 0 else _get_current_dispatch_mode_stack()
 
 

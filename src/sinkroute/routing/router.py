@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sinkroute._errors import RankLost, require_count
 from sinkroute.kernels.normal import normal_like
+from sinkroute.kernels.storage import uncached
 from sinkroute.kernels.topk import topk
 from sinkroute.routing.card import Card
 from sinkroute.routing.clock import Clock, Draws, warn_of_passes
@@ -142,6 +143,7 @@ class Router(nn.Module):
 
     # -- a pass ------------------------------------------------------------------------------------------------------
 
+    @uncached  # what is noted in the first pass alone, and a choice that is found once
     def forward(self, logits_TE: Tensor, token_mask: Tensor | None = None, *, plain: Routes | None = None) -> Routes:
         """Route T tokens.
 
@@ -387,9 +389,7 @@ class Router(nn.Module):
 
     def _count_pass(self) -> None:
         """Notice that nobody tells the steps, which nothing here can do without: what is summed over one would grow."""
-        if torch.compiler.is_compiling() or recomputing():
-            return
-        if not (passes := self.clock.count_pass()):
+        if torch.compiler.is_compiling() or recomputing() or not (passes := self.clock.count_pass()):
             return
         of_batch = self._auxiliary.of_batch
         if of_batch:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sinkroute.kernels.operations import uncompiled
+from sinkroute.kernels.storage import uncached
 from sinkroute.routing.metrics import load_metrics, max_violation, router_entropy
 from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
@@ -121,6 +122,7 @@ class Watch:
         if not recomputing():
             self._note(self.counts["train"], router, logits_TE, token_mask, routes)
 
+    @uncached  # a repetition does nothing of this
     @torch.no_grad()
     def _note(
         self, counts: _Counts, router: Router, logits_TE: Tensor, token_mask: Tensor | None, routes: Routes
