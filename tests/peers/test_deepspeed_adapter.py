@@ -593,21 +593,6 @@ def test_a_deepspeed_with_another_gate_is_refused_with_its_version(monkeypatch):
         adapter.patch(make_gate(2), "ssr-l")
 
 
-def test_tensor_parallel_ranks_must_be_told_apart(monkeypatch):
-    class Mpu:
-        def get_tensor_model_parallel_world_size(self):
-            return 2
-
-    monkeypatch.setattr(adapter.groups, "mpu", Mpu())
-    gate = make_gate(2)
-    handle = adapter.patch(gate, "ssr-l")
-    with pytest.raises(ValueError, match="process_group=None, but 2 tensor-parallel ranks"):
-        gate(tokens())
-    handle.remove()
-    adapter.patch(gate, "ssr-l", process_group="world")
-    gate(tokens())
-
-
 def test_a_monitor_sees_what_serves_and_changes_nothing():
     moe = make_layer(2)
     adapter.patch(moe, "ssr-l", probability=1.0)

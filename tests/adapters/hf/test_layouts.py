@@ -191,7 +191,7 @@ def compare(ranks, cell):
     steps = 1 if cell[1] == "dual" and len(by_share) > 1 else STEPS
     assert (routes == one["routes"])[:steps].all(-1).float().mean() > 0.98  # but for sums in another order
     torch.testing.assert_close(found[0]["loss"][:steps], one["loss"][:steps], rtol=1e-4, atol=1e-4)
-    scale = one["gradient"].abs().max()
+    scale = one["gradient"].abs().max().clamp(min=1e-9)  # weights of a plan teach the gate nothing
     torch.testing.assert_close(found[0]["gradient"][:steps] / scale, one["gradient"][:steps] / scale, rtol=0, atol=0.01)
     for name in ("gate", "bias") if steps == STEPS else ():
         if name in one:
