@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -207,6 +208,17 @@ def test_sums_go_over_the_ranks() -> None:
     asked = problem(logits_TE, 0.1, reduce=lambda x: 2 * x)
     found = solve(asked)
     check(problem(logits_TE.repeat(2, 1), 0.1), found)
+
+
+@pytest.mark.parametrize("limit", [3, 20, 120])
+def test_over_ranks_the_calls_end_soon_after_the_search_with_the_same_solution(limit: int) -> None:
+    calls: list[int] = []
+    asked = problem(gaussian(300, 6), 0.1, reduce=lambda x: calls.append(x.numel()) or x)
+    calls.clear()  # that of the total
+    found, alone = solve(asked, max_passes=limit), solve(problem(gaussian(300, 6), 0.1), max_passes=limit)
+    assert torch.equal(found.potentials_E, alone.potentials_E) and int(found.passes) == int(alone.passes)
+    # One for the start, two passes over the sample, and then up to a multiple of 4.
+    assert len(calls) == 1 + 2 + min(limit - 2, 4 * math.ceil((int(found.passes) - 2) / 4))
 
 
 def test_ranks_with_different_numbers_of_tokens_reduce_equally_often() -> None:

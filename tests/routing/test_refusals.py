@@ -1,5 +1,7 @@
 """What one rank refuses, all ranks refuse: nobody is left waiting in a collective call."""
 
+import random
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -68,6 +70,35 @@ def refused_by_rank_1():
     return found
 
 
+MASKS = {
+    "mask of numbers": lambda: torch.ones(6),
+    "mask of another shape": lambda: torch.ones(5, dtype=torch.bool),
+    "mask that is a list": lambda: [True] * 6,
+}
+DRAWS = 60
+
+
+def drawn(seed=0):
+    """A router, what is wrong, and on which rank; or nothing is wrong."""
+    draw = random.Random(seed)
+    for _ in range(DRAWS):
+        yield draw.choice([*TALKING]), draw.choice([*BAD, *MASKS, "nothing"]), draw.choice([0, 1])
+
+
+def refused_at_random():
+    """What the rank said of each draw; after each the ranks go on together."""
+    routers, found = {name: make(name) for name in TALKING}, []
+    for step, (name, what, where) in enumerate(drawn()):
+        router, here = routers[name], dist.get_rank() == where
+        sinkroute.set_step(router, step)
+        logits_TE = BAD[what]() if here and what in BAD else good()
+        mask = MASKS[what]() if here and what in MASKS else None
+        found.append(said(lambda router=router, x=logits_TE, mask=mask: router(x, mask)))
+        sinkroute.set_step(router, step, 1)
+        assert router(good()).load.sum() > 0
+    return found
+
+
 def refused_by_all():
     found = {}
     for name in TALKING:
@@ -97,6 +128,7 @@ def refused_where_nobody_talks():
 def refused_in_a_layer():
     layer = sinkroute.MoE(8, 8, E, K, "sinkhorn", router_options=PLAN)
     wide = sinkroute.MultiHeadMoE(8, 2, 8, E, K, "global-load-balance")
+    by_id = sinkroute.MoE(8, 8, E, K, "hash", router_options={"losses": "global-load-balance"})
     ids = torch.arange(5).float() if dist.get_rank() == 1 else None
     x = torch.randn(5, 7 if dist.get_rank() == 1 else 8)
     return [
@@ -104,6 +136,7 @@ def refused_in_a_layer():
         said(lambda: wide(x)),
         said(lambda: layer(torch.randn(5, 8), token_ids=ids)),
         said(lambda: wide(torch.randn(5, 8), token_ids=ids)),
+        said(lambda: by_id(torch.randn(5, 8), token_ids=None if dist.get_rank() == 1 else torch.arange(5))),
     ]
 
 
@@ -126,6 +159,7 @@ def other_monitors():
 def on_a_rank():
     return {
         "by one": refused_by_rank_1(),
+        "at random": refused_at_random(),
         "by all": refused_by_all(),
         "serving": refused_when_serving(),
         "alone": refused_where_nobody_talks(),
@@ -154,7 +188,19 @@ OWN = {
 def test_what_one_rank_refuses_the_other_refuses_too_and_says_whose_error_it_is(results, name, what):
     other, own = (result["by one"][f"{name}: {what}"] for result in results)
     assert own.startswith(OWN[what])
-    assert other.startswith("another rank refused its ")
+    assert other.startswith("another rank refused its ") and f"Error: {own[:200]}" in other and "rank 1 says" in other
+
+
+def test_whatever_is_wrong_on_whatever_rank_both_refuse_it_or_neither(results):
+    for place, (_, what, where) in enumerate(drawn()):
+        own, other = (results[rank]["at random"][place] for rank in (where, 1 - where))
+        if what == "nothing":
+            assert own == other == ""
+        else:
+            assert "must" in own or "is nan" in own or "is -inf" in own
+            assert (
+                other.startswith("another rank refused its ") and f"rank {where} says" in other and own[:200] in other
+            )
 
 
 @pytest.mark.parametrize("name", TALKING)
@@ -174,7 +220,7 @@ def test_where_ranks_do_not_talk_a_refusal_is_one_ranks_own(results):
 
 def test_what_a_layer_refuses_the_other_ranks_refuse_too(results):
     other, own = (result["layer"] for result in results)
-    assert all("must" in text for text in own)
+    assert all("must" in text or "token_ids=" in text for text in own)
     assert all(text.startswith("another rank refused its ") for text in other)
 
 

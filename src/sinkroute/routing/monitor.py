@@ -298,9 +298,10 @@ class LoadMonitor:
         lines, ends = [], self.step_ends()
         calls, size = (sum(of[name] or 0 for of in metrics.values()) for name in ("collectives", "bytes"))
         if calls:
-            lines.append(f"sent in a pass of all layers: {calls:.3g} collectives, {size:.4g} bytes")
+            lines.append(f"sent in a pass of all layers: {calls:.3g} collectives, {size:,.0f} bytes")
         if mode == "train" and ends["collectives"]:
-            lines.append(f"sent at the end of a step: {ends['collectives']:.3g} collectives, {ends['bytes']:.4g} bytes")
+            calls, size = ends["collectives"], ends["bytes"]
+            lines.append(f"sent at the end of a step: {calls:.3g} collectives, {size:,.0f} bytes")
         return lines
 
 
