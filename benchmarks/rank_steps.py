@@ -87,16 +87,18 @@ def steppers(benchmark: Benchmark) -> dict[str, Callable[[], None]]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     draws = torch.Generator().manual_seed(1 + dist.get_rank())
 
+    layers = [module for module in model.modules() if isinstance(module, sinkroute.MoE)]
+
     def make(router: RouterConfig) -> Callable[[], None]:
         routers = [
             sinkroute.create_router(router.name, num_experts=benchmark.experts, top_k=2, **router.options)
-            for _ in model.blocks
+            for _ in layers
         ]
         count = iter(range(10**9))
 
         def step() -> None:
-            for block, own in zip(model.blocks, routers, strict=True):
-                block.moe.router = own
+            for layer, own in zip(layers, routers, strict=True):
+                layer.router = own
             sinkroute.set_step(model, next(count))
             # Symbols that differ in how frequent they are, or experts would have nothing to tell apart.
             text_BL = (256 * torch.rand(benchmark.batch, benchmark.length + 1, generator=draws) ** 3).long()

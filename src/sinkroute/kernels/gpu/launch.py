@@ -99,7 +99,8 @@ def search(
 
 def _is_done(done: Tensor) -> bool:
     """Whether the search has ended: the same on all ranks, which have added up the same. A capture cannot look."""
-    return not torch.cuda.is_current_stream_capturing() and bool(done[0] != 0)
+    captures = done.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not captures and bool(done[0] != 0)
 
 
 def _guesses(sample: Rows, target_E: Tensor, reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
