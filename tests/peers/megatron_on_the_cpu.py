@@ -14,6 +14,7 @@ stand-ins here.
 import contextlib
 import json
 import os
+import queue
 import random
 import sys
 import types
@@ -21,6 +22,7 @@ import types
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.fusions import fused_softmax
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel import random as parallel_random
@@ -94,6 +96,8 @@ def stand_in():
     torch.cuda.synchronize = lambda *args: None
     for module in (tensor_parallel, parallel_random, layers, moe_utils):
         module.get_cuda_rng_tracker = _Generators
+    # Or each rank that saves a checkpoint starts another process, which outlives it.
+    filesystem_async._results_queue = queue.Queue()
     # Where a backward pass repeats a forward pass, the mode does not reach.
     fused_softmax.get_default_causal_mask = lambda size: torch.ones(size, size).triu(1).bool()
     parallel_random._get_all_rng_states = tuple
