@@ -87,10 +87,11 @@ slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -q -m slow
 
 # Several processes of this machine each: not in parallel.
-test-ranks: $(VENV)/.installed .venv-megatron/.installed .venv-torchtitan/.installed
+test-ranks: $(VENV)/.installed .venv-megatron/.installed .venv-torchtitan/.installed .venv-deepspeed/.installed
 	$(BIN)/python -m pytest -q -m ranks $(ARGS)
 	.venv-megatron/bin/python -m pytest -q -m ranks tests/peers/test_megatron_ranks.py $(ARGS)
 	.venv-torchtitan/bin/python -m pytest -q -m ranks tests/peers/test_torchtitan_ranks.py $(ARGS)
+	DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest -q -m ranks tests/peers/test_deepspeed_ranks.py $(ARGS)
 
 # `make test` gives the property tests the same examples every time; this gives them others.
 fuzz: $(VENV)/.installed
