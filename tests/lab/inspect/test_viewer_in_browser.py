@@ -61,10 +61,10 @@ def tip(window: Browser) -> list[list[str]] | None:
 
 
 def place_of(window: Browser, panel: int, token: int) -> tuple[float, float]:
+    window.run("panels[arguments[0]].tokens[arguments[1]].scrollIntoView({ block: 'center' })", panel, token)
+    window.settled()  # a scroll hides what is told of a token
     script = """
-    const token = panels[arguments[0]].tokens[arguments[1]];
-    token.scrollIntoView({ block: "center" });
-    const box = token.getClientRects()[0];
+    const box = panels[arguments[0]].tokens[arguments[1]].getClientRects()[0];
     return [box.left + box.width / 2, box.top + box.height / 2];
     """
     x, y = window.run(script, panel, token)
@@ -163,7 +163,10 @@ def test_numbers_stand_in_the_tokens_on_request(window: Browser, page: Path) -> 
     window.open(page)
     window.run("document.getElementById('numbers').click()")
     script = "return panels[0].tokens.map((one) => getComputedStyle(one, '::after').content)"
-    assert window.run(script) == [f'"{row[0]}"' for row in LAYERS[0].experts_TK.tolist()]
+    expected = [f'"{row[0]}"' for row in LAYERS[0].experts_TK.tolist()]
+    assert window.run(script) == [
+        "none" if word == "\n" else number for word, number in zip(WORDS, expected, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("width", [320, 400, 1400])
