@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -230,7 +231,9 @@ def load_model(path: Path, model: nn.Module, *, averaged: bool = False) -> None:
         check_shards(path, about)
         tensors: dict[str, Any] = get_model_state_dict(model)
         try:
-            dcp.load({name: tensors}, checkpoint_id=path / SHARDS, no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant
+                dcp.load({name: tensors}, checkpoint_id=path / SHARDS, no_dist=True)
         except dcp.api.CheckpointException as error:
             raise CheckpointError(f"{path} does not fit this model: {error}") from error
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -28,8 +28,9 @@ def make_accelerator(settings: TrainConfig, folder: Path) -> Accelerator:
             here; a batch that the processes cannot share.
     """
     asked = [variable for variable in _ASKED if os.environ.get(variable, "false").lower() == "true"]
+    on_device = torch.accelerator.is_available()
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+        cpu=not on_device,
         mixed_precision=settings.precision,
         # Several micro-batches, one synchronisation: also across the end of the loader, which is the end of training.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -37,6 +38,9 @@ def make_accelerator(settings: TrainConfig, folder: Path) -> Accelerator:
         ),
         # `batch` counts over all processes: the same run on one GPU or eight.
         dataloader_config=DataLoaderConfiguration(split_batches=True),
+        # DDP sorts its buckets anew after its first step, unless it looks for unused weights. The order in which
+        # three or more ranks are summed depends on the place in a bucket: a resumed run would differ in the last bit.
+        kwargs_handlers=[] if on_device else [DistributedDataParallelKwargs(find_unused_parameters=True)],
         log_with=list(settings.trackers) or None,
         project_dir=str(folder),
     )

@@ -250,7 +250,8 @@ def _as_heard(failure: dict[str, Any], cure: str) -> SinkrouteError | Interrupte
         return RankLost(failure["words"])
     if failure["kind"] == "Interrupted":
         return Interrupted(failure["words"])
-    return PeerFailed(f"rank {failure['rank']} ({failure['where']}): {failure['words'].rstrip('.')}. {cure}".rstrip())
+    words = f"rank {failure['rank']} ({failure['where']}): {failure['words'].rstrip('.')}."
+    return PeerFailed(words if "same command" in words else f"{words} {cure}")
 
 
 _joined: Peers | None = None
