@@ -154,7 +154,7 @@ async function draw() {
   } catch (error) {
     $("trouble").hidden = false;
     $("trouble").textContent =
-      "This browser cannot unpack the tokens (" + error + "). Chrome or Edge 80, Firefox 113, Safari 16.4 or later can.";
+      "This browser cannot unpack the tokens (" + error + "). Chrome or Edge 111, Firefox 113, Safari 16.4 or later can.";
     return;
   }
   if (turn !== latest) return; // another layer has been asked for meanwhile
