@@ -50,6 +50,7 @@ class Heartbeat:
         self.busy = False  # with what needs no other process, and may take as long as it likes
         self._store = dist.PrefixStore(f"sinkroute/{session}", store.clone())
         self._seen: dict[int, tuple[str, float]] = {}
+        self._failure: dict[str, Any] | None = None
         self._ended = threading.Event()
         self.tell(f"where/{index}", f"{socket.gethostname()}, process {os.getpid()}")
         self._thread = threading.Thread(target=self._beat, name="sinkroute-heartbeat", daemon=True)
@@ -102,8 +103,10 @@ class Heartbeat:
                 self._store.set("failure", json.dumps(what))
 
     def failure(self) -> dict[str, Any] | None:
-        """What the first process that failed left behind."""
-        return self.hear("failure")
+        """What the first process that failed left behind; once heard it is known, also without the store."""
+        if self._failure is None:
+            self._failure = self.hear("failure")
+        return self._failure
 
     def end(self) -> None:
         """No more beats. Rank 0 waits a moment for the others: the store may be in it."""
