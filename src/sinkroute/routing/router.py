@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sinkroute._errors import RankLost, require_count
+from sinkroute._errors import require_count
 from sinkroute.kernels.normal import normal_like
 from sinkroute.kernels.storage import uncached
 from sinkroute.kernels.topk import topk
@@ -25,6 +26,7 @@ from sinkroute.routing.clock import Clock, Draws, warn_of_passes
 from sinkroute.routing.draws import uniform
 from sinkroute.routing.firing import PlanCount
 from sinkroute.routing.gate import LinearGate
+from sinkroute.routing.ledger import talking
 from sinkroute.routing.logits import checked_logits
 from sinkroute.routing.losses.auxiliary import AuxiliaryLosses
 from sinkroute.routing.losses.inputs import LossInputs
@@ -55,7 +57,7 @@ class Router(nn.Module):
         correction_E: (E,) what the model that the router is plugged into adds in its own choice, without weighing
             (`e_score_correction_bias`), or None. Plain top-k includes it; methods that choose otherwise do not look.
         correction_on: whether it is added to the `"scores"` or to the `"logits"`.
-        sent: what passes send to other ranks, by mode; what is compiled sends without an entry.
+        sent: what passes send to other ranks, by mode; not the loss of the global batch where it is compiled.
         links: what the state is to agree with, such as that model's own bias.
         balances: False in `sinkroute.no_balancing`, where passes in training mode are routed as when serving.
 
@@ -161,20 +163,7 @@ class Router(nn.Module):
                 the device); on a CPU, another rank has refused its logits in a pass for which the ranks talk.
             RankLost: another rank has gone, in such a pass.
         """
-        if torch.compiler.is_compiling():
-            return self._pass(*checked_logits(logits_TE, token_mask, self.num_experts, self.logit_parts), plain)
-        try:
-            checked = checked_logits(logits_TE, token_mask, self.num_experts, self.logit_parts)
-        except Exception:  # the other ranks would wait for this one
-            self.withdraw(logits_TE.device if isinstance(logits_TE, Tensor) else torch.device("cpu"))
-            raise
-        try:
-            with self.sent["train" if self.training else "eval"]:
-                return self._pass(*checked, plain)
-        except RankLost as lost:
-            raise lost.during(f"step {self.step} of layer {self.layer}, {type(self).__name__}") from lost.__cause__
-
-    def _pass(self, logits_TX: Tensor, token_mask: Tensor | None, plain: Routes | None) -> Routes:
+        logits_TX, token_mask = self._checked(logits_TE, token_mask)  # (T, E) or (T, logit_parts · E)
         logits_TE = logits_TX[:, : self.num_experts]
         if self.training:
             self._count_pass()
@@ -195,6 +184,15 @@ class Router(nn.Module):
                 sums = {**sums, **link.count(token_mask)}
             self.state.note(routes.load, sums)
         return self._with_losses(routes, logits_TE, token_mask)
+
+    def _checked(self, logits_TE: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if torch.compiler.is_compiling():
+            return checked_logits(logits_TE, token_mask, self.num_experts, self.logit_parts)
+        try:
+            return checked_logits(logits_TE, token_mask, self.num_experts, self.logit_parts)
+        except Exception:  # the other ranks would wait for this one
+            self.withdraw(logits_TE.device if isinstance(logits_TE, Tensor) else torch.device("cpu"))
+            raise
 
     def _with_losses(self, routes: Routes, logits_TE: Tensor, token_mask: Tensor | None) -> Routes:
         choice = routes.experts, routes.chosen, routes.load
@@ -321,7 +319,8 @@ class Router(nn.Module):
 
     def batch_load(self, load_E: Tensor) -> Tensor:
         """(E,) int64: the load over all ranks and the micro-batches of this step up to this one. A collective call."""
-        return self._auxiliary.batch_load(load_E, self.ranks.load, self.micro_batch, keep=self.clock.told)
+        with nullcontext() if torch.compiler.is_compiling() else talking(self):
+            return self._auxiliary.batch_load(load_E, self.ranks.load, self.micro_batch, keep=self.clock.told)
 
     # -- steps and random draws --------------------------------------------------------------------------------------
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sinkroute.kernels.operations import uncompiled
+from sinkroute.routing.ledger import talking
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.router import Router
 from sinkroute.transport import Plan, solve
@@ -36,20 +38,22 @@ class PlanRouter(Router):
         """Whether a pass in this mode and step solves for a plan."""
         raise NotImplementedError
 
+    @uncompiled
     def solve_plan(
         self, cost_TE: Tensor, token_mask: Tensor | None, init_E: Tensor | None = None, differentiable: bool = False
     ) -> Plan:
         """The plan of the tokens of all ranks of `process_group`, for a cost that is linear to the solver."""
-        return solve(
-            cost_TE,
-            self.reg,
-            token_mask=token_mask,
-            tol=self.tol,
-            max_passes=self.max_passes,
-            init=init_E,
-            differentiable=differentiable,
-            process_group=self.ranks.plan.group,
-        )
+        with talking(self):
+            return solve(
+                cost_TE,
+                self.reg,
+                token_mask=token_mask,
+                tol=self.tol,
+                max_passes=self.max_passes,
+                init=init_E,
+                differentiable=differentiable,
+                process_group=self.ranks.plan.group,
+            )
 
     def choose_by_plan(self, plan: Plan, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """The choice of a plan: the K largest entries of each row, in its best groups, unless the method has another.

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sinkroute.routing.card import Card
+from sinkroute.routing.ledger import talking
 from sinkroute.routing.options import option
 from sinkroute.routing.routers.ssr import Cost, SSRRouter
 from sinkroute.routing.scores import best_first
@@ -57,4 +58,5 @@ class SSRBalancedRouter(SSRRouter):
         )
 
     def choose_by_plan(self, plan: Plan, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        return choose_balanced(plan, self.top_k, self.balance_tol, token_mask, self.ranks.plan.group)
+        with talking(self):
+            return choose_balanced(plan, self.top_k, self.balance_tol, token_mask, self.ranks.plan.group)

@@ -35,6 +35,7 @@ from sinkroute.kernels.edge import Edge, edge_topk
 from sinkroute.kernels.operations import uncompiled
 from sinkroute.routing.card import Card
 from sinkroute.routing.firing import PlanCount
+from sinkroute.routing.ledger import talking
 from sinkroute.routing.options import CommonOptions, option
 from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
@@ -177,9 +178,10 @@ class SSRDualRouter(Router):
         if plans_apart(self.ranks) and self.clock.told:
             self.step_tokens.note(cost_TE, token_mask)
         group, init_E = self.ranks.plan.group, self.state.average_E
-        experts_TK, bias_E = balanced_topk(
-            cost_TE, self.top_k, TOL, token_mask=token_mask, init=init_E, process_group=group
-        )
+        with talking(self):
+            experts_TK, bias_E = balanced_topk(
+                cost_TE, self.top_k, TOL, token_mask=token_mask, init=init_E, process_group=group
+            )
         experts_TK = best_first(experts_TK, cost_TE, bias_E)
         return Routes(experts_TK, self.weigh(logits_TE, experts_TK), branch="assignment", potentials=bias_E)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sinkroute.routing.card import Card
 from sinkroute.routing.firing import ProbabilityLike
+from sinkroute.routing.ledger import talking
 from sinkroute.routing.noise import NoiseLike
 from sinkroute.routing.options import option, with_default
 from sinkroute.routing.routers.ssr import PlanWeights, SSRRouter
@@ -101,7 +102,8 @@ class SSRKeptRouter(SSRRouter):
         if self.training and self.clock.told and plans_apart(self.ranks):
             self.step_tokens.note(plan.logits, token_mask)
         if self.balance == "load":
-            return choose_balanced(plan, self.top_k, self.balance_tol, token_mask, self.ranks.plan.group)
+            with talking(self):
+                return choose_balanced(plan, self.top_k, self.balance_tol, token_mask, self.ranks.plan.group)
         return super().choose_by_plan(plan, token_mask)
 
     def step_sums(self, logits_TE: Tensor, routes: Routes, token_mask: Tensor | None) -> dict[str, Tensor]:
