@@ -78,7 +78,7 @@ def on_a_rank(rank: int, options: Benchmark, folder: str) -> None:
         sent.append(x.numel() * x.element_size())
         return original(parts, x, **others)
 
-    dist.all_gather = gather
+    dist.all_gather = gather  # type: ignore[assignment]
     found, group = {}, dist.group.WORLD
     for experts, k, shift in CASES:
         for seed in range(options.seeds):

@@ -26,7 +26,6 @@ from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.config.override import OverrideConfig
-from torchtitan.distributed.activation_checkpoint import FullAC
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.models.common import CosSinRoPE
 from torchtitan.models.qwen3 import _build_qwen3_moe_layers, model_registry  # the first is private: pinned to 0.3.0
@@ -172,8 +171,6 @@ class Strides(BaseDataLoader):
 
 
 def _recipe(name: str, **more: Any) -> Trainer.Config:
-    # Whole blocks are recomputed. SelectiveAC counts operations, and a router that counts has others the first time.
-    more["activation_checkpoint"] = FullAC.Config()
     mixture, layout = MIXTURES[name], LAYOUTS["torchtitan"][name]
     return Watched.Config(
         model_spec=model_of(name),
