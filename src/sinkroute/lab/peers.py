@@ -28,7 +28,7 @@ __all__ = ["PeerFailed", "Peers", "join", "shared"]
 T = TypeVar("T")
 
 # What a collective call raises when another process is gone or late. gloo and DDP have no class for it.
-_BROKEN = re.compile(r"gloo[/:]|\[c10d\]|NCCL|ProcessGroup|Connection (closed|reset)|Broken pipe")
+_BROKEN = re.compile(r"gloo[/:]|\[c10d\]|NCCL|ProcessGroup|Connection (closed|reset)|Broken pipe|pair closure")
 
 
 class PeerFailed(SinkrouteError):
