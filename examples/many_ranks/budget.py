@@ -27,7 +27,7 @@ from torch import nn
 
 import sinkroute
 from sinkroute.routing.fold import GateFold
-from sinkroute.transport.over_ranks import MESSAGES
+from sinkroute.transport.over_ranks import CALLS
 
 FLOAT64 = 8
 # Passes of the solver over the logits in a plan (docs/transport.md).
@@ -214,8 +214,8 @@ def messages(mixture: Mixture, layout: Layout) -> list[Messages]:
         Messages("ssr-dual, folded into the gate", 1, sizes[True], False, ranks),
         Messages(
             "ssr-dual, a plan of all ranks, at most",
-            1 + layers * MESSAGES,
-            sizes[True] + layers * MESSAGES * 3 * experts,
+            1 + layers * CALLS,
+            sizes[True] + layers * CALLS * 3 * experts,
             True,
             ranks,
             share=0.0,

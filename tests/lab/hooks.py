@@ -12,7 +12,7 @@ from sinkroute.lab.peers import Peers
 from sinkroute.lab.tasks.text import TextTask
 from sinkroute.routing.routers import plan
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", "0"))
 now = {"step": -1}
 
 

@@ -86,5 +86,5 @@ def warn_of_passes(name: str, passes: int, step: int, of_batch: bool) -> None:
         f"{name} has been trained {passes} times for step {step}: its random draws repeat, its state does not move"
         f"{', the load of its global batch begins anew' if of_batch else ''}. Call sinkroute.set_step(model, step) "
         "before every training step, with micro_batch= where a step has several.",
-        stacklevel=4,
+        stacklevel=8,  # at who calls the router
     )

@@ -42,6 +42,15 @@ class StepTokens:
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
 
+    @property
+    def parts(self) -> int:
+        """How many passes were noted since it was asked last."""
+        return len(self._parts)
+
+    def forget(self) -> None:
+        """What was noted is not asked for."""
+        self._parts = []
+
     def note(self, cost_TE: Tensor, token_mask: Tensor | None) -> None:
         """A pass of the training had a plan of this cost."""
         if not recomputing():
@@ -52,7 +61,8 @@ class StepTokens:
         """(N, E) float32, the costs of all real tokens since it was asked last; N may be 0."""
         # Of one dtype wherever a rank has none.
         nothing_TE = torch.empty(0, num_experts, dtype=torch.float32, device=device)
-        parts, self._parts = self._parts, []
+        parts = self._parts
+        self.forget()
         return torch.cat([nothing_TE, *(part.to(nothing_TE) for part in parts)])
 
 
@@ -62,7 +72,8 @@ def potentials_of_all(tokens: StepTokens, ranks: RouterRanks, mean_E: Tensor, so
     Args:
         tokens: of this rank.
         ranks: of the router.
-        mean_E: (E,) the mean of the ranks' potentials: where to start, and what is kept where no rank has a token.
+        mean_E: (E,) where to start, such as the mean of the ranks' potentials, and what is kept where no rank has a
+            token.
         solve: from costs (N, E), `init` and `process_group` to potentials (E,).
     """
     cost_NE = tokens.take(len(mean_E), mean_E.device)

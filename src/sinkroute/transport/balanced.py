@@ -106,7 +106,7 @@ def balanced_topk(
             that is the same on all to the bit; every rank gets the experts of the rows that it gave, and may have no
             tokens. All other arguments, E and the width of the dtype must agree. The calls of `all_gather` are some 13
             of at most max(3 E, 19) float64 numbers from each rank, and never more than 37. Where no rank has more than
-            32 tokens, or forbidden experts keep a rank from doing its part, one of them gathers the logits.
+            64 tokens, or forbidden experts keep a rank from doing its part, one of them gathers the logits.
 
     Returns:
         `(experts_TK, bias_E)` with the attributes of `BalancedTopK`.

@@ -40,7 +40,7 @@ KEPT = 0.015  # how far loads may be from their targets with the bias of all, wh
 LEVELS = 6  # of samples at most: every 16**6-th token
 WIDER, BISECTIONS = 4, 30  # of the start
 AIM = 64  # tokens, at least, that the width about an expert's edge is to hold
-FEW = 32  # tokens of each rank, whose logits are no longer than the passes would be
+FEW = 64  # tokens of each rank, whose logits are no longer than the passes would be
 # Parts of the first message: 0 or 1 for refused; what must agree; what is added up or compared.
 AGREED = ("k", "the number of experts", "tol", "cost", "the dtype's bits", "expert_mass", "init")
 UNSHOWN = ("cost", "expert_mass", "init")  # sums that stand for them

@@ -216,11 +216,12 @@ class SSRDualRouter(Router):
     @uncompiled
     def _potentials(self, logits_TE: Tensor, token_mask: Tensor | None) -> Tensor:
         self.plan_count.note(self.step)
-        if self.ranks.load.group is not None and self.clock.told:
-            # It chooses nothing here, and is found when the step is over.
-            self.step_tokens.note(self._cost(logits_TE), token_mask)
-            return self.state.bias_E
-        return self._find(self._cost(logits_TE), token_mask=token_mask, init=self.state.bias_E)
+        cost_TE = self._cost(logits_TE)
+        if self.clock.told:
+            self.step_tokens.note(cost_TE, token_mask)
+            if self.ranks.load.group is not None:
+                return self.state.bias_E  # it chooses nothing here, and is found when the step is over
+        return self._find(cost_TE, token_mask=token_mask, init=self.state.bias_E)
 
     def _find(self, cost_TE: Tensor, **others: Any) -> Tensor:
         return balanced_topk(cost_TE, self.top_k, TOL, **others).bias
@@ -231,12 +232,17 @@ class SSRDualRouter(Router):
         tokens = sums["tokens"].clamp(min=1)
         vector_E, known = sums["vector"], sums["tokens"][0] > 0
         potentials_E = vector_E / tokens
-        if plans_apart(self.ranks) if self.exact else self.ranks.load.group is not None and self.plans_now():
-            potentials_E = potentials_of_all(self.step_tokens, self.ranks, potentials_E, self._find)
         if self.exact:
+            if plans_apart(self.ranks):
+                potentials_E = potentials_of_all(self.step_tokens, self.ranks, potentials_E, self._find)
             self._follow(potentials_E, known)
         elif self.plans_now():
             self.plan_count.expect(self.step)
+            # Of all tokens, so that micro-batches of one process count as those of ranks do.
+            if self.ranks.load.group is not None or self.step_tokens.parts > 1:
+                start_E = self.state.bias_E.double()
+                potentials_E = potentials_of_all(self.step_tokens, self.ranks, start_E, self._find)
+            self.step_tokens.forget()
             self._begin_at(potentials_E, known)
         else:
             self._move(load_E.double(), vector_E, sums["width"] / tokens, known)
