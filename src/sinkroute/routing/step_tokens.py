@@ -19,6 +19,10 @@ from sinkroute.routing.state import recomputing
 __all__ = ["StepTokens", "plans_apart", "potentials_of_all"]
 
 
+MOST = 1 << 21
+"""Numbers that are kept of a layer, 8 MiB. Of 256 experts these are 8192 tokens, which tell a load to some percent."""
+
+
 def plans_apart(ranks: RouterRanks) -> bool:
     """Whether a plan is of fewer ranks than those whose tokens a method is to balance by what it keeps.
 
@@ -29,7 +33,10 @@ def plans_apart(ranks: RouterRanks) -> bool:
 
 
 class StepTokens:
-    """What this rank's plans of one step were made of.
+    """What this rank's plans of one step were made of: all tokens, or where they are many every second, fourth, ...
+
+    Attributes:
+        passes: how many were noted since it was asked last.
 
     >>> tokens = StepTokens()
     >>> tokens.note(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([True, False]))
@@ -40,25 +47,27 @@ class StepTokens:
     """
 
     def __init__(self) -> None:
-        self._parts: list[Tensor] = []
-
-    @property
-    def parts(self) -> int:
-        """How many passes were noted since it was asked last."""
-        return len(self._parts)
+        self.forget()
 
     def forget(self) -> None:
         """What was noted is not asked for."""
-        self._parts = []
+        self._parts: list[Tensor] = []
+        self.passes = 0
+        self._every = 1
 
     def note(self, cost_TE: Tensor, token_mask: Tensor | None) -> None:
         """A pass of the training had a plan of this cost."""
-        if not recomputing():
-            cost_TE = cost_TE.detach()
-            self._parts.append(cost_TE if token_mask is None else cost_TE[token_mask])
+        if recomputing():
+            return
+        cost_TE = cost_TE.detach() if token_mask is None else cost_TE.detach()[token_mask]
+        self._parts.append(cost_TE[:: self._every])
+        self.passes += 1
+        while sum(part.numel() for part in self._parts) > MOST:
+            self._every *= 2
+            self._parts = [torch.cat(self._parts)[::2].clone()]  # or the others would stay in memory, too
 
     def take(self, num_experts: int, device: torch.device) -> Tensor:
-        """(N, E) float32, the costs of all real tokens since it was asked last; N may be 0."""
+        """(N, E) float32, the costs of real tokens since it was asked last; N may be 0."""
         # Of one dtype wherever a rank has none.
         nothing_TE = torch.empty(0, num_experts, dtype=torch.float32, device=device)
         parts = self._parts

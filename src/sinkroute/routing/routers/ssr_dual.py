@@ -239,7 +239,7 @@ class SSRDualRouter(Router):
         elif self.plans_now():
             self.plan_count.expect(self.step)
             # Of all tokens, so that micro-batches of one process count as those of ranks do.
-            if self.ranks.load.group is not None or self.step_tokens.parts > 1:
+            if self.ranks.load.group is not None or self.step_tokens.passes > 1:
                 start_E = self.state.bias_E.double()
                 potentials_E = potentials_of_all(self.step_tokens, self.ranks, start_E, self._find)
             self.step_tokens.forget()
