@@ -78,12 +78,13 @@ class Layout:
         return self._groups[what]
 
     def _others(self) -> Any:
-        return self._cached("others", self._find_others)
+        return self._cached("others", lambda: self._find(self._choose_others))
 
     def _planned(self) -> Any:
-        return self._cached("planned", self._find_planned)
+        return self._cached("planned", lambda: self._find(self._choose_planned))
 
-    def _find_others(self) -> Any:
+    def _find(self, choose: Callable[[Spread | None, Any], Any]) -> Any:
+        """What `choose` takes of the layout and the group that was given; of an unknown layout, that group."""
         group = _group_of(self._given)
         try:
             spread = self._seen()
@@ -91,16 +92,12 @@ class Layout:
             if group is None:
                 raise
             return group
+        return choose(spread, group)
+
+    def _choose_others(self, spread: Spread | None, group: Any) -> Any:
         return (group or dist.group.WORLD) if spread is None else spread.others()
 
-    def _find_planned(self) -> Any:
-        group = _group_of(self._given)
-        try:
-            spread = self._seen()
-        except UnknownLayout:
-            if group is None:
-                raise
-            return group
+    def _choose_planned(self, spread: Spread | None, group: Any) -> Any:
         if spread is None:
             return self._given.group  # refuses a name
         if group is None:
