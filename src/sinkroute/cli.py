@@ -161,8 +161,8 @@ def _train(arguments: list[str], console: Console) -> int:
         command.label = "" if command.label == preset.label else command.label
     config = Config(**{name: value for name, value in vars(command).items() if name not in ("out", "fresh")})
     folder = Path(command.out or Path("runs") / path.stem)
-    with stop_on_signal() as stop, Display(console) as display:
-        try:
+    try:
+        with stop_on_signal() as stop, Display(console) as display:
             peers = join(config.train.timeout_minutes, stop)
             with peers.guard():
                 data = peers.each("reading the data", lambda: load_data(config))
@@ -177,9 +177,9 @@ def _train(arguments: list[str], console: Console) -> int:
                 on_status=display.status,
             )
             display.note("done", done=True)
-        except Interrupted as error:
-            console.print(f"[yellow]Interrupted[/]: {escape(str(error))}.", highlight=False)
-            return 130
+    except Interrupted as error:
+        console.print(f"[yellow]Interrupted[/]: {escape(str(error))}.", highlight=False)
+        return 130
     if console.quiet:
         return 0
     console.print(result_table(read_runs([folder])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -28,7 +29,11 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Within it the first Ctrl-C (or SIGTERM, which schedulers send) only sets a flag; a second ends the program."""
+    """Within it the first Ctrl-C (or SIGTERM, which schedulers send) only sets a flag; a second ends the program.
+
+    Of several processes that leave by an error or as asked, one is first, and torchrun then asks the others to stop. They
+    are about to: what they have to say and their exit code would be lost, so they no longer hear it.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread handle signals
         yield request
@@ -42,6 +47,10 @@ def stop_on_signal() -> Iterator[StopRequest]:
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request
+    except BaseException:
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
