@@ -42,7 +42,7 @@ from sinkroute.lab.bar import Bar
 from sinkroute.lab.data import Windows, load_corpus
 from sinkroute.lab.files import write_json
 from sinkroute.lab.machine import machine
-from sinkroute.lab.report.table import Spread
+from sinkroute.lab.study.table import Spread
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("softmax", {"keep_aux_loss": False}),

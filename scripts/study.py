@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from sinkroute.lab.compare.statistics import LEVEL, holm, paired
+from sinkroute.lab.study.statistics import LEVEL, holm, paired
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "study"

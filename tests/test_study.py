@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sinkroute.lab.compare.cells import expand
-from sinkroute.lab.compare.config import read_comparison
 from sinkroute.lab.config import VisionConfig
+from sinkroute.lab.study.cells import expand
+from sinkroute.lab.study.config import read_comparison
 
 ROOT = Path(__file__).parents[1]
 REGISTERED = sorted((ROOT / "experiments" / "study").glob("*.yaml"))

@@ -113,7 +113,7 @@ def _print_overview(console: Console) -> None:
 
 def _demo(arguments: list[str], console: Console) -> int:
     from sinkroute.lab.config import find_preset, read_yaml
-    from sinkroute.lab.demo import DemoConfig, run_demo
+    from sinkroute.lab.study.demo import DemoConfig, run_demo
 
     # Another comparison of the same kind may stand first: a preset or a YAML file with `methods`.
     named = bool(arguments) and not arguments[0].startswith("-")
@@ -130,8 +130,8 @@ def _train(arguments: list[str], console: Console) -> int:
     from sinkroute.lab.display import Display
     from sinkroute.lab.interrupt import Interrupted, stop_on_signal
     from sinkroute.lab.peers import join
-    from sinkroute.lab.report import read_runs, result_table
     from sinkroute.lab.run import execute
+    from sinkroute.lab.study import read_runs, result_table
     from sinkroute.lab.tasks import load_data
 
     @dataclass
@@ -543,7 +543,7 @@ class ReportCommand:
 
 
 def _report(arguments: list[str], console: Console) -> int:
-    from sinkroute.lab.report import read_runs, result_table, write_picture, write_report
+    from sinkroute.lab.study import read_runs, result_table, write_picture, write_report
 
     command = tyro.cli(ReportCommand, args=arguments, prog="sinkroute report")
     if not command.runs:
@@ -574,7 +574,7 @@ def _bench(arguments: list[str], console: Console) -> int:
 
 
 def _compare(arguments: list[str], console: Console) -> int:
-    from sinkroute.lab.compare import CompareCommand, run_compare
+    from sinkroute.lab.study.run import CompareCommand, run_compare
 
     return run_compare(tyro.cli(CompareCommand, args=arguments, prog="sinkroute compare"), console)
 

@@ -21,7 +21,7 @@ from sinkroute.lab.config import (
     to_mapping,
     write_yaml,
 )
-from sinkroute.lab.demo import DemoConfig
+from sinkroute.lab.study.demo import DemoConfig
 
 
 def test_a_configuration_survives_yaml(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_in_another_thread_nothing_is_caught_and_nothing_fails() -> None:
     assert seen == [False]
 
 
-@pytest.mark.parametrize("world, heard", [("1", True), ("2", False)])
+@pytest.mark.parametrize(("world", "heard"), [("1", True), ("2", False)])
 def test_a_process_of_several_that_leaves_does_not_hear_the_launcher(
     monkeypatch: pytest.MonkeyPatch, world: str, heard: bool
 ) -> None:

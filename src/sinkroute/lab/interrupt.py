@@ -31,8 +31,8 @@ class StopRequest:
 def stop_on_signal() -> Iterator[StopRequest]:
     """Within it the first Ctrl-C (or SIGTERM, which schedulers send) only sets a flag; a second ends the program.
 
-    Of several processes that leave by an error or as asked, one is first, and torchrun then asks the others to stop. They
-    are about to: what they have to say and their exit code would be lost, so they no longer hear it.
+    Of several processes that leave by an error or as asked, one is first, and torchrun then asks the others to stop.
+    They are about to: what they have to say and their exit code would be lost, so they no longer hear it.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread handle signals

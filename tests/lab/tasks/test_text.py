@@ -58,7 +58,7 @@ def test_bytes_are_measured_in_bits_also_under_other_numbers() -> None:
 
 
 def test_every_metric_has_its_words_in_reports() -> None:
-    from sinkroute.lab.report.metric import METRICS
+    from sinkroute.lab.study.metric import METRICS
 
     assert {make_task(config(model={"vocab": 256}), corpus).metric for corpus in (of_bytes(), words())} < set(METRICS)
 

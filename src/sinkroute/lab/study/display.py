@@ -1,0 +1,107 @@
+"""How far a comparison is: a bar for it all and one for each run; in a log file a line for each run that ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from sinkroute.lab.study.cells import Cell
+
+__all__ = ["CompareDisplay"]
+
+
+class CompareDisplay:
+    """Told of every event of the pool by `listen`.
+
+    Args:
+        console: where it is drawn.
+        cells: what this call is to run.
+        at: the step at which each stands, by name; the pace is counted from there.
+    """
+
+    def __init__(self, console: Console, cells: Sequence[Cell], at: Mapping[str, int]) -> None:
+        self.console, self.total, self.done, self.failed = console, len(cells), 0, 0
+        self.at = dict(at)
+        self.steps_left = sum(cell.config.train.steps - at[cell.name] for cell in cells)
+        self.started, self.steps_done = time.monotonic(), 0
+        self.bars = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeElapsedColumn(),
+        )
+        self.all = self.bars.add_task("runs", total=len(cells), note="")
+        self.tasks: dict[str, TaskID] = {}
+        self.live = Live(Group(self.bars), console=console, refresh_per_second=2)
+
+    def __enter__(self) -> CompareDisplay:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self.live.stop()
+
+    def listen(self, cell: Cell, event: dict[str, Any]) -> None:
+        """One event of one cell."""
+        kind, name = event["kind"], cell.name
+        if kind == "begin":
+            steps = cell.config.train.steps
+            self.tasks[name] = self.bars.add_task(_shown(name), total=steps, completed=self.at[name], note="starting")
+            return
+        if kind == "progress":
+            self.steps_done += event["step"] - self.at[name]
+            self.at[name] = event["step"]
+            note = f"loss {event['loss']:.3f}  MaxVio {event['max_vio']:.2f}"
+            self._update(name, completed=event["step"], note=note)
+            self.bars.update(self.all, note=self._left())
+            return
+        if kind == "status":
+            self._update(name, note=event["note"])
+            return
+        if name in self.tasks:
+            self.bars.remove_task(self.tasks.pop(name))
+        self.done += kind == "done"
+        self.failed += kind == "failed"
+        self.bars.update(self.all, completed=self.done, note=self._left())
+        said = f"{self.done + self.failed}/{self.total} {name}: {kind}"
+        said += f": {event['note']}" if event.get("note") else ""
+        said += f" ({self._left()})" if kind == "done" and self._left() else ""
+        self.console.print(said, style="red" if kind == "failed" else "", highlight=False, markup=False, soft_wrap=True)
+
+    def _update(self, name: str, **fields: Any) -> None:
+        if name in self.tasks:
+            self.bars.update(self.tasks[name], **fields)
+
+    def _left(self) -> str:
+        """From the pace of all workers together."""
+        parts = [f"{self.failed} failed"] if self.failed else []
+        if self.steps_done:
+            seconds = (time.monotonic() - self.started) / self.steps_done * max(self.steps_left - self.steps_done, 0)
+            parts.append(f"about {_duration(seconds)} left")
+        return ", ".join(parts)
+
+
+def _shown(name: str, width: int = 36) -> str:
+    return name if len(name) <= width else f"{name[: width - 13]}…{name[-12:]}"
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(90), _duration(1500), _duration(9000)
+    ('90 s', '25 min', '2 h 30 min')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

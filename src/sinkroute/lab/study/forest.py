@@ -1,0 +1,248 @@
+"""The figures of a comparison: paired differences, lines over a grid, gains over size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+from sinkroute.lab.study.cells import short_value
+from sinkroute.lab.study.drawing import WIDTH, Theme, heading, inline, page_theme, settings, short, style
+from sinkroute.lab.study.palette import Ink
+from sinkroute.lab.study.results import BILLION, Entry, Metric, Results, SizeTrend
+
+__all__ = ["Grid", "forest_figure", "grid_figure", "grids", "size_figure"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The methods of one family that have a number as their axis.
+
+    Attributes:
+        family: the method's name in the file.
+        key: dotted key of the axis.
+        lines: other values of the grid, in words → (value on the axis, method) in the order of the axis.
+    """
+
+    family: str
+    key: str
+    lines: dict[str, list[tuple[float, str]]]
+
+
+def grids(found: Results) -> list[Grid]:
+    """Every grid with a numeric axis of two values or more; the longest one is the axis."""
+    out = []
+    for family in dict.fromkeys(cell.family for cell in found.plan.cells):
+        points = {cell.method: dict(cell.point) for cell in found.plan.cells if cell.family == family}
+        values: dict[str, set[Any]] = {}
+        for point in points.values():
+            for key, value in point.items():
+                values.setdefault(key, set()).add(value)
+        numeric = [
+            key
+            for key, several in values.items()
+            if len(several) > 1 and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in several)
+        ]
+        if not numeric:
+            continue
+        axis = max(numeric, key=lambda key: len(values[key]))
+        lines: dict[str, list[tuple[float, str]]] = {}
+        for method, point in points.items():
+            rest = {key: value for key, value in point.items() if key != axis and len(values[key]) > 1}
+            words = ", ".join(f"{key.rpartition('.')[2]}={short_value(value)}" for key, value in rest.items()) or family
+            lines.setdefault(words, []).append((float(point[axis]), method))
+        out.append(Grid(family, axis, {words: sorted(line) for words, line in lines.items()}))
+    return out
+
+
+def forest_figure(found: Results, size: str, metric: Metric, inks: Sequence[Ink], name: str) -> str:
+    """Paired differences to the reference at one size: a line for each method, a dot for each seed."""
+    methods = found.plan.methods
+    reference = found.entries[size, found.plan.reference, metric.key]
+    rows = [entry for method in methods if (entry := found.entries[size, method, metric.key]).against is not None]
+    if not rows:
+        return ""
+    theme = page_theme(len(methods))
+    with settings("none"):
+        fig = Figure(figsize=(WIDTH, 0.95 + 0.34 * max(len(rows), 2)))
+        tall = fig.get_figheight()
+        longest = max(len(entry.method) for entry in rows)
+        left = min(max(0.02 + 0.0068 * longest, 0.16), 0.42)
+        ax = fig.add_axes((left, 0.42 / tall, 0.79 - left, 1 - 0.85 / tall))
+        style(ax, theme, grid="x")
+        ax.spines["bottom"].set_visible(False)
+        ax.set_ylim(len(rows) - 0.5, -0.6)
+        ax.set_yticks(range(len(rows)), [short(entry.method, 60) for entry in rows])
+        ax.axvline(0, color=theme.muted, linewidth=1.1, zorder=1)
+        for row, entry in enumerate(rows):
+            _forest_row(ax, theme, inks, methods.index(entry.method), row, entry, reference)
+        for tick, entry in zip(ax.get_yticklabels(), rows, strict=True):
+            which = methods.index(entry.method)
+            tick.set_color(theme.methods[which])
+            tick.set_gid(f"m m{which}")
+        _reach(ax, rows, reference)
+        better = "← better" if metric.lower_is_better else "better →"
+        heading(ax, theme, f"{metric.title} against {short(found.plan.reference)}", better)
+        return inline(fig, name, f"{metric.title} against {found.plan.reference}, by method")
+
+
+def grid_figure(found: Results, grid: Grid, size: str, metrics: Sequence[Metric], name: str) -> str:
+    """Metrics over the axis of a grid, side by side: a line for each other point of the grid, and the reference."""
+    methods = found.plan.methods
+    theme = page_theme(len(methods))  # a line has the colour of its first method
+    reference = [found.entries[size, found.plan.reference, metric.key].estimate for metric in metrics]
+    positions = sorted({value for line in grid.lines.values() for value, _ in line})
+    with settings("none"):
+        rows = math.ceil(len(grid.lines) / 3)
+        fig = Figure(figsize=(WIDTH, 3.5 + 0.22 * rows))
+        room = 0.22 * rows / fig.get_figheight()
+        for place, metric in enumerate(metrics):
+            ax = fig.add_axes((0.06 + 0.49 * place, 0.14 + room, 0.36, 0.7 - room))
+            style(ax, theme)
+            whole = reference[place]
+            if whole is not None:
+                ax.axhline(whole.mean, color=theme.muted, linewidth=1.1, dashes=(4, 3))
+                ax.annotate(
+                    short(found.plan.reference), (1, whole.mean), (4, 0), xycoords=("axes fraction", "data"),
+                    textcoords="offset points", color=theme.muted, fontsize=8.5, va="center",
+                )  # fmt: skip
+            for line in grid.lines.values():
+                which = methods.index(line[0][1])
+                _grid_line(ax, theme, which, [(x, found.entries[size, method, metric.key]) for x, method in line])
+            _axis_of(ax, positions)
+            ax.set_xlabel(grid.key.rpartition(".")[2])
+            heading(ax, theme, metric.title)
+        for place, (words, line) in enumerate(grid.lines.items()):
+            which = methods.index(line[0][1])
+            fig.text(
+                0.07 + 0.31 * (place % 3), room - (place // 3 + 0.4) * 0.22 / fig.get_figheight(),
+                f"● {short(words, 40)}", color=theme.methods[which], fontsize=9, gid=f"m m{which}",
+            )  # fmt: skip
+        return inline(fig, name, f"{grid.family} over {grid.key}")
+
+
+def size_figure(found: Results, inks: Sequence[Ink]) -> str:
+    """Paired gains over the active parameters, a dot for each seed, with the trends drawn on to 10⁹."""
+    if not found.trends:
+        return ""
+    methods = found.plan.methods
+    theme = page_theme(len(methods))
+    columns = min(3 if max(len(each.method) for each in found.trends) < 26 else 2, len(found.trends))
+    rows = math.ceil(len(found.trends) / columns)
+    with settings("none"):
+        fig = Figure(figsize=(WIDTH, 0.4 + 2.4 * rows))
+        tall = fig.get_figheight()
+        limits = _gain_limits(found.trends)
+        for place, each in enumerate(found.trends):
+            left, down = 0.07 + 0.92 * (place % columns) / columns, place // columns
+            width, height = 0.92 / columns - 0.06, 1.6 / tall
+            ax = fig.add_axes((left, 1 - (0.45 + 1.6 + 2.4 * down) / tall, width, height))
+            _trend_panel(ax, theme, inks, methods.index(each.method), each, limits)
+        return inline(fig, "sizes", "Gain over the reference by active parameters")
+
+
+def _forest_row(
+    ax: Axes, theme: Theme, inks: Sequence[Ink], which: int, row: int, entry: Entry, reference: Entry
+) -> None:
+    assert entry.against is not None
+    colour, gid = theme.methods[which], f"m m{which}"
+    difference = entry.against.paired.difference
+    if difference.half is not None:
+        reach = [difference.mean - difference.half, difference.mean + difference.half]
+        ax.plot(reach, [row, row], color=colour, linewidth=5, alpha=0.28, solid_capstyle="round", gid=gid)
+    dots = _differences(entry, reference)
+    if len(dots) > 1:
+        ax.plot(dots, [row] * len(dots), linestyle="", marker="o", markersize=4, color=colour, alpha=0.7,
+                markeredgewidth=0, gid=gid)  # fmt: skip
+    ax.plot([difference.mean], [row], marker=inks[which].marker, markersize=9, color=colour, markeredgewidth=0, gid=gid)
+    half = "" if difference.half is None else f" ± {difference.half:.{entry.metric.digits}f}"
+    words = {"better": "  better", "worse": "  worse"}.get(entry.against.verdict, "")
+    ax.annotate(
+        f"{difference.mean:+.{entry.metric.digits}f}{half}{words}", (1, row), (12, 0),
+        xycoords=("axes fraction", "data"), textcoords="offset points", color=theme.ink, fontsize=9, va="center",
+        fontweight="bold" if words else "normal", annotation_clip=False, gid=gid,
+    )  # fmt: skip
+
+
+def _differences(entry: Entry, reference: Entry) -> list[float]:
+    return [value - reference.values[seed] for seed, value in entry.values.items() if seed in reference.values]
+
+
+def _reach(ax: Axes, rows: Sequence[Entry], reference: Entry) -> None:
+    """Every seed is seen; an interval of two or three seeds may reach beyond the edge."""
+    seeds = [value for entry in rows for value in _differences(entry, reference)]
+    low, high = min(*seeds, 0.0), max(*seeds, 0.0)
+    halves = sorted(entry.against.paired.difference.half or 0.0 for entry in rows if entry.against is not None)
+    margin = max(0.12 * (high - low), halves[len(halves) // 2], 1e-9)
+    ax.set_xlim(low - margin, high + margin)
+    ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+
+
+def _grid_line(ax: Axes, theme: Theme, which: int, line: Sequence[tuple[float, Entry]]) -> None:
+    there = [(x, entry.estimate) for x, entry in line if entry.estimate is not None]
+    if not there:
+        return
+    colour, gid = theme.methods[which], f"m m{which}"
+    ax.plot([x for x, _ in there], [found.mean for _, found in there], color=colour, linewidth=1.6, marker="o",
+            markersize=5, markeredgewidth=0, gid=gid)  # fmt: skip
+    for x, entry in line:
+        values = list(entry.values.values())
+        if len(values) > 1:
+            ax.plot([x] * len(values), values, linestyle="", marker="_", markersize=6, color=colour, alpha=0.6, gid=gid)
+
+
+def _axis_of(ax: Axes, positions: Sequence[float]) -> None:
+    """Logarithmic where the values ask for it; the values themselves are the ticks."""
+    if positions[0] > 0 and positions[-1] / positions[0] >= 20:
+        ax.set_xscale("log")
+        ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_locator(FixedLocator(list(positions)))
+    ax.set_xticklabels([f"{value:g}" for value in positions])
+
+
+def _trend_panel(
+    ax: Axes, theme: Theme, inks: Sequence[Ink], which: int, each: SizeTrend, limits: tuple[float, float]
+) -> None:
+    colour, gid = theme.methods[which], f"m m{which}"
+    style(ax, theme, grid="both")
+    ax.axhline(0, color=theme.muted, linewidth=1.1)
+    x = np.array([math.log2(active) for active, _, _ in each.points])
+    span = np.linspace(x.min(), math.log2(BILLION), 60)
+    at = [each.line.at(float(place)) for place in span]
+    middle = np.array([value for value, _, _ in at])
+    seen = span <= x.max()
+    ax.plot(span[seen], middle[seen], color=colour, linewidth=1.8, gid=gid)
+    ax.plot(span[~seen], middle[~seen], color=colour, linewidth=1.2, dashes=(4, 3), gid=gid)
+    if each.line.residual is not None:
+        for index, alpha in ((2, 0.1), (1, 0.2)):
+            half = np.array([found[index] for found in at], dtype=float)
+            ax.fill_between(span, middle - half, middle + half, color=colour, alpha=alpha, linewidth=0, gid=gid)
+    ax.plot(x, [gain for _, _, gain in each.points], linestyle="", marker=inks[which].marker, markersize=4.5,
+            color=colour, alpha=0.8, markeredgewidth=0, gid=gid)  # fmt: skip
+    ax.set_ylim(*limits)
+    ticks = np.arange(math.ceil(math.log10(2.0 ** x.min())), 10)
+    ax.xaxis.set_major_locator(FixedLocator([math.log2(10.0**tick) for tick in ticks]))
+    ax.set_xticklabels([f"10{_raised(int(tick))}" for tick in ticks])
+    heading(ax, theme, short(each.method, 44), lift=8)
+
+
+def _gain_limits(trends: Sequence[SizeTrend]) -> tuple[float, float]:
+    """One scale for all panels, by the gains that were measured: extrapolated bands run out of the picture."""
+    gains = [gain for each in trends for _, _, gain in each.points]
+    low, high = min(*gains, 0.0), max(*gains, 0.0)
+    margin = max(high - low, 1e-6)
+    return low - margin, high + margin
+
+
+def _raised(exponent: int) -> str:
+    """
+    >>> _raised(10)
+    '¹⁰'
+    """
+    return "".join("⁰¹²³⁴⁵⁶⁷⁸⁹"[int(digit)] for digit in str(exponent))

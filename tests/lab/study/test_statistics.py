@@ -1,0 +1,111 @@
+"""Statistics against scipy and against numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sinkroute.lab.study.statistics import estimate, holm, paired, sign_flip, trend, verdict
+
+RANDOM = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 12, 40])
+def test_the_interval_is_students(n: int) -> None:
+    values = RANDOM.normal(3, 2, n)
+    found = estimate(list(values))
+    low, high = stats.t.interval(0.95, n - 1, loc=values.mean(), scale=stats.sem(values))
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+
+
+def test_one_value_has_no_interval_and_no_test() -> None:
+    found = paired([0.3])
+    assert (found.difference.half, found.p, found.p_flip) == (None, None, None)
+    with pytest.raises(ValueError, match="values is empty"):
+        estimate([])
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_the_paired_test_is_scipys(n: int) -> None:
+    one, other = RANDOM.normal(0, 1, n), RANDOM.normal(0.5, 1, n)
+    found = paired(list(one - other))
+    assert found.p == pytest.approx(stats.ttest_rel(one, other).pvalue)
+
+
+@pytest.mark.parametrize("n", [2, 3, 6, 9])
+def test_the_sign_flip_test_is_scipys_permutation_test(n: int) -> None:
+    values = RANDOM.normal(0.4, 1, n)
+    theirs = stats.permutation_test((values,), np.mean, permutation_type="samples", n_resamples=math.inf)
+    assert sign_flip(list(values)) == pytest.approx(theirs.pvalue)
+
+
+def test_with_five_seeds_the_sign_flip_test_cannot_reach_the_level() -> None:
+    assert sign_flip([1.0, 1.1, 0.9, 1.2, 0.8]) == 2 / 32
+    assert paired([1.0] * 13).p_flip is None  # 2^13 sums are not made
+
+
+def test_signs_that_give_equal_sums_count_as_equal() -> None:
+    # 0.1 + 0.2 − 0.3 is above 0 in binary, so 0.01 more is above 0.01 less than nothing: in decimals both are 0.01,
+    # and no choice of signs is nearer to 0.
+    assert sign_flip([0.1, 0.2, -0.3, 0.01]) == 1.0
+
+
+def test_differences_without_spread_are_sure_or_nothing() -> None:
+    assert paired([0.0, 0.0, 0.0]).p == 1.0
+    assert paired([0.5, 0.5, 0.5]).p == 0.0
+
+
+def test_holm_by_hand() -> None:
+    # Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1: 0.02, 0.03, 0.06, 0.04 → 0.06.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_holm_is_the_closed_test_of_bonferroni() -> None:
+    """Its definition: a hypothesis falls when Bonferroni rejects every set of hypotheses that holds it."""
+    p = list(RANDOM.uniform(0, 0.3, 5))
+    sets = [[i for i in range(5) if mask >> i & 1] for mask in range(1, 32)]
+    slow = [max(min(1.0, len(each) * min(p[j] for j in each)) for each in sets if i in each) for i in range(5)]
+    assert holm(p) == pytest.approx(slow)
+
+
+def test_the_verdict_follows_the_corrected_p_and_the_direction() -> None:
+    assert verdict(-1.0, 0.049, lower_is_better=True) == "better"
+    assert verdict(-1.0, 0.049, lower_is_better=False) == "worse"
+    assert verdict(1.0, 0.049, lower_is_better=True) == "worse"
+    assert verdict(-1.0, 0.05, lower_is_better=True) == "not distinguishable"
+    assert verdict(-1.0, None, lower_is_better=True) == "one seed"
+
+
+def test_the_trend_is_scipys_regression() -> None:
+    x = np.repeat([17.0, 18.0, 19.5, 21.0], 3)
+    y = 0.1 - 0.02 * x + RANDOM.normal(0, 0.05, 12)
+    found, theirs = trend(list(x), list(y)), stats.linregress(x, y)
+    assert (found.slope.mean, found.intercept) == pytest.approx((theirs.slope, theirs.intercept))
+    assert found.slope.half == pytest.approx(stats.t.ppf(0.975, 10) * theirs.stderr)
+    assert found.p == pytest.approx(theirs.pvalue)
+
+
+def test_the_bands_are_those_of_the_normal_equations() -> None:
+    x, y = np.array([1.0, 2.0, 3.0, 5.0, 8.0]), np.array([1.0, 2.5, 2.0, 4.0, 9.0])
+    design = np.stack([np.ones(5), x], axis=1)
+    inverse = np.linalg.inv(design.T @ design)
+    beta = inverse @ design.T @ y
+    variance = ((y - design @ beta) ** 2).sum() / 3
+    at = np.array([1.0, 30.0])
+    lever = at @ inverse @ at
+    value, line, pair = trend(list(x), list(y)).at(30.0)
+    assert value == pytest.approx(at @ beta)
+    assert line == pytest.approx(stats.t.ppf(0.975, 3) * math.sqrt(variance * lever))
+    assert pair == pytest.approx(stats.t.ppf(0.975, 3) * math.sqrt(variance * (1 + lever)))
+
+
+def test_a_trend_needs_two_sizes_and_an_interval_three_points() -> None:
+    assert trend([3.0, 3.0], [1.0, 2.0]) is None
+    found = trend([3.0, 4.0], [1.0, 2.0])
+    assert found.at(5.0) == (3.0, None, None)
+    assert found.slope.half is None
