@@ -11,8 +11,8 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
+from sinkroute.lab.page.palette import inks
 from sinkroute.lab.study import curves as figures
-from sinkroute.lab.study.palette import inks
 from sinkroute.lab.study.runs import group_runs, read_runs
 
 MakeRun = Callable[..., Path]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from sinkroute.lab.page.palette import inks
 from sinkroute.lab.study import (
     figures,
     group_runs,
@@ -22,7 +23,6 @@ from sinkroute.lab.study import (
     write_report,
 )
 from sinkroute.lab.study.metric import METRICS
-from sinkroute.lab.study.palette import inks
 
 MakeRun = Callable[..., Path]
 WORDS = {"vocab": 50_000, "name": "stream"}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from html import escape
 
 from sinkroute.lab.inspect.result import Layer
-from sinkroute.lab.study.palette import OVER, UNDER
+from sinkroute.lab.page.palette import OVER, UNDER
 
 __all__ = ["bars_svg", "heatmap_svg"]
 

@@ -14,7 +14,7 @@ from sinkroute.lab.inspect.heatmap import bars_svg, heatmap_svg
 from sinkroute.lab.inspect.result import NEAR_DEAD, Audit
 from sinkroute.lab.inspect.table import ALTERNATIVES, cells, facts, labels, percent, summary
 from sinkroute.lab.machine import machine
-from sinkroute.lab.study.palette import OVER, UNDER
+from sinkroute.lab.page.palette import OVER, UNDER
 
 __all__ = ["write_page"]
 

@@ -13,8 +13,8 @@ import yaml
 
 from sinkroute.lab.config import to_mapping
 from sinkroute.lab.files import write_text
+from sinkroute.lab.page.palette import inks
 from sinkroute.lab.study.compare_table import all_tables
-from sinkroute.lab.study.palette import inks
 from sinkroute.lab.study.results import Results
 
 __all__ = ["write_page"]

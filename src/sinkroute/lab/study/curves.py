@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
-from sinkroute.lab.study.drawing import (
+from sinkroute.lab.page.drawing import (
     WIDTH,
     Theme,
     heading,
@@ -32,8 +32,8 @@ from sinkroute.lab.study.drawing import (
     short,
     style,
 )
+from sinkroute.lab.page.palette import OVER, UNDER, Ink
 from sinkroute.lab.study.metric import Metric, capital
-from sinkroute.lab.study.palette import OVER, UNDER, Ink
 from sinkroute.lab.study.runs import Group, Run, common_metric
 from sinkroute.lab.study.table import Spread, describe
 

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from sinkroute.lab.page.drawing import WIDTH, Theme, heading, inline, page_theme, settings, short, style
+from sinkroute.lab.page.palette import Ink
 from sinkroute.lab.study.cells import short_value
-from sinkroute.lab.study.drawing import WIDTH, Theme, heading, inline, page_theme, settings, short, style
-from sinkroute.lab.study.palette import Ink
 from sinkroute.lab.study.results import BILLION, Entry, Metric, Results, SizeTrend
 
 __all__ = ["Grid", "forest_figure", "grid_figure", "grids", "size_figure"]

@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
+from sinkroute.lab.page.palette import inks
 from sinkroute.lab.study.metric import Metric, capital
-from sinkroute.lab.study.palette import inks
 from sinkroute.lab.study.runs import Group, Run, common_metric, differences, group_runs, read_baselines
 from sinkroute.lab.study.table import describe, result_table, run_tag
 

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from sinkroute.lab.study.palette import Ink
+from sinkroute.lab.page.palette import Ink
 
 __all__ = ["WIDTH", "Theme", "heading", "inline", "page_theme", "paper_theme", "settings", "short", "style"]
 
