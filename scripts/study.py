@@ -43,6 +43,7 @@ COUNTED = {
     "the same with two heads": (1024, 16, 2),
     "a step on images": (128 * 17, 8, 2),
     "a step of `study/dual-sizes`: 64 top-8": (512, 64, 8),
+    "64 top-2": (512, 64, 2),
     "16 top-1": (512, 16, 1),
     "128 tokens": (128, 16, 2),
     "a step of the demo": (1024, 8, 2),
