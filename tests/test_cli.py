@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -362,12 +363,10 @@ def _wait_for(path: Path, more_than: int = 0) -> None:
 def test_only_what_keeps_checkpoints_is_said_to_continue_after_an_interruption(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    from sinkroute import cli
-
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, command, (interrupted, "", ""))
+    monkeypatch.setattr(f"sinkroute.commands.{command}.run", interrupted)
     code, _, err = sinkroute(capsys, command)
     assert code == 130
     continued = " The same command continues from the last checkpoint." if command in ("demo", "train") else ""
@@ -378,14 +377,10 @@ def test_only_what_keeps_checkpoints_is_said_to_continue_after_an_interruption(
 def test_a_full_disk_is_told_as_such(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, continues: bool
 ) -> None:
-    import errno
-
-    from sinkroute import cli
-
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setitem(cli.COMMANDS, command, (full, "", ""))
+    monkeypatch.setattr(f"sinkroute.commands.{command}.run", full)
     code, _, err = sinkroute(capsys, command)
     assert code == 1
     assert "the disk is full" in err

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "sinkroute"
 # What a floor may import: itself and what stands to its left. Modules at the root are under all floors, but for the
 # command line. `sinkroute/__init__.py` is a table of names that are loaded when first asked for.
-FLOORS = ("", "kernels", "transport", "routing", "moe", "adapters", "lab", "cli")
+FLOORS = ("", "kernels", "transport", "routing", "moe", "adapters", "lab", "commands", "cli")
 SHORT = ("kernels", "transport", "routing", "moe", "adapters")  # the lab's rooms are its own
 LINES, COLUMNS = 400, 120
 # A name of two modules on one floor, with what makes them one idea.

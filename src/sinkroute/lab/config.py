@@ -161,7 +161,7 @@ class RouterConfig:
     name: str = "ssr-s"
     """A router, see `sinkroute routers`; its options (`sinkroute routers NAME`) as --router.options.OPTION VALUE."""
     options: Annotated[dict[str, Scalar | None], tyro.conf.Suppress] = field(default_factory=dict)
-    """Its options. Which there are depends on the router, so `sinkroute.cli` reads them itself."""
+    """Its options. Which there are depends on the router, so `sinkroute train` reads them itself."""
 
 
 @dataclass

@@ -1,0 +1,18 @@
+"""`sinkroute bench`: what routers cost."""
+
+from __future__ import annotations
+
+import os
+
+import tyro
+from rich.console import Console
+
+__all__ = ["run"]
+
+
+def run(arguments: list[str], console: Console) -> int:
+    # torch's count of memory warns of tensors that it did not see made. To be set before torch is loaded.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from sinkroute.lab.bench import Bench, run_bench
+
+    return run_bench(tyro.cli(Bench, args=arguments, prog="sinkroute bench"), console)

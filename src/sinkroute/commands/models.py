@@ -1,0 +1,37 @@
+"""`sinkroute models`: the training presets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+
+import tyro
+from rich.console import Console
+
+__all__ = ["run"]
+
+
+@dataclass
+class ModelsCommand:
+    """List the training presets: what each trains, on what and how long, with exact parameter counts.
+
+    Nothing is trained: models are built on the meta device, without memory.
+    """
+
+    names: tyro.conf.Positional[tuple[str, ...]] = field(default_factory=tuple)
+    """Presets or YAML files; by default all presets."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+def run(arguments: list[str], console: Console) -> int:
+    from sinkroute.lab.models.listing import list_models, model_table
+
+    command = tyro.cli(ModelsCommand, args=arguments, prog="sinkroute models")
+    models = list_models(command.names)
+    if command.json:
+        sys.stdout.write(json.dumps([model.json() for model in models], indent=1) + "\n")
+    else:
+        console.print(model_table(models, console.width))
+    return 0

@@ -1,0 +1,45 @@
+"""`sinkroute report`: a page about runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from sinkroute.commands import UsageError
+
+__all__ = ["run"]
+
+
+@dataclass
+class ReportCommand:
+    """Write one self-contained HTML page about runs, finished or not, and print their table."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = field(default_factory=tuple)
+    """Folders of runs, or folders that hold such folders."""
+    out: str | None = None
+    """The page; by default report.html in the first folder."""
+    picture: str | None = None
+    """Also write the summary picture here (.png or .svg)."""
+    title: Annotated[str, tyro.conf.arg(help="Heading of the page.")] = "sinkroute report"
+
+
+def run(arguments: list[str], console: Console) -> int:
+    from sinkroute.lab.study import read_runs, result_table, write_picture, write_report
+
+    command = tyro.cli(ReportCommand, args=arguments, prog="sinkroute report")
+    if not command.runs:
+        raise UsageError("report needs a RUN: sinkroute report runs/demo")
+    runs = read_runs(command.runs)
+    console.print(result_table(runs))
+    out = Path(command.out) if command.out else Path(command.runs[0]) / "report.html"
+    write_report(runs, out, title=command.title)
+    console.print(f"Report: [bold]{escape(str(out))}[/]", highlight=False, soft_wrap=True)
+    if command.picture:
+        write_picture(runs, Path(command.picture))
+        console.print(f"Picture: [bold]{escape(command.picture)}[/]", highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,39 @@
+"""`sinkroute routers`: the ways of routing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+__all__ = ["run"]
+
+
+@dataclass
+class RoutersCommand:
+    """The ways of routing, or what one of them can be told."""
+
+    name: tyro.conf.Positional[str | None] = None
+    """A router: its options, with their defaults and what they mean."""
+
+
+def run(arguments: list[str], console: Console) -> int:
+    from sinkroute.lab.overview import overview
+    from sinkroute.routing.options import described
+    from sinkroute.routing.registry import router_class
+
+    command = tyro.cli(RoutersCommand, args=arguments, prog="sinkroute routers")
+    if command.name is None:
+        console.print(overview(console.width), highlight=False, markup=False, soft_wrap=True)
+        return 0
+    table = Table(show_lines=True)
+    for column in ("option", "default", "what it means"):
+        table.add_column(column, overflow="fold")
+    for option in described(router_class(command.name).Options):
+        named = f"{escape(option.name)}\n[dim]{escape(option.kind)}[/]"
+        table.add_row(named, escape(option.default), escape(option.about))
+    console.print(table)
+    return 0
