@@ -4,6 +4,8 @@
     python scripts/study.py pages                             # the tables in docs/study.md and docs/leaderboard.md
     python scripts/study.py power                             # the differences that each comparison could tell
     python scripts/study.py floor                             # the MaxVio of balanced routing, by chance, at each size
+    python scripts/study.py keep runs/study/NAME ...          # what is finished -> benchmarks/results/study/kept/
+    python scripts/study.py restore NAME [FOLDER]             # and back: `sinkroute compare` goes on from there
 
 A table stands in a page between `<!-- study: NAME -->` and `<!-- end -->`; `pages` writes it anew from the collected
 results, and a test holds pages and results together. What is collected is the comparison's `results.json` without the
@@ -25,6 +27,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from sinkroute.lab.study.cells import Plan, expand
+from sinkroute.lab.study.config import find_comparison, read_comparison
+from sinkroute.lab.study.keep import keep, restore
 from sinkroute.lab.study.statistics import LEVEL, holm, paired
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -334,6 +339,26 @@ def _floor() -> str:
 ACROSS = {"leaderboard": _leaderboard, "compute": _compute, "power": _power, "floor": _floor}
 
 
+def _keep(folder: Path) -> str:
+    plan, path = _study(folder.name, str(folder)), RESULTS / "kept" / f"{folder.name}.jsonl"
+    cells, new = keep(plan, path)
+    kb = path.stat().st_size / 1000
+    told = f"{cells} of {len(plan.cells)} cells, {new} of them new; {kb:.0f} kB, {kb / max(cells, 1):.1f} a cell"
+    return f"{path.relative_to(ROOT)}: {told}"
+
+
+def _restore(name: str, folder: str | None = None) -> str:
+    plan = _study(name, folder)
+    laid, left = restore(plan, RESULTS / "kept" / f"{name}.jsonl")
+    told = f"; {len(left)} left as they are, a run is there" if left else ""
+    return f"{plan.out}: {len(laid)} of {len(plan.cells)} cells laid out{told}"
+
+
+def _study(name: str, out: str | None) -> Plan:
+    path = find_comparison(f"study/{name}")
+    return expand(path, read_comparison(path), out=out)
+
+
 def page(text: str) -> str:
     """A page with its tables written anew."""
     return MARK.sub(lambda mark: f"{mark[1]}{table(mark['name'])}{mark[3]}", text)
@@ -343,6 +368,11 @@ def main(words: list[str]) -> int:
     if words[:1] == ["collect"] and len(words) > 1:
         for word in words[1:]:
             print(collect(Path(word)).relative_to(ROOT))
+    elif words[:1] == ["keep"] and len(words) > 1:
+        for word in words[1:]:
+            print(_keep(Path(word)))
+    elif words[:1] == ["restore"] and len(words) in (2, 3):
+        print(_restore(*words[1:]))
     elif words == ["pages"]:
         for path in PAGES:
             path.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")
