@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from sinkroute.lab.page.palette import inks
+from sinkroute.lab.study import curves as figures
 from sinkroute.lab.study import (
-    figures,
     group_runs,
     read_baselines,
     read_runs,

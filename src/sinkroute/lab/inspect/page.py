@@ -6,7 +6,6 @@ which escapes its own texts, does not.
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 from sinkroute.lab.files import write_text
@@ -14,6 +13,7 @@ from sinkroute.lab.inspect.heatmap import bars_svg, heatmap_svg
 from sinkroute.lab.inspect.result import NEAR_DEAD, Audit
 from sinkroute.lab.inspect.table import ALTERNATIVES, cells, facts, labels, percent, summary
 from sinkroute.lab.machine import machine
+from sinkroute.lab.page import render
 from sinkroute.lab.page.palette import OVER, UNDER
 
 __all__ = ["write_page"]
@@ -30,16 +30,12 @@ def write_page(audit: Audit, path: Path, *, viewer: str | None = None) -> None:
     Raises:
         ModuleNotFoundError: jinja2 is missing; `pip install "sinkroute[lab]"` brings it.
     """
-    import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
     names = labels(audit.layers)
     on = machine()
-    page = environment.from_string(template).render(
+    page = render(
+        "inspect/page.html.j2",
         audit=audit,
         sentences=summary(audit),
         facts=facts(audit),

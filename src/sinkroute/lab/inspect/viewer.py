@@ -19,6 +19,7 @@ from sinkroute.lab.inspect.result import Audit, Layer, Pictures
 from sinkroute.lab.inspect.table import labels
 from sinkroute.lab.inspect.viewer_colours import INK, MOST, colours
 from sinkroute.lab.inspect.viewer_pack import pack, spell
+from sinkroute.lab.page import render
 
 __all__ = ["write_viewer"]
 
@@ -34,7 +35,6 @@ def write_viewer(audits: Sequence[Audit], path: Path) -> None:
         ValueError: an audit kept no tokens.
         ModuleNotFoundError: jinja2 is missing; `pip install "sinkroute[lab]"` brings it.
     """
-    import jinja2
     from markupsafe import Markup
 
     for audit in audits:
@@ -43,15 +43,12 @@ def write_viewer(audits: Sequence[Audit], path: Path) -> None:
                 f"the audit of {audit.setting.model!r} kept no tokens to show; "
                 "give inspect_checkpoint viewer_tokens=4096"
             )
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    files = resources.files(__package__)
-    template = files.joinpath("viewer.html.j2").read_text(encoding="utf-8")
+    script = resources.files(__package__).joinpath("viewer.js").read_text(encoding="utf-8")
     blobs: dict[str, str] = {}
     told = [_checkpoint(audit, place, blobs) for place, audit in enumerate(audits)]
     experts = max((len(layer.load) for audit in audits for layer in audit.layers if layer.load is not None), default=0)
-    page = environment.from_string(template).render(
+    page = render(
+        "inspect/viewer.html.j2",
         audits=audits,
         colours=list(enumerate(colours(min(experts, MOST)))),
         experts=experts,
@@ -59,7 +56,7 @@ def write_viewer(audits: Sequence[Audit], path: Path) -> None:
         ink=INK,
         told=Markup(_json({"checkpoints": told, "most": MOST})),
         blobs={name: Markup(blob) for name, blob in blobs.items()},
-        script=Markup(files.joinpath("viewer.js").read_text(encoding="utf-8")),
+        script=Markup(script),
     )
     write_text(page, path)
 

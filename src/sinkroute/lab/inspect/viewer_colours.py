@@ -11,7 +11,9 @@ import math
 from functools import cache
 from typing import NamedTuple
 
-__all__ = ["INK", "MOST", "Colour", "colours", "contrast"]
+from sinkroute.lab.page.palette import contrast
+
+__all__ = ["INK", "MOST", "Colour", "colours"]
 
 INK = ("#1d2126", "#f2f4f6")
 """Of text on the colours, light and dark."""
@@ -41,16 +43,6 @@ def colours(number: int) -> list[Colour]:
     """
     found = _ordered(min(number, MOST))
     return [found[expert % MOST] for expert in range(number)]
-
-
-def contrast(one: str, other: str) -> float:
-    """WCAG 2's ratio of two colours, 1 to 21.
-
-    >>> round(contrast("#000000", "#ffffff"))
-    21
-    """
-    low, high = sorted((_luminance(one), _luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 @cache
@@ -110,9 +102,3 @@ def _hex(lab: _Lab) -> str:
         for value in (min(max(value, 0.0), 1.0) for value in _linear(lab))
     )
     return "#" + "".join(f"{round(255 * value):02x}" for value in curved)
-
-
-def _luminance(colour: str) -> float:
-    shares = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
-    red, green, blue = (share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -113,7 +113,7 @@ def inline(fig: Figure, name: str, title: str) -> str:
 
     What matplotlib writes for a whole file is taken out (prologue, metadata, name spaces, a style sheet that would
     reach into the page), ids get the figure's name as a prefix, group ids of the form "m m3" become classes, and
-    stand-in colours become CSS variables.
+    stand-in colours become CSS variables: `--m3` is the colour of method 3, `--t3` the same for words.
     """
     FigureCanvasSVG(fig)
     raw = io.BytesIO()
@@ -144,7 +144,8 @@ def inline(fig: Figure, name: str, title: str) -> str:
                 attributes["href"] = f"#{name}-{value[1:]}"
             else:
                 value = _URL.sub(rf"url(#{name}-\1)", value)
-                value = _COLOUR.sub(lambda match: _variable(match.group()), value)
+                kind = "t" if element.tag == "text" else "m"
+                value = _COLOUR.sub(lambda match, kind=kind: _variable(match.group(), kind), value)
                 attributes[key] = _FONT.sub("var(--sans)", value)
         element.attrib.clear()
         element.attrib.update(attributes)
@@ -155,5 +156,5 @@ def inline(fig: Figure, name: str, title: str) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
-def _variable(colour: str) -> str:
-    return _VARIABLES.get(colour) or f"var(--m{int(colour[1:], 16) - 16})"
+def _variable(colour: str, kind: str) -> str:
+    return _VARIABLES.get(colour) or f"var(--{kind}{int(colour[1:], 16) - 16})"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["OVER", "UNDER", "Ink", "inks"]
+__all__ = ["OVER", "UNDER", "Ink", "contrast", "inks"]
 
 UNDER, OVER = "#2f80c8", "#d9580a"
 """Experts with less and with more than a fair share."""
@@ -22,6 +22,16 @@ class Ink:
     light: str
     dark: str
     marker: str
+
+    @property
+    def light_text(self) -> str:
+        """The colour as that of words on light ground: darkened until it can be read (WCAG AA)."""
+        return _legible(self.light, "#fbfaf7", "#000000")
+
+    @property
+    def dark_text(self) -> str:
+        """The same on dark ground, lightened."""
+        return _legible(self.dark, "#171b21", "#ffffff")
 
 
 _KNOWN = {
@@ -62,3 +72,32 @@ def inks(methods: Iterable[str]) -> list[Ink]:
             out.append(_SPARE[spares % len(_SPARE)])
             spares += 1
     return out
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2's ratio of two colours, 1 to 21.
+
+    >>> round(contrast("#000000", "#ffffff"))
+    21
+    """
+    low, high = sorted((_luminance(one), _luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def _legible(colour: str, ground: str, towards: str, least: float = 4.6) -> str:
+    for step in range(21):
+        parts = zip(_rgb(colour), _rgb(towards), strict=True)
+        mixed = "#" + "".join(f"{round(mine + (other - mine) * step / 20):02x}" for mine, other in parts)
+        if contrast(mixed, ground) >= least:
+            break
+    return mixed
+
+
+def _rgb(colour: str) -> list[int]:
+    return [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+
+
+def _luminance(colour: str) -> float:
+    shares = [part / 255 for part in _rgb(colour)]
+    red, green, blue = (share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

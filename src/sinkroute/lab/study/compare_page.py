@@ -6,13 +6,13 @@ Nothing is fetched. All words, names of methods and errors among them, pass thro
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 import yaml
 
 from sinkroute.lab.config import to_mapping
 from sinkroute.lab.files import write_text
+from sinkroute.lab.page import render
 from sinkroute.lab.page.palette import inks
 from sinkroute.lab.study.compare_table import all_tables
 from sinkroute.lab.study.results import Results
@@ -28,7 +28,6 @@ def write_page(found: Results, path: Path) -> Path:
     Raises:
         ModuleNotFoundError: matplotlib or jinja2 is missing; `pip install "sinkroute[lab]"` brings both.
     """
-    import jinja2
     from markupsafe import Markup
 
     from sinkroute.lab.study import forest as figures
@@ -49,12 +48,9 @@ def write_page(found: Results, path: Path) -> Path:
         for which, grid in enumerate(figures.grids(found))
         if any(found.counts(size, method)[0] for line in grid.lines.values() for _, method in line)
     ]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = resources.files(__package__).joinpath("compare_page.html.j2").read_text(encoding="utf-8")
     first = {method: next(cell for cell in plan.cells if cell.method == method) for method in plan.methods}
-    page = environment.from_string(template).render(
+    page = render(
+        "study/compare_page.html.j2",
         found=found,
         plan=plan,
         inks=colours,

@@ -7,16 +7,15 @@ does not.
 
 from __future__ import annotations
 
-import datetime
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sinkroute.lab.page import render, today
 from sinkroute.lab.page.palette import inks
 from sinkroute.lab.study.metric import Metric, capital
 from sinkroute.lab.study.runs import Group, Run, common_metric, differences, group_runs, read_baselines
@@ -94,7 +93,6 @@ def _replace(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def _render(runs: Sequence[Run], baselines: Mapping[str, Any], title: str) -> str:
-    import jinja2
     from markupsafe import Markup
 
     from sinkroute.lab.study import curves as figures
@@ -103,17 +101,14 @@ def _render(runs: Sequence[Run], baselines: Mapping[str, Any], title: str) -> st
     groups = group_runs(runs)
     colours = inks(group.method for group in groups)
     table = result_table(runs, baselines)
-    template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     place = {group.label: which for which, group in enumerate(groups)}
     different = differences(runs)
     if different.get("name") == [run.name for run in runs]:
         del different["name"]  # the rows are called so already
-    return environment.from_string(template).render(
+    return render(
+        "study/page.html.j2",
         title=title,
-        date=_today(),
+        date=today(),
         table=table,
         metric=metric,
         capital=capital,
@@ -209,17 +204,6 @@ def _provenance(baselines: Mapping[str, Any]) -> list[tuple[str, str]]:
         versions = [f"{name} {machine[name]}" for name in ("sinkroute", "torch", "python") if machine.get(name)]
         out.append(("Versions", " · ".join(versions)))
     return [(name, text) for name, text in out if text]
-
-
-def _today() -> str:
-    """Today, or the day of SOURCE_DATE_EPOCH, which makes the page the same bytes every time."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
-    moment = (
-        datetime.datetime.fromtimestamp(int(epoch), tz=datetime.timezone.utc)
-        if epoch.isdigit()
-        else datetime.datetime.now().astimezone()
-    )
-    return f"{moment.day} {moment:%B %Y}"
 
 
 def _human(count: float) -> str:
