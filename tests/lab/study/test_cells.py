@@ -111,6 +111,7 @@ def test_a_wrong_override_is_refused(write: Callable[..., Path], override: str, 
         ({"methods": {"a": {"grid": {"lr": [0.1]}}}}, r"unknown section in methods.a.grid 'lr'"),
         ({"methods": {"a b": {}, "a_b": {}}}, r"would share the folder a_b-seed0"),
         ({"reference": "vanila"}, r"reference 'vanila'; did you mean 'vanilla'"),
+        ({"primary": {"method": "ssr-l", "against": "vanila"}}, r"primary.against 'vanila'; did you mean 'vanilla'"),
     ],
 )
 def test_a_wrong_comparison_is_refused_by_name(plan: Planner, content: dict, message: str) -> None:

@@ -155,6 +155,9 @@ def expand(
     reference = compare.reference or labels[0]
     if reference not in labels:
         raise unknown_name(f"method in {path}: reference", reference, labels)
+    for key in ("method", "against"):
+        if (name := getattr(compare.primary, key)) and name not in labels:
+            raise unknown_name(f"method in {path}: primary.{key}", name, labels)
     folder = Path(out or compare.out or Path("runs") / path.stem)
     return Plan(path, compare, folder, changes, tuple(cells), reference)
 

@@ -18,12 +18,35 @@ import yaml
 from sinkroute._errors import unknown_name
 from sinkroute.lab.config import Config, find_preset, from_mapping, preset_folder
 
-__all__ = ["CompareConfig", "find_comparison", "merged", "read_base", "read_comparison"]
+__all__ = ["CompareConfig", "Primary", "find_comparison", "merged", "read_base", "read_comparison"]
 
 # Their entries have names that the author chose: null takes one out.
 _NAMED = ("methods", "sizes", "grid")
 # Which keys these may have depends on their name: with another name they start over.
 _KINDS = ("router", "model")
+
+
+@dataclass
+class Primary:
+    """The one comparison that decides, at every size, named before the first run."""
+
+    method: str = ""
+    """Empty: no comparison is named, and each method against the reference is one of equals."""
+    against: str = ""
+    """Empty: the reference."""
+    metric: str = ""
+    """Empty: the first metric."""
+    effect: float | None = None
+    """The difference, in the metric's unit, that is worth finding."""
+    equivalence: float | None = None
+    """The margin within which two methods count as alike (two one-sided tests)."""
+
+    def __post_init__(self) -> None:
+        for name in ("effect", "equivalence"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"primary.{name} must be above 0, got {value:g}; the direction is the methods'")
+        if not self.method and any((self.against, self.metric, self.effect, self.equivalence)):
+            raise ValueError("primary.method is empty; name the method that is compared")
 
 
 @dataclass
@@ -50,6 +73,8 @@ class CompareConfig:
     """The method that the others are compared with; empty: the first."""
     metrics: tuple[str, ...] = ()
     """Dotted keys of result.json; empty: quality, attacked quality, MaxVio and time."""
+    primary: Primary = field(default_factory=Primary)
+    """What decides: {method: ssr-dual, against: vanilla, metric: valid.bits_per_byte, effect: 0.02}"""
     jobs: int | None = None
     """Runs at a time, where the times matter; None: as many as the machine has cores or GPUs."""
 
