@@ -19,7 +19,7 @@ from sinkroute.lab.inspect import InspectError, inspect_images, write_viewer
 from sinkroute.lab.models import make_model
 from sinkroute.lab.trained import load_run
 
-from .browser import MISSING, browser
+from ..browser import MISSING, browser
 from .test_viewer import Page
 
 LENGTH = 17  # a class token and 4 × 4 patches

@@ -11,7 +11,7 @@ import torch
 
 from sinkroute.lab.inspect import Layer, write_viewer
 
-from .browser import MISSING, Browser, browser
+from ..browser import MISSING, Browser, browser
 from .test_viewer import HOSTILE, chosen, logits, made
 
 if MISSING is not None:

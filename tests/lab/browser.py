@@ -40,14 +40,16 @@ class Browser:
         self._session = self._call("POST", "/session", {"capabilities": wanted})["sessionId"]
 
     def open(self, page: Path, *, width: int = 1400, height: int = 900, dark: bool = False) -> None:
-        """Load a file in a window of this size, and wait until its tokens are drawn."""
+        """Load a file in a window of this size, and wait until it is drawn; the token viewer says when."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.devtools("Emulation.setDeviceMetricsOverride", **size)
         self.devtools("Emulation.setEmulatedMedia", features=[scheme])
         self._call("POST", f"/session/{self._session}/url", {"url": page.resolve().as_uri()})
         limit = time.monotonic() + 60
-        while not self.run("return performance.getEntriesByName('drawn').length"):
+        drawn = "performance.getEntriesByName('drawn').length"
+        ready = f"document.getElementById('panels') ? {drawn} : document.readyState === 'complete'"
+        while not self.run(f"return {ready}"):
             assert time.monotonic() < limit, "the page was not drawn"
             time.sleep(0.02)
 
@@ -73,6 +75,10 @@ class Browser:
     def point(self, x: float, y: float) -> None:
         self.devtools("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         self.settled()
+
+    def faults(self) -> str:
+        """What is wrong with the look of the page, a line each: too wide, cut, pale, too small, ..."""
+        return str(self.run(Path(__file__).with_name("faults.js").read_text(encoding="utf-8")))
 
     def errors(self) -> list[str]:
         """What the console was told as an error."""
