@@ -11,7 +11,6 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from sinkroute.commands import UsageError
 
@@ -44,6 +43,7 @@ class EvaluateCommand:
 def run(arguments: list[str], console: Console) -> int:
     from sinkroute.lab.files import write_json
     from sinkroute.lab.run import evaluate_split
+    from sinkroute.lab.screen import Column, ScreenTable
     from sinkroute.lab.tasks import load_data, make_task
     from sinkroute.lab.trained import load_run
     from sinkroute.lab.training import check_data
@@ -69,15 +69,17 @@ def run(arguments: list[str], console: Console) -> int:
         sys.stdout.write(json.dumps(found) + "\n")
         return 0
     how = "" if command.inference == "none" else f", inference by {command.inference}"
-    table = Table(title=f"{escape(str(folder))} at {run.checkpoint.name}, {command.split} split{how}")
     qualities = {"clean": found[command.split], **found["attacked"]}
     numbers = list(found[command.split])
-    for column in ("evaluated", *numbers):
-        table.add_column(column.replace("_", " "), justify="left" if column == "evaluated" else "right")
+    table = ScreenTable(
+        [Column("evaluated", words=True), *(Column(number.replace("_", " ")) for number in numbers)],
+        title=f"{folder} at {run.checkpoint.name}, {command.split} split{how}",
+        elsewhere="--json",
+    )
     for name, quality in qualities.items():
         # The first number is the count.
         shown = [f"{quality[key]:.4f}" for key in numbers[1:]]
-        table.add_row(escape(name), f"{quality[numbers[0]]:,}", *shown)
+        table.add(name, f"{quality[numbers[0]]:,}", *shown)
     console.print(table)
     load = found["serving"]
     console.print(
@@ -91,6 +93,7 @@ def run(arguments: list[str], console: Console) -> int:
 
 def _evaluate_shifted(shifted: tuple[str, str, str], run: Any, data: Any, as_json: bool, console: Console) -> int:
     from sinkroute.lab.config import VisionConfig
+    from sinkroute.lab.screen import Column, ScreenTable
     from sinkroute.lab.tasks.shifted import evaluate_shifted
 
     name, path, wnids = shifted
@@ -112,11 +115,10 @@ def _evaluate_shifted(shifted: tuple[str, str, str], run: Any, data: Any, as_jso
         return 0
     numbers = {key: value for key, value in found.items() if key != "errors"}
     numbers |= {corruption: sum(errors) / len(errors) for corruption, errors in found.get("errors", {}).items()}
-    table = Table(title=f"{escape(str(run.folder))} at {run.checkpoint.name}, {escape(name)}")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
+    columns = [Column("measure", words=True), Column("value")]
+    table = ScreenTable(columns, title=f"{run.folder} at {run.checkpoint.name}, {name}", elsewhere="--json")
     for key, value in numbers.items():
-        table.add_row(escape(key), f"{value:.3f}" if key == "aupr" else f"{value:.2f} %")
+        table.add(key, f"{value:.3f}" if key == "aupr" else f"{value:.2f} %")
     console.print(table)
     return 0
 
@@ -124,6 +126,7 @@ def _evaluate_shifted(shifted: tuple[str, str, str], run: Any, data: Any, as_jso
 def _evaluate_tasks(command: EvaluateCommand, console: Console) -> int:
     from sinkroute.commands.export import hide_progress_of_transformers
     from sinkroute.lab.lm_eval import evaluate_run, require_lm_eval
+    from sinkroute.lab.screen import Column, ScreenTable
     from sinkroute.lab.trained import load_run
 
     if command.split != "valid" or command.inference != "none":
@@ -137,12 +140,13 @@ def _evaluate_tasks(command: EvaluateCommand, console: Console) -> int:
     if command.json:
         sys.stdout.write(json.dumps(found) + "\n")
         return 0
-    table = Table(title=f"{escape(str(run.folder))} at {run.checkpoint.name}, lm-evaluation-harness")
-    for column in ("task", "metric", "value", "± standard error", "samples"):
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right", overflow="fold")
+    columns = [Column("task", words=True), Column("metric", matters=2, words=True), Column("value", matters=2)]
+    columns += [Column("± standard error", matters=1), Column("samples")]
+    title = f"{run.folder} at {run.checkpoint.name}, lm-evaluation-harness"
+    table = ScreenTable(columns, title=title, elsewhere="--json")
     for task, result in found.items():
         for name, metric in result["metrics"].items():
             error = "" if metric["stderr"] is None else f"{metric['stderr']:.4f}"
-            table.add_row(escape(task), escape(name), f"{metric['value']:.4f}", error, str(result["samples"] or ""))
+            table.add(task, name, f"{metric['value']:.4f}", error, str(result["samples"] or ""))
     console.print(table)
     return 0

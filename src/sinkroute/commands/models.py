@@ -33,5 +33,5 @@ def run(arguments: list[str], console: Console) -> int:
     if command.json:
         sys.stdout.write(json.dumps([model.json() for model in models], indent=1) + "\n")
     else:
-        console.print(model_table(models, console.width))
+        console.print(model_table(models))
     return 0

@@ -18,7 +18,7 @@ from rich.text import Text
 
 __all__ = ["Column", "ScreenTable"]
 
-_FOLDED = 14  # columns of the terminal that words keep when they are folded
+_FOLDED, _NAME = 14, 32  # columns of the terminal that words keep when they are folded, and a name among them
 _GAP = 2  # between two columns
 
 
@@ -106,11 +106,13 @@ class ScreenTable:
             yield Text("\n".join(self.below), style="dim", overflow="fold")
 
     def _least(self, place: int) -> int:
-        """The width below which a column's numbers would break."""
-        column = self.columns[place]
-        texts = [column.title, *(cells[place].plain for cells, _ in self.rows)]
+        """The width below which a column's numbers, or names of its words, would break."""
+        texts = [self.columns[place].title, *(cells[place].plain for cells, _ in self.rows)]
         width = max(cell_len(line) for text in texts for line in text.split("\n"))
-        return min(width, _FOLDED) if column.words else width
+        if not self.columns[place].words:
+            return width
+        name = max((cell_len(word) for text in texts for word in text.split()), default=0)
+        return min(width, max(_FOLDED, min(name, _NAME)))
 
     def _table(self, shown: Sequence[int]) -> Table:
         table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))

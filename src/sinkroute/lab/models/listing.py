@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.markup import escape
-from rich.table import Table
 
 from sinkroute.lab.config import Config, StreamConfig, VisionConfig, find_preset, read_yaml, training_presets
 from sinkroute.lab.models.registry import make_model
+from sinkroute.lab.screen import Column, ScreenTable
 
 __all__ = ["ListedModel", "list_models", "model_table"]
 
@@ -91,21 +90,29 @@ def _listed(name: str, config: Config) -> ListedModel:
     )
 
 
-def model_table(models: Iterable[ListedModel], width: int = 80) -> Table:
-    """For a terminal of so many columns: with 80 the exact counts, with 124 also kind, data and length of training."""
-    wide = width >= 124
-    table = Table(box=None, pad_edge=False)
-    for column in ("preset", "size", "experts"):
-        table.add_column(column, no_wrap=True)
-    for column in ("parameters", "active", "per MoE"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("model", "data", "steps × tokens") if wide else ():
-        table.add_column(column, no_wrap=True)
+def model_table(models: Iterable[ListedModel]) -> ScreenTable:
+    """For a terminal: with 80 columns the exact counts, with more also kind, data and length of training."""
+    counts = [Column(name, matters=2) for name in ("size", "experts", "parameters")]
+    counts += [Column("active", matters=1), Column("per MoE", matters=1)]
+    table = ScreenTable(
+        [
+            Column("preset", words=True),
+            *counts,
+            Column("model", words=True),
+            Column("data", words=True),
+            Column("steps × tokens"),
+        ],
+        elsewhere="--json",
+    )
     for model in models:
         heads = f" {model.sub_tokens}h" if model.sub_tokens > 1 else ""
-        row = [escape(model.name), f"{model.layers}×{model.d_model}", f"{model.top_k} of {model.experts}{heads}"]
-        row += [f"{number:,}" for number in (model.total, model.active, model.per_moe)]
-        if wide:
-            row += [model.kind, escape(model.data), f"{model.steps:,} × {model.tokens_per_step:,}"]
-        table.add_row(*row)
+        table.add(
+            model.name,
+            f"{model.layers}×{model.d_model}",
+            f"{model.top_k} of {model.experts}{heads}",
+            *(f"{number:,}" for number in (model.total, model.active, model.per_moe)),
+            model.kind,
+            model.data,
+            f"{model.steps:,} × {model.tokens_per_step:,}",
+        )
     return table
