@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sinkroute.lab.study.statistics import estimate, holm, paired, sign_flip, trend, verdict
+from sinkroute.lab.study.statistics import Estimate, detectable, holm, paired, power, sign_flip, trend, verdict
 
 RANDOM = np.random.default_rng(0)
 
@@ -16,7 +16,7 @@ RANDOM = np.random.default_rng(0)
 @pytest.mark.parametrize("n", [2, 3, 5, 12, 40])
 def test_the_interval_is_students(n: int) -> None:
     values = RANDOM.normal(3, 2, n)
-    found = estimate(list(values))
+    found = Estimate.of(list(values))
     low, high = stats.t.interval(0.95, n - 1, loc=values.mean(), scale=stats.sem(values))
     assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
 
@@ -25,7 +25,7 @@ def test_one_value_has_no_interval_and_no_test() -> None:
     found = paired([0.3])
     assert (found.difference.half, found.p, found.p_flip) == (None, None, None)
     with pytest.raises(ValueError, match="values is empty"):
-        estimate([])
+        Estimate.of([])
 
 
 @pytest.mark.parametrize("n", [2, 3, 7])
@@ -44,7 +44,31 @@ def test_the_sign_flip_test_is_scipys_permutation_test(n: int) -> None:
 
 def test_with_five_seeds_the_sign_flip_test_cannot_reach_the_level() -> None:
     assert sign_flip([1.0, 1.1, 0.9, 1.2, 0.8]) == 2 / 32
-    assert paired([1.0] * 13).p_flip is None  # 2^13 sums are not made
+
+
+def test_of_many_seeds_signs_are_drawn_and_the_same_ones_each_time() -> None:
+    values = list(RANDOM.normal(0.3, 1, 14))
+    exact = stats.permutation_test((values,), np.mean, permutation_type="samples", n_resamples=math.inf).pvalue
+    assert sign_flip(values) == sign_flip(values)
+    # Twice a share of 9999 draws, within four of its standard deviations.
+    assert sign_flip(values) == pytest.approx(exact, abs=8 * math.sqrt(exact / 2 * (1 - exact / 2) / 9999))
+
+
+def test_two_methods_are_equivalent_when_the_90_per_cent_interval_lies_within_the_margin() -> None:
+    values = RANDOM.normal(0.02, 0.05, 9)
+    low, high = stats.t.interval(0.9, 8, loc=values.mean(), scale=stats.sem(values))
+    edge = max(abs(low), abs(high))
+    assert paired(list(values), margin=1.001 * edge).p_equivalent < 0.05 < paired(list(values), edge / 1.001).p_equivalent
+    assert paired([0.5, 0.5], margin=0.6).p_equivalent == 0.0
+    assert paired([0.5, 0.5], margin=0.4).p_equivalent == 1.0
+
+
+def test_a_true_difference_that_is_detectable_is_found_in_four_of_five_studies() -> None:
+    draws = np.random.default_rng(0).standard_normal((20000, 5)) + detectable(5)
+    assert (stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.012)
+    assert power(0.0, 5) == pytest.approx(0.05)
+    scatter = [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert paired(scatter).detectable == pytest.approx(detectable(5) * np.std(scatter, ddof=1))
 
 
 def test_signs_that_give_equal_sums_count_as_equal() -> None:

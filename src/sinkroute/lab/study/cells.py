@@ -21,7 +21,7 @@ from sinkroute.lab.config import Config, from_mapping, parse_scalar, to_mapping
 from sinkroute.lab.study.config import CompareConfig, merged, read_base
 from sinkroute.lab.training import FREE_KEYS
 
-__all__ = ["Cell", "Plan", "configuration_hash", "expand", "select", "short_value"]
+__all__ = ["Cell", "Plan", "configuration_hash", "expand", "flat", "select", "short_value"]
 
 _SECTIONS = ("data", "model", "router", "train", "eval")
 
@@ -99,7 +99,7 @@ def configuration_hash(config: Config) -> str:
     >>> configuration_hash(Config(seed=1)) == configuration_hash(Config())
     False
     """
-    decisive = {key: value for key, value in _flat(to_mapping(config)).items() if not key.startswith(FREE_KEYS)}
+    decisive = {key: value for key, value in flat(to_mapping(config)).items() if not key.startswith(FREE_KEYS)}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -258,11 +258,16 @@ def _put(mapping: dict[str, Any], key: str, value: Any) -> None:
     mapping[last] = value
 
 
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with dotted keys.
+
+    >>> flat({"seed": 0, "model": {"layers": 4}, "router": {}})
+    {'seed': 0, 'model.layers': 4, 'router': {}}
+    """
     out: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, Mapping) and value:
-            out |= _flat(value, f"{prefix}{key}.")
+            out |= flat(value, f"{prefix}{key}.")
         else:
             out[f"{prefix}{key}"] = value
     return out

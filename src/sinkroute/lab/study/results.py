@@ -1,94 +1,41 @@
-"""Everything that a comparison has found, gathered from the folders of its runs; what the table and the page show.
+"""Everything that runs have found, compared: what tables, figures and the page show.
 
-A number is taken only from a run that is done under the hash that the comparison demands.
+Runs come from a plan (`gather`) or from folders that somebody names (`compare_runs`). Their numbers are one long frame,
+a row for each (size, method, seed, metric), and every comparison is made from it, once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
-from sinkroute.lab.config import to_mapping
-from sinkroute.lab.machine import machine
-from sinkroute.lab.study.cells import Cell, Plan
-from sinkroute.lab.study.state import State, check_data, read_record, read_result, read_state
-from sinkroute.lab.study.statistics import (
-    LEVEL,
-    Estimate,
-    Paired,
-    Trend,
-    estimate,
-    holm,
-    paired,
-    trend,
-    verdict,
-)
+import pandas as pd
 
-__all__ = ["BILLION", "Against", "Entry", "Metric", "Mode", "Results", "SizeTrend", "dig", "gather"]
+from sinkroute.lab.machine import machine
+from sinkroute.lab.study.cells import Plan
+from sinkroute.lab.study.metric import Metric, Quality, dig, number_at
+from sinkroute.lab.study.runs import Group, Run, arrange, common_metric, group_runs, planned_runs, read_baselines
+from sinkroute.lab.study.statistics import LEVEL, Estimate, Paired, Trend, holm, paired, trend, verdict
+
+__all__ = [
+    "BILLION", "Against", "Entry", "Metric", "Mode", "Results", "SizeTrend", "compare_runs", "dig", "gather",
+]  # fmt: skip
 
 BILLION = 1e9
 """Active parameters for which the trend over sizes is asked."""
 
-# Last part of a dotted key → (decimals, name in a heading).
-_KINDS = {
-    "bits_per_byte": (3, "bits/byte"),
-    "bits_per_symbol": (3, "bits/symbol"),
-    "perplexity": (2, "perplexity"),
-    "error": (2, "error %"),
-    "max_vio": (2, "MaxVio"),
-    "max_vio_batch": (2, "MaxVio (batches)"),
-    "ms_per_step": (1, "ms/step"),
-    "peak_memory_mb": (0, "peak MB"),
-    "dead": (1, "dead experts"),
-    "sinkhorn_steps": (0, "Sinkhorn steps"),
-    "dropped": (4, "share dropped"),
-    "steps_to_balance": (1, "steps to balance"),
-    "censored": (2, "share never balanced"),
-}
-_HIGHER = ("entropy", "tokens_per_second")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number of `result.json`, by its dotted key, with its heading and the decimals that are shown."""
-
-    key: str
-    title: str
-    digits: int
-    lower_is_better: bool
-
-    @classmethod
-    def of(cls, key: str) -> Metric:
-        """
-        >>> Metric.of("attacked.word-swap@2.5%.perplexity").title
-        'word-swap@2.5% perplexity'
-        >>> Metric.of("inference.noise.serving.max_vio").title
-        'inference by noise: serving MaxVio'
-        >>> Metric.of("switch.steps_to_balance").title
-        'after the switch: steps to balance'
-        """
-        *where, last = key.split(".")
-        digits, name = _KINDS.get(last, (3, last.replace("_", " ")))
-        prefix = ""
-        if where[:1] == ["inference"] and len(where) > 1:
-            prefix, where = f"inference by {where[1]}: ", where[2:]
-        if where[:1] == ["attacked"]:
-            where = where[1:]
-        place = {"train": "training", "switch": "after the switch:"}.get(".".join(where), ".".join(where))
-        if last == "ms_per_step":
-            place = ""
-        return cls(key, f"{prefix}{place} {name}".replace("  ", " ").strip(), digits, last not in _HIGHER)
-
 
 @dataclass(frozen=True)
 class Against:
-    """An entry against the reference; `p_corrected` by Holm over all methods and sizes of the metric."""
+    """An entry against the reference; both corrected p by Holm over all methods and sizes of the metric."""
 
     paired: Paired
     p_corrected: float | None
     verdict: str
+    p_equivalent: float | None = None
 
 
 @dataclass(frozen=True)
@@ -139,318 +86,385 @@ class Results:
     """See the module.
 
     Attributes:
-        plan: what was asked for.
-        states: of every cell, by name.
-        records: under which code and on which machine cells were run, by name.
-        results: of the cells that are done, by name.
+        title: of the page.
+        question: that the comparison is to answer; may be empty.
+        runs: all of them, those of a plan that are not begun too.
+        reference: the method that the others are compared with.
         metrics: the headline first.
+        frame: columns size, method, seed, metric (its key), value; finite numbers of finished runs.
         entries: by (size, method, key of the metric).
         family: how many tests of the headline metric were corrected together.
         modes: other ways of serving, where they were measured.
         trends: over sizes, where there are several.
+        baselines: n-gram models, text and machine, and times of a step that were measured in turn.
+        plan: what was asked for; None for runs that somebody named.
         notes: how to read it all, and what is missing.
     """
 
-    plan: Plan
-    states: Mapping[str, State]
-    records: Mapping[str, Mapping[str, Any]]
-    results: Mapping[str, Mapping[str, Any]]
+    title: str
+    question: str
+    runs: tuple[Run, ...]
+    reference: str
     metrics: tuple[Metric, ...]
+    frame: pd.DataFrame
     entries: Mapping[tuple[str, str, str], Entry]
     family: int
     modes: tuple[Mode, ...]
     trends: tuple[SizeTrend, ...]
+    baselines: Mapping[str, Any]
+    plan: Plan | None = None
     notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def sizes(self) -> list[str]:
+        """In the order of the runs; in each, runs differ in nothing but what their method and seed are."""
+        return list(dict.fromkeys(run.size for run in self.runs))
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """In the order of the runs; a method has the same ink everywhere, by its place here."""
+        return list(dict.fromkeys(run.label for run in self.runs))
+
+    @property
+    def routers(self) -> list[str]:
+        """The router of each method, in the order of `methods`."""
+        first = {run.label: run.method for run in reversed(self.runs)}
+        return [first[label] for label in self.methods]
+
+    @property
+    def points(self) -> dict[str, tuple[str, Mapping[str, Any]]]:
+        """Method → its family (the name in the study's file) and its point of that family's grid."""
+        cells = () if self.plan is None else self.plan.cells
+        return {cell.method: (cell.family, cell.point) for cell in cells}
 
     @property
     def headline(self) -> Metric:
         return self.metrics[0]
 
     @property
+    def quality(self) -> Quality:
+        """What all these runs are measured in."""
+        return common_metric([run for run in self.runs if run.finished] or self.runs)
+
+    @property
+    def margin(self) -> float | None:
+        """Within which methods count as equivalent in the headline metric."""
+        return None if self.plan is None else self.plan.study.equivalence
+
+    @property
     def seconds(self) -> float:
         """Of all processes that ran cells, data and evaluation included."""
-        return math.fsum(float(record.get("seconds", 0.0)) for record in self.records.values())
+        return math.fsum(float(run.record.get("seconds", 0.0)) for run in self.runs)
+
+    def groups(self, size: str) -> list[Group]:
+        """The methods at one size, with the runs that are begun."""
+        return group_runs([run for run in self.runs if run.size == size and run.state.kind != "waiting"])
 
     def counts(self, size: str, method: str) -> tuple[int, int]:
         """Runs that are done, and runs that are planned."""
-        cells = [cell for cell in self.plan.cells if (cell.size, cell.method) == (size, method)]
-        return sum(cell.name in self.results for cell in cells), len(cells)
+        runs = [run for run in self.runs if (run.size, run.label) == (size, method)]
+        return sum(run.finished for run in runs), len(runs)
 
     def parameters(self, size: str, kind: str = "active") -> int | None:
         """Of the reference at a size, or of the first method that has been run there."""
-        cells = [cell for cell in self.plan.cells if cell.size == size and cell.name in self.results]
-        cells.sort(key=lambda cell: cell.method != self.plan.reference)
-        return dig(self.results[cells[0].name], f"parameters.{kind}") if cells else None
+        runs = [run for run in self.runs if run.size == size and run.finished]
+        runs.sort(key=lambda run: run.label != self.reference)
+        return dig(runs[0].result, f"parameters.{kind}") if runs else None
 
     def json(self) -> dict[str, Any]:
         """Everything, as `results.json` holds it."""
-        plan = self.plan
+        about = {} if self.plan is None else {"file": self.plan.path.name, "compare": asdict(self.plan.study),
+                                              "overrides": dict(self.plan.overrides)}  # fmt: skip
         return {
-            "title": plan.title,
-            "question": plan.compare.question,
-            "file": plan.path.name,
-            "compare": asdict(plan.compare),
-            "overrides": dict(plan.overrides),
-            "reference": plan.reference,
+            "title": self.title,
+            "question": self.question,
+            **about,
+            "reference": self.reference,
             "machine": machine(),
             "seconds": self.seconds,
-            "cells": [self._cell(cell) for cell in plan.cells],
+            "cells": [_cell(self, run) for run in self.runs],
             "metrics": [asdict(metric) for metric in self.metrics],
             "correction": {"method": "Holm", "level": LEVEL, "family": "all methods and sizes of a metric"},
             "statistics": [_entry(entry) for entry in self.entries.values()],
             "modes": [asdict(each) for each in self.modes],
             "trends": [_trend(each) for each in self.trends],
+            "baselines": dict(self.baselines),
             "notes": list(self.notes),
-        }
-
-    def _cell(self, cell: Cell) -> dict[str, Any]:
-        state = self.states[cell.name]
-        result = dict(self.results.get(cell.name, {}))
-        if "serving" in result:  # the loads of all experts are in the run's own folder
-            result["serving"] = {key: value for key, value in result["serving"].items() if key != "load"}
-        if "inference" in result:
-            result["inference"] = {
-                mode: found | {"serving": {key: value for key, value in found["serving"].items() if key != "load"}}
-                for mode, found in result["inference"].items()
-            }
-        return {
-            "name": cell.name,
-            "size": cell.size,
-            "method": cell.method,
-            "family": cell.family,
-            "point": dict(cell.point),
-            "seed": cell.seed,
-            "hash": cell.hash,
-            "state": state.kind,
-            "note": state.note,
-            "config": to_mapping(cell.config),
-            "record": dict(self.records[cell.name]),
-            "result": result or None,
         }
 
 
 def gather(plan: Plan) -> Results:
-    """Read what is there and compare it.
+    """Read what there is of a plan and compare it.
 
     Raises:
         ValueError: a result is not what its run wrote, or runs were trained on different data.
     """
-    states = {cell.name: read_state(cell, plan.out) for cell in plan.cells}
-    records = {cell.name: read_record(cell, plan.out) for cell in plan.cells}
-    results = {cell.name: read_result(cell, plan.out) for cell in plan.cells if states[cell.name].kind == "done"}
-    check_data([cell for cell in plan.cells if cell.name in results], plan.out)
-    metrics = tuple(map(Metric.of, plan.compare.metrics or _default_metrics(plan, results)))
-    entries = {
-        (size, method, metric.key): _read_entry(plan, results, size, method, metric)
-        for size in plan.sizes
-        for method in plan.methods
-        for metric in metrics
-    }
-    family = 0
-    for metric in metrics:
-        tests = _compare(plan, entries, metric)
-        family = tests if metric is metrics[0] else family
-    trends = _trends(plan, results, entries, metrics[0])
-    modes = _modes(plan, results, metrics[0])
-    found = Results(plan, states, records, results, metrics, entries, family, modes, trends)
-    return Results(**{**vars(found), "notes": tuple(_notes(found))})
+    runs, study = planned_runs(plan), plan.study
+    keys = study.metrics or _default_metrics(runs)
+    baselines = read_baselines(None, [run for run in runs if run.state.kind != "waiting"])
+    return _results(plan.title, study.question, runs, plan.reference, keys, baselines, [], plan)
 
 
-def dig(result: Any, key: str) -> Any:
-    """A value by its dotted key, of which a part may itself have dots (an attack at a rate of 2.5 %); None without.
+def compare_runs(
+    runs: Sequence[Run], title: str = "sinkroute report", baselines: Mapping[str, Any] | None = None
+) -> Results:
+    """Compare runs as `read_runs` returns them, the first plain softmax among them as the reference.
 
-    >>> dig({"attacked": {"word-swap@2.5%": {"error": 3}}}, "attacked.word-swap@2.5%.error")
-    3
+    Runs that differ in anything but router, label and seed stand under headings that say so, each compared within its
+    heading only.
+
+    Raises:
+        ValueError: no runs, or runs that are not measured alike.
     """
-    if not key:
-        return result
-    if not isinstance(result, Mapping):
-        return None
-    parts = key.split(".")
-    for count in range(1, len(parts) + 1):
-        head = ".".join(parts[:count])
-        if head in result and (found := dig(result[head], ".".join(parts[count:]))) is not None:
-            return found
-    return None
+    common_metric(runs)
+    runs, notes = arrange(runs)
+    plain = [run.label for run in runs if run.method == "softmax"]
+    more = [key for key in ("serving.dead", "sinkhorn_steps") if any(run.value(key) is not None for run in runs)]
+    keys = [*_default_metrics(runs), *more, "train.peak_memory_mb"]
+    known = read_baselines(baselines, runs)
+    return _results(title, "", runs, (plain or [runs[0].label])[0], keys, known, notes, None)
 
 
-def _default_metrics(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    headline = next((result["metric"] for result in results.values() if "metric" in result), "bits_per_byte")
+def _results(
+    title: str, question: str, runs: Sequence[Run], reference: str, keys: Sequence[str], baselines: Mapping[str, Any],
+    notes: Sequence[str], plan: Plan | None,
+) -> Results:  # fmt: skip
+    metrics = tuple(map(Metric.of, keys))
+    rows = [
+        (run.size, run.label, run.seed, metric.key, value)
+        for run in runs
+        for metric in metrics
+        if (value := number_at(run.result, metric.key)) is not None and math.isfinite(value)
+    ]
+    frame = pd.DataFrame(rows, columns=["size", "method", "seed", "metric", "value"])
+    margin = None if plan is None else plan.study.equivalence
+    pairs = list(dict.fromkeys((run.size, run.label) for run in runs))
+    entries: dict[tuple[str, str, str], Entry] = {}
+    for metric in metrics:
+        own = frame[frame.metric == metric.key]
+        entries |= _compare(own, metric, pairs, reference, margin if metric is metrics[0] else None)
+    # In the order of sizes and methods, as before there was a frame: `results.json` is read by people too.
+    entries = {(*pair, metric.key): entries[*pair, metric.key] for pair in pairs for metric in metrics}
+    tests = [entries[*pair, metrics[0].key].against for pair in pairs]
+    family = sum(each is not None and each.p_corrected is not None for each in tests)
+    modes, trends = _modes(runs, metrics[0]), _trends(runs, entries, reference, metrics[0])
+    found = Results(
+        title, question, tuple(runs), reference, metrics, frame, entries, family, modes, trends, baselines, plan
+    )
+    return Results(**{**_fields(found), "notes": (*notes, *_notes(found))})
+
+
+def _fields(found: Results) -> dict[str, Any]:
+    return {name: getattr(found, name) for name in Results.__dataclass_fields__}
+
+
+def _compare(
+    frame: pd.DataFrame, metric: Metric, pairs: Sequence[tuple[str, str]], reference: str, margin: float | None
+) -> dict[tuple[str, str, str], Entry]:
+    """One metric's entries, paired with the reference of their size by seed and corrected for their number."""
+    wide = frame.pivot(index=["size", "method"], columns="seed", values="value")
+    out, tests = {}, {}
+    for size, method in pairs:
+        values = wide.loc[size, method].dropna() if (size, method) in wide.index else pd.Series(dtype=float)
+        own = {int(seed): float(value) for seed, value in values.items()}  # type: ignore[call-overload]
+        estimate = Estimate.of(list(own.values())) if own else None
+        out[size, method, metric.key] = Entry(size, method, metric, own, estimate)
+        if method != reference and (size, reference) in wide.index:
+            apart = (values - wide.loc[size, reference]).dropna()
+            if len(apart):
+                tests[size, method, metric.key] = paired(apart.tolist(), margin)
+    for key, against in _corrected(tests, metric).items():
+        out[key] = Entry(**{**vars(out[key]), "against": against})
+    return out
+
+
+def _corrected(tests: Mapping[Any, Paired], metric: Metric) -> dict[Any, Against]:
+    """The tests of one family, with p-values corrected for their number, and what they say."""
+
+    def correct(name: str) -> dict[Any, float]:
+        told = {key: p for key, test in tests.items() if (p := getattr(test, name)) is not None}
+        return dict(zip(told, holm(list(told.values())), strict=True))
+
+    differ, equal = correct("p"), correct("p_equivalent")
+    out = {}
+    for key, test in tests.items():
+        words = verdict(test.difference.mean, differ.get(key), metric.lower_is_better)
+        if words == "not distinguishable" and equal.get(key, 1.0) < LEVEL:
+            words = "equivalent"
+        out[key] = Against(test, differ.get(key), words, equal.get(key))
+    return out
+
+
+def _default_metrics(runs: Sequence[Run]) -> list[str]:
+    """Quality, attacked quality, what a capacity drops, what a change of the text does, balance, and time."""
+    headline = next((str(run.result["metric"]) for run in runs if run.result and "metric" in run.result), None)
+    headline = headline or common_metric(runs).key
+    asked = [dig(run.config, "eval.attacks") or {} for run in runs]
+    told = [(run.result or {}).get("attacked") or {} for run in runs]
     out = [f"valid.{headline}"]
-    settings = [cell.config.eval for cell in plan.cells]
-    out += [f"attacked.{name}.{headline}" for name in dict.fromkeys(name for one in settings for name in one.attacks)]
-    models, data = [cell.config.model for cell in plan.cells], [cell.config.data for cell in plan.cells]
-    if any(getattr(model, "capacity", None) is not None for model in models):
+    out += [f"attacked.{name}.{headline}" for name in dict.fromkeys(name for one in (*asked, *told) for name in one)]
+    if any(dig(run.config, "model.capacity") is not None for run in runs):
         out.append("train.dropped")
-    if any(one.switch_to is not None for one in data):
+    if any(dig(run.config, "data.switch_to") is not None for run in runs):
         out += ["switch.steps_to_balance", "switch.loss"]
     return [*out, "serving.max_vio", "train.max_vio", "train.ms_per_step"]
 
 
-def _read_entry(plan: Plan, results: Mapping[str, Mapping[str, Any]], size: str, method: str, metric: Metric) -> Entry:
-    values = {}
-    for cell in plan.cells:
-        if (cell.size, cell.method) == (size, method) and cell.name in results:
-            value = _number(results[cell.name], metric.key)
-            if value is not None:
-                values[cell.seed] = value
-    return Entry(size, method, metric, values, estimate(list(values.values())) if values else None)
-
-
-def _compare(plan: Plan, entries: dict[tuple[str, str, str], Entry], metric: Metric) -> int:
-    """Pair one metric's entries with the reference and correct for their number, which is returned."""
-    found: dict[tuple[str, str, str], Paired] = {}
-    for size in plan.sizes:
-        reference = entries[size, plan.reference, metric.key]
-        for method in plan.methods:
-            entry = entries[size, method, metric.key]
-            common = [seed for seed in entry.values if seed in reference.values]
-            if method != plan.reference and common:
-                differences = [entry.values[seed] - reference.values[seed] for seed in common]
-                found[size, method, metric.key] = paired(differences)
-    tested = {key: each.p for key, each in found.items() if each.p is not None}
-    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
-    for key, each in found.items():
-        p = corrected.get(key)
-        against = Against(each, p, verdict(each.difference.mean, p, metric.lower_is_better))
-        entries[key] = Entry(**{**vars(entries[key]), "against": against})
-    return len(tested)
-
-
-def _modes(plan: Plan, results: Mapping[str, Mapping[str, Any]], metric: Metric) -> tuple[Mode, ...]:
+def _modes(runs: Sequence[Run], metric: Metric) -> tuple[Mode, ...]:
     """Other ways of serving, paired with the plain one of the very same trained models."""
-    found: list[tuple[tuple[str, str, str], list[float], list[float], list[float]]] = []
-    for size, method in dict.fromkeys((cell.size, cell.method) for cell in plan.cells):
-        cells = [cell for cell in plan.cells if (cell.size, cell.method) == (size, method) and cell.name in results]
-        for mode in dict.fromkeys(mode for cell in cells for mode in cell.config.eval.inference):
-            pairs, loads = [], []
-            for cell in cells:
-                result = results[cell.name]
-                plain, other = _number(result, metric.key), _number(result, f"inference.{mode}.{metric.key}")
-                if plain is not None and other is not None:
-                    pairs.append((plain, other))
-                    load = _number(result, f"inference.{mode}.serving.max_vio")
-                    loads += [] if load is None else [load]
-            if pairs:
-                others = [other for _, other in pairs]
-                found.append(((size, method, mode), others, [other - plain for plain, other in pairs], loads))
-    tests = [paired(differences) for _, _, differences, _ in found]
-    told = [test.p for test in tests if test.p is not None]
-    corrected = iter(holm(told))
+    rows = [
+        (run.size, run.label, mode, value, value - plain, number_at(found, "serving.max_vio"))
+        for run in runs
+        for mode, found in ((run.result or {}).get("inference") or {}).items()
+        if (value := number_at(found, metric.key)) is not None
+        and (plain := number_at(run.result, metric.key)) is not None
+        and math.isfinite(value - plain)
+    ]
+    frame = pd.DataFrame(rows, columns=["size", "method", "mode", "value", "apart", "max_vio"])
+    of = {key: each for key, each in frame.groupby(["size", "method", "mode"], sort=False)}
+    told = _corrected({key: paired(each["apart"].tolist()) for key, each in of.items()}, metric)
     out = []
-    for (key, others, _, loads), test in zip(found, tests, strict=True):
-        p = None if test.p is None else next(corrected)
-        against = Against(test, p, verdict(test.difference.mean, p, metric.lower_is_better))
-        out.append(Mode(*key, estimate(others), estimate(loads) if loads else None, against))
+    for (size, method, mode), each in of.items():
+        loads = each["max_vio"].dropna().tolist()
+        value = Estimate.of(each["value"].tolist())
+        out.append(Mode(size, method, mode, value, Estimate.of(loads) if loads else None, told[size, method, mode]))
     return tuple(out)
-
-
-def _number(result: Mapping[str, Any], key: str) -> float | None:
-    """A finite number of a result; None without one."""
-    value = dig(result, key)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if number else None
 
 
 def _trends(
-    plan: Plan,
-    results: Mapping[str, Mapping[str, Any]],
-    entries: Mapping[tuple[str, str, str], Entry],
-    metric: Metric,
+    runs: Sequence[Run], entries: Mapping[tuple[str, str, str], Entry], reference: str, metric: Metric
 ) -> tuple[SizeTrend, ...]:
-    active = {
-        (cell.size, cell.method): dig(results[cell.name], "parameters.active")
-        for cell in plan.cells
-        if cell.name in results
+    active = {(run.size, run.label): int(count) for run in runs if (count := run.value("parameters", "active"))}
+    points: dict[str, list[tuple[int, int, float]]] = {}
+    for (size, method, key), entry in entries.items():
+        if key != metric.key or entry.against is None or (size, method) not in active:
+            continue
+        other, sign = entries[size, reference, key].values, 1 if metric.lower_is_better else -1
+        points.setdefault(method, []).extend(
+            (active[size, method], seed, sign * (other[seed] - value))
+            for seed, value in entry.values.items()
+            if seed in other
+        )
+    lines = {
+        method: trend([math.log2(count) for count, _, _ in own], [gain for _, _, gain in own])
+        for method, own in points.items()
     }
-    out = []
-    for method in plan.methods:
-        points = []
-        for size in plan.sizes:
-            entry, reference = entries[size, method, metric.key], entries[size, plan.reference, metric.key]
-            if entry.against is None or not active.get((size, method)):
-                continue
-            sign = 1 if metric.lower_is_better else -1
-            points += [
-                (active[size, method], seed, sign * (reference.values[seed] - value))
-                for seed, value in entry.values.items()
-                if seed in reference.values
-            ]
-        line = trend([math.log2(count) for count, _, _ in points], [gain for _, _, gain in points])
-        if line is not None:
-            out.append(SizeTrend(method, tuple(points), line))
-    return tuple(out)
+    return tuple(SizeTrend(method, tuple(points[method]), line) for method, line in lines.items() if line is not None)
 
 
 def _notes(found: Results) -> list[str]:
-    plan, headline = found.plan, found.headline
-    if not found.results:
-        return ["No run is done yet, so there is nothing to compare."]
-    pairs = [
-        entry.against.paired.difference.n
-        for entry in found.entries.values()
-        if entry.metric == headline and entry.against is not None
+    if not any(run.finished for run in found.runs):
+        return ["No run is done yet, so there is nothing to compare.", *_missing(found)]
+    against = [
+        entry.against for (_, _, key), entry in found.entries.items() if key == found.headline.key and entry.against
     ]
-    out = [
-        f"± is half of the 95 % t-interval over the seeds that are done. Differences to {plan.reference} are of runs "
-        "that share a seed (data order, initial weights)."
-    ]
+    pairs = [each.paired.difference.n for each in against]
+    out = []
+    if any(entry.estimate is not None and entry.estimate.n > 1 for entry in found.entries.values()):
+        out.append(
+            f"± is half of the 95 % t-interval over the seeds that are done. Differences to {found.reference} are of "
+            "runs that share a seed (data order, initial weights)."
+        )
     if found.family:
+        sizes = " at all sizes" if len(found.sizes) > 1 else ""
         out.append(
             f"p is of the paired t-test, two-sided, corrected by Holm for the {found.family} "
-            f"comparison{'s' if found.family > 1 else ''} of a metric (all methods"
-            + (" at all sizes" if len(plan.sizes) > 1 else "")
-            + f"); better or worse: p < {LEVEL}. Intervals of differences are not corrected."
+            f"comparison{'s' * (found.family > 1)} of a metric (all methods{sizes}); better or worse: p < {LEVEL}. "
+            "Intervals of differences are not corrected."
         )
-    few = sorted({n for n in pairs if 2 <= n <= 5})
-    if few:
+        out.append(
+            "Detectable is the true difference that one such test, uncorrected, finds in four of five studies with as "
+            "many seeds and as much scatter: a smaller one is missed more often."
+        )
+    if found.margin is not None and found.family:
+        out.append(
+            f"Equivalent: two one-sided t-tests place the difference within ±{found.margin:g}, p < {LEVEL} corrected "
+            "by Holm."
+        )
+    if few := sorted({n for n in pairs if 2 <= n <= 5}):
         least = ", ".join(f"{2 / 2**n:g} with {n} seeds" for n in few)
         out.append(
             f"The exact sign-flip test, which assumes no normal distribution, cannot get below p = {least}: with so "
             "few seeds what is told apart rests on the t-test's assumption."
         )
-    if any(n == 1 for n in pairs):
+    if 1 in pairs:
         out.append("With one seed there is neither interval nor test: differences may be chance.")
-    out += _missing(found)
-    out += _mixed(found)
-    return out
+    return [*out, *_missing(found), *_mixed(found)]
 
 
 def _missing(found: Results) -> list[str]:
     """Which runs are not in the numbers, and why."""
-    out = []
-    for cell in found.plan.cells:
-        state = found.states[cell.name]
-        if state.kind == "failed":
-            out.append(f"{cell.name} failed and is not in the numbers: {state.note}")
-    kinds = [state.kind for state in found.states.values()]
-    waiting = len(kinds) - kinds.count("done") - kinds.count("failed")
+    out = [
+        f"{run.name} failed and is not in the numbers: {run.state.note}"
+        for run in found.runs
+        if run.state.kind == "failed"
+    ]
+    waiting = sum(not run.finished and run.state.kind != "failed" for run in found.runs)
     if waiting:
-        out.append(f"{waiting} of {len(kinds)} runs are not done yet; n counts those that are.")
-    for entry in found.entries.values():
-        done, _ = found.counts(entry.size, entry.method)
-        if entry.metric == found.headline and len(entry.values) < done:
-            who = f"{entry.size} {entry.method}".strip()
-            out.append(f"{who}: {done - len(entry.values)} of {done} runs have no finite {entry.metric.title}.")
+        out.append(f"{waiting} of {len(found.runs)} runs are not done yet; n counts those that are.")
+    for (size, method, key), entry in found.entries.items():
+        done, _ = found.counts(size, method)
+        if key == found.headline.key and len(entry.values) < done:
+            who, gone = f"{size} {method}".strip(), done - len(entry.values)
+            out.append(f"{who}: {gone} of {done} runs have no finite {entry.metric.title}.")
     return out
 
 
 def _mixed(found: Results) -> list[str]:
     """In what the runs differ beside what is compared."""
     out = []
-    done = [found.records[name] for name in found.results]
+    done = [run.record | (dig(run.result, "machine") or {}) for run in found.runs if run.finished]  # type: ignore[operator]
 
     def several(*keys: str) -> list[str]:
-        return sorted({" ".join(str(record.get(key)) for key in keys) for record in done})
+        told = {tuple(str(record.get(key)) for key in keys) for record in done if any(key in record for key in keys)}
+        return sorted(map(" ".join, told))
 
     if len(versions := several("sinkroute", "commit")) > 1:
         out.append(f"The runs come from different versions of the code: {', '.join(versions)}.")
     if len(machines := several("cpu", "gpu", "torch")) > 1:
         out.append(f"The runs come from different machines or versions of torch: {', '.join(machines)}.")
-    if len(loads := several("jobs", "threads")) > 1 or any(record.get("jobs", 1) != 1 for record in done):
+    if not any(metric.timed for metric in found.metrics):
+        return out
+    loads = several("jobs", "threads")
+    if len(loads) > 1 or any(record.get("jobs", 1) != 1 for record in done):
         told = ", ".join("{} at a time with {} threads".format(*load.split()) for load in loads)
         out.append(f"Times per step were measured while other runs shared the machine ({told}): they say little.")
+    busy = [load for run in found.runs if (load := run.load_average) is not None]
+    if busy:
+        low, high = min(map(min, busy)), max(map(max, busy))
+        cores = sorted({str(record["cores"]) for record in done if record.get("cores")})
+        told = f"{low:.1f} to {high:.1f} processes wanted one of its {' or '.join(cores) or 'several'} cores"
+        out.append(f"Times per step are wall times, and are not compared: while the runs began and ended {told}.")
     return out
+
+
+def _cell(found: Results, run: Run) -> dict[str, Any]:
+    result = dict(run.result or {})
+    if "serving" in result:  # the loads of all experts are in the run's own folder
+        result["serving"] = _without_loads(result["serving"])
+    if "inference" in result:
+        result["inference"] = {
+            mode: each | {"serving": _without_loads(each["serving"])} for mode, each in result["inference"].items()
+        }
+    family, point = found.points.get(run.label, (run.label, {}))
+    return {
+        "name": run.name,
+        "size": run.size,
+        "method": run.label,
+        "family": family,
+        "point": dict(point),
+        "seed": run.seed,
+        "hash": run.hash,
+        "state": run.state.kind,
+        "note": run.state.note,
+        "config": dict(run.config),
+        "record": dict(run.record),
+        "result": result or None,
+    }
+
+
+def _without_loads(serving: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in serving.items() if key != "load"}
 
 
 def _entry(entry: Entry) -> dict[str, Any]:

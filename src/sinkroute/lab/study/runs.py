@@ -1,7 +1,8 @@
-"""Run folders, read from disk: `config.yaml`, `log.jsonl` and, once a run is finished, `result.json`.
+"""Runs, read from their folders: `config.yaml`, `log.jsonl` and, once a run is finished, `result.json`.
 
 Reading is strict where a silent mistake would change a number (a broken line in the middle of a log is an error) and
-lenient where a killed process leaves a mark (a torn last line, a missing result).
+lenient where a killed process leaves a mark (a torn last line, a missing result). Runs that somebody names are compared
+only where all is alike but the method: `arrange` puts them under headings that say what differs.
 """
 
 from __future__ import annotations
@@ -9,32 +10,48 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sinkroute.lab.study.metric import Metric, metric_of
+from sinkroute.lab.study.cells import Plan, flat, short_value
+from sinkroute.lab.study.metric import Quality, dig, metric_of, number_at
+from sinkroute.lab.study.state import State, check_data, read_record, read_result, read_state
 
 __all__ = [
     "Group",
     "Run",
+    "arrange",
     "common_metric",
     "differences",
-    "flatten",
     "group_runs",
+    "planned_runs",
     "read_baselines",
     "read_run",
     "read_runs",
 ]
+
+Line = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Run:
     """One training run.
 
-    `train` and `evals` are the log's objects in the order of their steps; `result` is None while the run is unfinished.
+    Attributes:
+        folder: it need not be there yet.
+        method: the router's name.
+        label: the method, as tables call it.
+        seed: of the run.
+        config: what `config.yaml` holds.
+        result: what `result.json` holds; None while the run is unfinished.
+        size: the heading under which it is compared with others.
+        state: how far it is.
+        record: by which code and on which machine it was run, where that was written down.
+        text: SHA-256 of its data; empty where that is not known.
     """
 
     folder: Path
@@ -42,9 +59,11 @@ class Run:
     label: str
     seed: int
     config: Mapping[str, Any]
-    train: tuple[Mapping[str, Any], ...]
-    evals: tuple[Mapping[str, Any], ...]
     result: Mapping[str, Any] | None
+    size: str = ""
+    state: State = field(default_factory=lambda: State("done"))
+    record: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
 
     @property
     def name(self) -> str:
@@ -55,11 +74,27 @@ class Run:
     def finished(self) -> bool:
         return self.result is not None
 
+    @cached_property
+    def _log(self) -> tuple[tuple[Line, ...], tuple[Line, ...]]:
+        path = self.folder / "log.jsonl"
+        return _read_log(path) if path.is_file() else ((), ())
+
     @property
-    def metric(self) -> Metric:
+    def train(self) -> tuple[Line, ...]:
+        """The log's lines of training, in the order of their steps."""
+        return self._log[0]
+
+    @property
+    def evals(self) -> tuple[Line, ...]:
+        """The log's lines of validation on the way, in the order of their steps."""
+        return self._log[1]
+
+    @property
+    def metric(self) -> Quality:
         """What it is measured in."""
-        model = _dig(self.config, "model")
-        return metric_of(self.result, self.evals[-1] if self.evals else {}, model if isinstance(model, Mapping) else {})
+        model = self.config.get("model")
+        evaluated = self.evals[-1] if self.result is None and self.evals else {}
+        return metric_of(self.result, evaluated, model if isinstance(model, Mapping) else {})
 
     @property
     def quality(self) -> float | None:
@@ -74,27 +109,42 @@ class Run:
     @property
     def planned_steps(self) -> int | None:
         """`train.steps` of the configuration; None if it does not say."""
-        steps = _dig(self.config, "train", "steps")
-        return int(steps) if isinstance(steps, (int, float)) and not isinstance(steps, bool) else None
+        steps = number_at(self.config, "train.steps")
+        return None if steps is None else int(steps)
 
     @property
     def diverged_at(self) -> int | None:
         """The first logged step whose loss is not finite; None if there is none."""
-        for line in self.train:
-            loss = line.get("loss")
-            if isinstance(loss, (int, float)) and not math.isfinite(loss):
-                return int(line["step"])
-        return None
+        losses = ((line["step"], line.get("loss")) for line in self.train)
+        return next((int(at) for at, loss in losses if isinstance(loss, float) and not math.isfinite(loss)), None)
+
+    @property
+    def load_average(self) -> tuple[float, float] | None:
+        """Processes that wanted a core, the average over a minute, when it began and ended; None: not written down."""
+        found = dig(self.result, "machine.load_average")
+        return (float(found[0]), float(found[1])) if isinstance(found, list) and len(found) == 2 else None
+
+    @property
+    def tag(self) -> str:
+        """What is special about it: failed, interrupted, diverged, or an empty string."""
+        parts = []
+        if self.state.kind == "failed":
+            parts.append(f"failed: {self.state.note}")
+        elif not self.finished and self.state.kind != "waiting":
+            of = "" if self.planned_steps is None else f" of {self.planned_steps}"
+            parts.append(f"interrupted at step {self.last_step}{of}")
+        if self.state.kind != "waiting" and self.diverged_at is not None:
+            parts.append(f"diverged: loss not finite at step {self.diverged_at}")
+        return "; ".join(parts)
 
     def value(self, *keys: str) -> float | None:
         """A number of `result.json`, such as `run.value("valid", "bits_per_byte")`; None if it is not there."""
-        found = _dig(self.result, *keys)
-        return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
+        return number_at(self.result, ".".join(keys))
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one method: they share a label and differ in their seeds."""
+    """The runs of one method under one heading: they share a label and differ in their seeds."""
 
     label: str
     method: str
@@ -138,8 +188,8 @@ def read_runs(paths: Iterable[str | Path] | str | Path) -> list[Run]:
         paths: each a run folder (one that holds `config.yaml`) or a folder of run folders.
 
     Returns:
-        The runs in the order of `paths`. Within a folder of runs: those that its `baselines.json` names under
-        `"order"`, in that order, and then the others sorted by name.
+        The runs in the order of `paths`. Within a folder of runs: in the order in which they were planned, where that
+        is written down there, and then the others sorted by name.
 
     Raises:
         FileNotFoundError: a path or a file of a run is missing.
@@ -148,72 +198,114 @@ def read_runs(paths: Iterable[str | Path] | str | Path) -> list[Run]:
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not given:
         raise ValueError("paths is empty; pass at least one run folder or folder of runs, such as ['runs/demo'].")
-    folders: list[Path] = []
-    for path in map(Path, given):
-        folders += [folder for folder in _run_folders(path) if folder not in folders]
-    return [read_run(folder) for folder in folders]
+    return [read_run(folder) for folder in dict.fromkeys(each for path in given for each in _run_folders(Path(path)))]
 
 
 def read_run(folder: str | Path) -> Run:
     """Read one run folder; see `read_runs` for what is raised."""
     folder = Path(folder)
-    config_file, log_file, result_file = folder / "config.yaml", folder / "log.jsonl", folder / "result.json"
-    if not config_file.is_file():
+    if not (folder / "config.yaml").is_file():
         raise FileNotFoundError(
             f"run folder {str(folder)!r} has no config.yaml; pass a folder that a training run wrote, "
             "or remove this one if it is a leftover."
         )
-    config = _read_yaml(config_file)
-    result = _read_result(result_file) if result_file.is_file() else None
-    if log_file.is_file():
-        train, evals = _read_log(log_file)
-    elif result is not None:
+    config = _read(folder / "config.yaml", yaml.safe_load)
+    result = _read_result(folder / "result.json") if (folder / "result.json").is_file() else None
+    if result is not None and not (folder / "log.jsonl").is_file():
         raise FileNotFoundError(
             f"run folder {str(folder)!r} has a result.json but no log.jsonl; copy the whole folder, or train again."
         )
-    else:
-        train, evals = (), ()  # killed before the first log line: it is still shown, as interrupted at step 0
-
-    method = str(_dig(config, "router", "name") or folder.name)
-    label = str(config.get("label") or method)
+    method = str(dig(config, "router.name") or folder.name)
     seed = (result or {}).get("seed", config.get("seed", 0))
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed of run {str(folder)!r} must be a whole number; received {seed!r}.")
-    return Run(folder, method, label, seed, config, train, evals, result)
+    text, record = (_read(path) if path.is_file() else {} for path in (folder / "corpus.json", folder / "cell.json"))
+    state = State("unfinished" if result is None else "done")
+    label = str(config.get("label") or method)
+    run = Run(folder, method, label, seed, config, result, "", state, record, str(text.get("sha256", "")))
+    run.train  # a broken log is told now  # noqa: B018
+    return run
+
+
+def planned_runs(plan: Plan) -> list[Run]:
+    """The runs of a plan, those that are not begun too; a result counts only under the hash that the plan demands.
+
+    Raises:
+        ValueError: a result is not what its run wrote, or runs were trained on different data.
+    """
+    from sinkroute.lab.config import to_mapping
+
+    out = []
+    for cell in plan.cells:
+        state = read_state(cell, plan.out)
+        result = read_result(cell, plan.out) if state.kind == "done" else None
+        config, record = to_mapping(cell.config), read_record(cell, plan.out)
+        name, folder = cell.config.router.name, plan.out / cell.name
+        out.append(Run(folder, name, cell.method, cell.seed, config, result, cell.size, state, record))
+    check_data([cell for cell, run in zip(plan.cells, out, strict=True) if run.finished], plan.out)
+    return out
+
+
+def arrange(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """Put runs under headings within which they differ in router, label and seed alone; the headings say the rest.
+
+    Methods that share a label and not their options are told apart by these. A run that repeats another's seed is left
+    out.
+
+    Returns:
+        The runs, and sentences about what was left out.
+    """
+    settings = [_setting(run) for run in runs]
+    keys = [key for key in dict.fromkeys(key for each in settings for key in each) if _differ(settings, key)]
+    tails = [key.rpartition(".")[2] for key in keys]
+    names = [tail if tails.count(tail) == 1 else key for key, tail in zip(keys, tails, strict=True)]
+    routers: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        routers.setdefault(run.label, []).append(_told(run.config.get("router")))
+    seen: dict[tuple[str, str, int], Run] = {}
+    notes = []
+    for run, setting in zip(runs, settings, strict=True):
+        told = [f"{name}={short_value(setting[key])}" for key, name in zip(keys, names, strict=True) if key in setting]
+        own, others = _told(run.config.get("router")), routers[run.label]
+        parts = [f"{key.rpartition('.')[2]}={short_value(own[key])}" for key in own if _differ(others, key)]
+        size, label = ", ".join(told), " ".join([run.label, *parts])
+        other = seen.setdefault((size, label, run.seed), replace(run, size=size, label=label))
+        if other.folder != run.folder:
+            notes.append(f"{run.folder} repeats seed {run.seed} of {label}, as {other.folder} has it: it is left out.")
+    return list(seen.values()), notes
 
 
 def read_baselines(given: Mapping[str, Any] | str | Path | None, runs: Sequence[Run] = ()) -> dict[str, Any]:
     """The baselines: a mapping as it is, a file's content, or with None the `baselines.json` beside the runs, if any.
 
-    Beside runs that are not measured in bits per byte the n-gram models are left out: they are models of bytes.
+    Beside runs that are not measured in bits per byte, or of another text, the n-gram models are left out; so are times
+    of a step where a run has another configuration than the one that was timed.
 
     >>> read_baselines({"bigram": {"bits_per_byte": 3.9}})
     {'bigram': {'bits_per_byte': 3.9}}
     >>> read_baselines(None)
     {}
     """
-    found = _baselines(given, runs)
-    if all(run.metric.key == "bits_per_byte" for run in runs):
-        return found
-    return {name: entry for name, entry in found.items() if _dig(entry, "bits_per_byte") is None}
-
-
-def _baselines(given: Mapping[str, Any] | str | Path | None, runs: Sequence[Run]) -> dict[str, Any]:
     if isinstance(given, Mapping):
-        return dict(given)
-    if given is not None:
+        found = dict(given)
+    elif given is not None:
         path = Path(given)
         path = path / "baselines.json" if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(
                 f"baselines: there is no file {str(path)!r}; pass a baselines.json, a mapping, or None."
             )
-        return _read_json(path)
-    for run in runs:
-        beside = run.folder.parent / "baselines.json"
-        if beside.is_file():
-            return _read_json(beside)
-    return {}
+        found = _read(path)
+    else:
+        beside = dict.fromkeys(run.folder.parent / "baselines.json" for run in runs)
+        found = _read(next(iter(beside))) if len(beside) == 1 and next(iter(beside)).is_file() else {}
+    text = dig(found, "corpus.sha256")
+    if any(run.metric.key != "bits_per_byte" or (text and run.text and run.text != text) for run in runs):
+        found = {name: entry for name, entry in found.items() if dig(entry, "bits_per_byte") is None}
+    timed = dig(found, "step_times.settings")
+    if timed is not None and any(_unlike(run, timed.get(run.label)) for run in runs):
+        del found["step_times"]
+    return found
 
 
 def group_runs(runs: Iterable[Run]) -> list[Group]:
@@ -224,7 +316,7 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     return [Group(label, members[0].method, tuple(members)) for label, members in by_label.items()]
 
 
-def common_metric(runs: Sequence[Run]) -> Metric:
+def common_metric(runs: Sequence[Run]) -> Quality:
     """What all the runs are measured in.
 
     Raises:
@@ -244,27 +336,32 @@ def common_metric(runs: Sequence[Run]) -> Metric:
     return runs[0].metric
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping with dotted keys; empty mappings say nothing and are left out.
-
-    >>> flatten({"seed": 0, "model": {"layers": 4}, "router": {}})
-    {'seed': 0, 'model.layers': 4}
-    """
-    out: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            out |= flatten(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
-
-
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """The dotted configuration keys in which the runs differ, each with its value in every run (None: not set)."""
-    flat = [flatten(run.config) for run in runs]
-    keys = dict.fromkeys(key for one in flat for key in one)
-    rows = {key: [one.get(key) for one in flat] for key in keys}
-    return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+    settings = [_told(run.config) for run in runs]
+    keys = [key for key in dict.fromkeys(key for one in settings for key in one) if _differ(settings, key)]
+    return {key: [one.get(key) for one in settings] for key in keys}
+
+
+def _setting(run: Run) -> dict[str, Any]:
+    """All that a run is made of beside method, seed and name."""
+    free = ("label", "seed", "name")
+    out = {key: value for key, value in _told(run.config).items() if key not in free and not key.startswith("router.")}
+    return out | ({"data.sha256": run.text[:12]} if run.text else {})
+
+
+def _told(config: Any) -> dict[str, Any]:
+    """With dotted keys; empty sections say nothing."""
+    return {key: value for key, value in flat(config or {}).items() if value != {}}
+
+
+def _differ(several: Sequence[Mapping[str, Any]], key: str) -> bool:
+    return any(each.get(key) != several[0].get(key) for each in several)
+
+
+def _unlike(run: Run, timed: Mapping[str, Any] | None) -> bool:
+    own = {key: value for key, value in run.config.items() if key != "seed"}
+    return timed is None or {key: value for key, value in timed.items() if key != "seed"} != own
 
 
 def _run_folders(path: Path) -> list[Path]:
@@ -273,8 +370,6 @@ def _run_folders(path: Path) -> list[Path]:
             f"paths: there is no folder {str(path)!r}; pass a run folder or a folder of runs, such as 'runs/demo' "
             "after `make demo`."
         )
-    if (path / "config.yaml").is_file():
-        return [path]
     # A folder with a log but without a configuration is kept, so that read_run says what is missing.
     marks = ("config.yaml", "log.jsonl", "result.json")
     if any((path / mark).is_file() for mark in marks):
@@ -285,20 +380,18 @@ def _run_folders(path: Path) -> list[Path]:
             f"paths: {str(path)!r} is no run folder (it has no config.yaml) and holds none; train first "
             "(`make demo`), or pass the folder that holds the runs."
         )
-    baselines = path / "baselines.json"
-    order = _read_json(baselines).get("order") if baselines.is_file() else None
-    if isinstance(order, list):
-        place = {str(name): i for i, name in enumerate(order)}
-        found.sort(key=lambda folder: (place.get(folder.name, len(place)), folder.name))
-    return found
+    order: list[str] = []
+    for name, key in (("compare.json", "cells"), ("baselines.json", "order")):
+        if (path / name).is_file():
+            order += [*(_read(path / name).get(key) or ())]
+    place = {name: rank for rank, name in enumerate(dict.fromkeys(map(str, order)))}
+    return sorted(found, key=lambda folder: (place.get(folder.name, len(place)), folder.name))
 
 
-def _read_log(path: Path) -> tuple[tuple[Mapping[str, Any], ...], tuple[Mapping[str, Any], ...]]:
-    lines = path.read_bytes().splitlines()
-    while lines and not lines[-1].strip():
-        lines.pop()
-    train: dict[int, Mapping[str, Any]] = {}
-    evals: dict[int, Mapping[str, Any]] = {}
+def _read_log(path: Path) -> tuple[tuple[Line, ...], tuple[Line, ...]]:
+    lines = path.read_bytes().rstrip().splitlines()
+    train: dict[int, Line] = {}
+    evals: dict[int, Line] = {}
     for number, raw in enumerate(lines, start=1):
         if not raw.strip():
             continue
@@ -325,7 +418,7 @@ def _read_log(path: Path) -> tuple[tuple[Mapping[str, Any], ...], tuple[Mapping[
 
 
 def _read_result(path: Path) -> dict[str, Any]:
-    result = _read_json(path)
+    result = _read(path)
     if not isinstance(result.get("method"), str):
         raise ValueError(
             f"{path}: 'method' must be the router's name; received {result.get('method')!r}. Evaluate again."
@@ -334,37 +427,19 @@ def _read_result(path: Path) -> dict[str, Any]:
         key = metric_of(result, {}, {}).key
     except ValueError as error:
         raise ValueError(f"{path}: {error}. Evaluate the run again.") from None
-    value = _dig(result, "valid", key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if number_at(result, f"valid.{key}") is None:
+        value = dig(result, f"valid.{key}")
         raise ValueError(f"{path}: 'valid.{key}' must be a number; received {value!r}. Evaluate the run again.")
     return result
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path, parse: Any = json.loads) -> dict[str, Any]:
+    """A file that holds a mapping."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); write it again or remove it.") from error
+        value = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        kind = "YAML" if parse is yaml.safe_load else "JSON"
+        raise ValueError(f"{path}: not valid {kind} ({error}); restore what the run wrote, or remove it.") from error
     if not isinstance(value, dict):
-        raise ValueError(
-            f"{path}: expected a JSON object, received {type(value).__name__}; write it again or remove it."
-        )
-    return value
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML ({error}); restore the file the run wrote.") from error
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{path}: expected a mapping, received {type(value).__name__}; restore the file the run wrote."
-        )
-    return value
-
-
-def _dig(value: Any, *keys: str) -> Any:
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
+        raise ValueError(f"{path}: expected a mapping, received {type(value).__name__}; restore it, or remove it.")
     return value

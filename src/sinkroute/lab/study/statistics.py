@@ -1,25 +1,34 @@
-"""Estimates, paired tests, corrections for their number, and the trend of a gain over sizes.
+"""Estimates, paired tests, corrections for their number, what they could tell, and the trend of a gain over sizes.
 
 Runs of one seed share data order and initial weights, so methods are compared by the differences of runs that share a
 seed: d_s = y_s(method) − y_s(reference). Intervals are Student's, mean ± t(0.975, n − 1) · s / √n. The test is the
-paired t-test; beside it the exact sign-flip (permutation) test, which assumes no normal distribution: under the
-hypothesis of no difference each d_s may as well have had the other sign, so p is the share of the 2^n choices of signs
-whose mean is at least as far from 0 (Fisher, The Design of Experiments, 1935, § 21). p-values of a family are corrected
-by Holm's step-down procedure (Scandinavian Journal of Statistics 6, 1979), which holds the probability of any false
-finding in the family at 5 %, whatever the dependence between the tests.
+paired t-test. Beside it stands the sign-flip test, which assumes no normal distribution: under the hypothesis of no
+difference each d_s may as well have had the other sign, so p is the share of the choices of signs whose mean is at
+least as far from 0 (Fisher, The Design of Experiments, 1935, § 21). p-values of a family are corrected by Holm's
+step-down procedure (Scandinavian Journal of Statistics 6, 1979), which holds the probability of any false finding in
+the family at 5 %, whatever the dependence between the tests. Methods are called equivalent within a margin by two
+one-sided t-tests (Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15, 1987).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-__all__ = ["LEVEL", "Estimate", "Paired", "Trend", "estimate", "holm", "paired", "sign_flip", "trend", "verdict"]
+import numpy as np
+
+__all__ = [
+    "LEVEL", "POWER", "Estimate", "Paired", "Trend", "detectable", "holm", "paired", "power", "sign_flip", "trend",
+    "verdict",
+]  # fmt: skip
 
 LEVEL = 0.05
-_MOST_FLIPPED = 12  # 2^12 sums are few
+POWER = 0.8
+"""What a test finds in four of five studies if it is there: the usual power."""
+_MOST_FLIPPED = 12  # 2^12 choices of signs are few; of more seeds so many are drawn, with a fixed seed
+_DRAWN = 9999
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,30 @@ class Estimate:
     half: float | None
     n: int
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """
+        >>> Estimate.of([1.0, 2.0, 3.0])  # s = 1, t(0.975, 2) = 4.303
+        Estimate(mean=2.0, half=2.484..., n=3)
+        >>> Estimate.of([1.0]).half is None
+        True
+        """
+        n = len(values)
+        if not n:
+            raise ValueError("values is empty; an estimate needs at least one number")
+        mean = float(np.mean(values))
+        if n == 1 or not math.isfinite(mean):
+            return cls(mean, None, n)
+        return cls(mean, _t975(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n), n)
+
+    def text(self, digits: int, sign: bool = False) -> str:
+        """
+        >>> Estimate(1.23456, 0.01, 3).text(3), Estimate(-0.5, None, 1).text(2, sign=True)
+        ('1.235 ± 0.010', '-0.50')
+        """
+        mean = f"{self.mean:{'+' if sign else ''}.{digits}f}"
+        return mean if self.half is None else f"{mean} ± {self.half:.{digits}f}"
+
 
 @dataclass(frozen=True)
 class Paired:
@@ -38,12 +71,16 @@ class Paired:
     Attributes:
         difference: their mean and interval, not corrected for the number of comparisons.
         p: of the paired t-test, two-sided; None for one seed.
-        p_flip: of the exact sign-flip test; None for one seed, or for more than 12.
+        p_flip: of the sign-flip test, exact for up to 12 seeds; None for one seed.
+        detectable: the true difference that one test at 5 % finds with a power of 80 %, by the scatter of these pairs.
+        p_equivalent: of the hypothesis that the methods differ by the margin or more; None without a margin.
     """
 
     difference: Estimate
     p: float | None
     p_flip: float | None
+    detectable: float | None = None
+    p_equivalent: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,48 +117,45 @@ class Trend:
         return value, t * self.residual * math.sqrt(lever), t * self.residual * math.sqrt(1 + lever)
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and half of the 95 % t-interval.
-
-    >>> estimate([1.0, 2.0, 3.0])  # s = 1, t(0.975, 2) = 4.303
-    Estimate(mean=2.0, half=2.484..., n=3)
-    >>> estimate([1.0]).half is None
-    True
-    """
-    n = len(values)
-    if not n:
-        raise ValueError("values is empty; an estimate needs at least one number")
-    mean = math.fsum(values) / n
-    if n == 1:
-        return Estimate(mean, None, 1)
-    return Estimate(mean, _t975(n - 1) * _deviation(values, mean) / math.sqrt(n), n)
-
-
-def paired(differences: Sequence[float]) -> Paired:
-    """Interval and tests of differences that are paired by seed.
+def paired(differences: Sequence[float], margin: float | None = None) -> Paired:
+    """Interval and tests of differences that are paired by seed; with a margin, also that of equivalence.
 
     >>> paired([1.0, 2.0, 3.0]).p_flip  # of 8 choices of signs, +++ and --- are as far from 0
     0.25
     """
-    found = estimate(differences)
+    from scipy import stats
+
+    found = Estimate.of(differences)
     if found.n < 2:
         return Paired(found, None, None)
-    flip = sign_flip(differences) if found.n <= _MOST_FLIPPED else None
-    return Paired(found, _p_of_mean(differences, found.mean), flip)
+    if np.ptp(differences) == 0:  # runs that cannot differ, such as those of one method under two names
+        same = None if margin is None else float(abs(found.mean) >= margin)
+        return Paired(found, float(found.mean == 0), sign_flip(differences), 0.0, same)
+    apart = None
+    if margin is not None:
+        sides = ((-margin, "greater"), (margin, "less"))
+        apart = max(float(stats.ttest_1samp(differences, edge, alternative=side).pvalue) for edge, side in sides)
+    p = float(stats.ttest_1samp(differences, 0.0).pvalue)
+    least = detectable(found.n) * float(np.std(differences, ddof=1))
+    return Paired(found, p, sign_flip(differences), least, apart)
 
 
 def sign_flip(differences: Sequence[float]) -> float:
-    """Two-sided p of the exact sign-flip test; it cannot be below 2 / 2^n.
+    """Two-sided p of the sign-flip test; of n seeds it cannot be below 2 / 2^n.
 
     >>> sign_flip([1.0, -1.0])
     1.0
     """
-    observed = abs(math.fsum(differences))
-    # Sums that are equal but for rounding count as equal.
-    least = observed - 1e-9 * math.fsum(map(abs, differences))
-    flips = itertools.product((1, -1), repeat=len(differences))
-    hits = sum(abs(math.fsum(s * d for s, d in zip(signs, differences, strict=True))) >= least for signs in flips)
-    return hits / 2 ** len(differences)
+    from scipy import stats
+
+    exact = len(differences) <= _MOST_FLIPPED
+    # In units of the largest: scipy calls sums equal that differ by less than a rounding error of the observed one.
+    values = np.round(np.asarray(differences, dtype=float) / (np.max(np.abs(differences)) or 1.0), 12)
+    found = stats.permutation_test(
+        (values,), lambda x, axis: np.round(np.mean(x, axis=axis), 11), permutation_type="samples", vectorized=True,
+        n_resamples=math.inf if exact else _DRAWN, random_state=np.random.default_rng(0),
+    )  # fmt: skip
+    return float(found.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -130,12 +164,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     >>> holm([0.01, 0.04, 0.03])  # 3 · 0.01; 2 · 0.03; 0.04, but not below the one before
     [0.03, 0.06, 0.06]
     """
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    out, worst = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
-        out[i] = worst
-    return out
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, kind="stable")
+    out = np.empty(len(p))
+    out[order] = np.minimum(1.0, np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order]))
+    return [float(value) for value in out]
 
 
 def verdict(difference: float, p_corrected: float | None, lower_is_better: bool) -> str:
@@ -151,6 +184,34 @@ def verdict(difference: float, p_corrected: float | None, lower_is_better: bool)
     return "better" if (difference < 0) == lower_is_better else "worse"
 
 
+def power(effect: float, n: int, level: float = LEVEL) -> float:
+    """How often a two-sided paired t-test at `level` tells a true difference of `effect` standard deviations.
+
+    >>> round(power(1.0, 10), 2)
+    0.8
+    """
+    from scipy import stats
+
+    edge, shift = stats.t.ppf(1 - level / 2, n - 1), effect * math.sqrt(n)
+    return float(stats.nct.sf(edge, n - 1, shift) + stats.nct.cdf(-edge, n - 1, shift))
+
+
+@lru_cache(maxsize=None)
+def detectable(n: int, level: float = LEVEL, wanted: float = POWER) -> float:
+    """The true difference, in standard deviations of the pairs, that n seeds tell with the wanted power.
+
+    >>> round(detectable(10), 3)
+    0.996
+    """
+    low, high = 0.0, 1.0
+    while power(high, n, level) < wanted:
+        low, high = high, 2 * high
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if power(middle, n, level) < wanted else (low, middle)
+    return high
+
+
 def trend(x: Sequence[float], gains: Sequence[float]) -> Trend | None:
     """The line through gains over x; None for fewer than two different x.
 
@@ -158,39 +219,22 @@ def trend(x: Sequence[float], gains: Sequence[float]) -> Trend | None:
     >>> line.slope.mean, line.at(30)[0]
     (1.0, 11.0)
     """
+    from scipy import stats
+
     n = len(x)
     if len(set(x)) < 2:
         return None
-    x_mean, mean = math.fsum(x) / n, math.fsum(gains) / n
-    spread = math.fsum((each - x_mean) ** 2 for each in x)
-    slope = math.fsum((each - x_mean) * (gain - mean) for each, gain in zip(x, gains, strict=True)) / spread
-    intercept = mean - slope * x_mean
+    line = stats.linregress(x, gains)
+    slope, intercept, x_mean = float(line.slope), float(line.intercept), float(np.mean(x))
+    spread = float(np.sum((np.asarray(x) - x_mean) ** 2))
     if n == 2:
         return Trend(Estimate(slope, None, n), intercept, x_mean, spread, None, n, None)
-    errors = (gain - intercept - slope * each for each, gain in zip(x, gains, strict=True))
-    residual = math.sqrt(math.fsum(error**2 for error in errors) / (n - 2))
-    deviation = residual / math.sqrt(spread)
-    half = _t975(n - 2) * deviation
-    return Trend(Estimate(slope, half, n), intercept, x_mean, spread, residual, n, _two_sided(slope, deviation, n - 2))
-
-
-def _p_of_mean(values: Sequence[float], mean: float) -> float:
-    return _two_sided(mean, _deviation(values, mean) / math.sqrt(len(values)), len(values) - 1)
-
-
-def _two_sided(value: float, deviation: float, freedom: int) -> float:
-    from scipy import stats
-
-    if deviation == 0:  # runs that cannot differ, such as those of one method under two names
-        return 1.0 if value == 0 else 0.0
-    return float(2 * stats.t.sf(abs(value) / deviation, freedom))
+    half = _t975(n - 2) * float(line.stderr)
+    residual = float(line.stderr) * math.sqrt(spread)
+    return Trend(Estimate(slope, half, n), intercept, x_mean, spread, residual, n, float(line.pvalue))
 
 
 def _t975(freedom: int) -> float:
     from scipy import stats
 
     return float(stats.t.ppf(0.975, freedom))
-
-
-def _deviation(values: Sequence[float], mean: float) -> float:
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
