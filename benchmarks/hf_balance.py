@@ -42,7 +42,7 @@ from sinkroute.lab.bar import Bar
 from sinkroute.lab.data import Windows, load_corpus
 from sinkroute.lab.files import write_json
 from sinkroute.lab.machine import machine
-from sinkroute.lab.study.table import Spread
+from sinkroute.lab.study.statistics import Estimate
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("softmax", {"keep_aux_loss": False}),
@@ -247,7 +247,7 @@ def rows(benchmark: Benchmark, runs: list[dict[str, Any]]) -> list[dict[str, Any
 def _spread(values: list[float]) -> dict[str, float | None] | None:
     if not values:
         return None
-    spread = Spread.of(values)
+    spread = Estimate.of(values)
     return {"mean": spread.mean, "half": spread.half}
 
 

@@ -117,18 +117,18 @@ def test_the_table_of_images_shows_errors_in_per_cent_and_their_attacks(make_run
     images(make_run, tmp_path, "SSR-L", 8.5, method="ssr-l", probability=0.1)
     table = result_table(read_runs(tmp_path))
     titles = {column.key: (column.title, column.help) for column in table.columns}
-    assert titles["valid"] == ("valid\nerror in %", "Error over every validation image.")
-    assert titles["fgsm@2"] == ("fgsm@2\nerror in %", "Error on images under the fgsm attack (epsilon=2).")
+    assert titles["valid"] == ("valid\nerror %", "Error over every validation image.")
+    assert titles["fgsm@2"] == ("fgsm@2\nerror %", "Error on images under the fgsm attack (epsilon=2).")
     assert titles["pgd"][1] == "Error on images under the pgd attack (epsilon=2, steps=10)."
     assert "perplexity" not in titles and "word-swap" not in titles
     assert table.cell("SSR-L", "fgsm@2").text == "34.00"
     assert table.headline[0] == "Vanilla has the lowest validation error at this size: 8.00 %."
-    assert "SSR-L is 0.50 points above Vanilla." in table.headline
+    assert "SSR-L is 0.50 % above Vanilla." in table.headline
 
 
 @pytest.mark.parametrize(
     ("make", "sentence"),
-    [(words, "with a validation perplexity of 8.25."), (images, "with a validation error of 8.25 %.")],
+    [(words, "with 8.25 validation perplexity."), (images, "with 8.25 % validation error.")],
 )
 def test_a_run_alone_is_told_in_its_metric(
     make_run: MakeRun, tmp_path: Path, make: Callable[..., Path], sentence: str

@@ -58,7 +58,9 @@ def test_two_methods_are_equivalent_when_the_90_per_cent_interval_lies_within_th
     values = RANDOM.normal(0.02, 0.05, 9)
     low, high = stats.t.interval(0.9, 8, loc=values.mean(), scale=stats.sem(values))
     edge = max(abs(low), abs(high))
-    assert paired(list(values), margin=1.001 * edge).p_equivalent < 0.05 < paired(list(values), edge / 1.001).p_equivalent
+    assert (
+        paired(list(values), margin=1.001 * edge).p_equivalent < 0.05 < paired(list(values), edge / 1.001).p_equivalent
+    )
     assert paired([0.5, 0.5], margin=0.6).p_equivalent == 0.0
     assert paired([0.5, 0.5], margin=0.4).p_equivalent == 1.0
 

@@ -33,6 +33,7 @@ def write_page(found: Results, path: Path) -> Path:
     from sinkroute.lab.study import forest as figures
 
     plan = found.plan
+    assert plan is not None
     routers = {cell.method: cell.config.router.name for cell in plan.cells}
     colours = inks(routers[method] for method in plan.methods)
     shown = found.metrics[: 1 + _FORESTS]
@@ -74,7 +75,7 @@ def write_page(found: Results, path: Path) -> Path:
 def _facts(found: Results) -> list[tuple[str, str]]:
     """(number, what it counts)."""
     plan = found.plan
-    done = sum(state.kind == "done" for state in found.states.values())
+    done = sum(run.finished for run in found.runs)
     facts = [
         (str(len(plan.methods)), "methods"),
         (str(len({cell.seed for cell in plan.cells})), "seeds"),
@@ -85,7 +86,7 @@ def _facts(found: Results) -> list[tuple[str, str]]:
 
 
 def _provenance(found: Results) -> list[tuple[str, str]]:
-    done = [found.records[name] for name in found.results]
+    done = [run.record for run in found.runs if run.finished]
     machines = sorted({f"{record.get('gpu') or record.get('cpu')}, {record.get('cores')} cores" for record in done})
     versions = sorted({f"sinkroute {each['sinkroute']} ({each['commit']}), torch {each['torch']}" for each in done})
     settings = [cell.config.data for cell in found.plan.cells]

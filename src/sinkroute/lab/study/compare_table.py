@@ -25,7 +25,7 @@ class SizeTable:
 
 def size_tables(found: Results) -> list[SizeTable]:
     """A table for each size at which something has been run."""
-    head, reference = found.headline, found.plan.reference
+    head, reference = found.headline, found.reference
     columns = (
         Column("n", "n", "Seeds that are done."),
         Column("headline", head.title, head.key),
@@ -35,8 +35,8 @@ def size_tables(found: Results) -> list[SizeTable]:
         *(Column(metric.key, metric.title, metric.key) for metric in found.metrics[1:]),
     )
     out = []
-    for size in found.plan.sizes:
-        rows = [row for method in found.plan.methods if (row := _row(found, size, method)) is not None]
+    for size in found.sizes:
+        rows = [row for method in found.methods if (row := _row(found, size, method)) is not None]
         if rows:
             out.append(SizeTable(_title(found, size), Table(columns, tuple(rows), (), ())))
     return out
@@ -77,7 +77,7 @@ def all_tables(found: Results) -> list[tuple[str, Table]]:
     if (modes := mode_table(found)) is not None:
         out.append(("Served otherwise: the same models by noisy top-k, by the plan, or by both", modes))
     if (trends := trend_table(found)) is not None:
-        title = f"Gain in {found.headline.title} over {found.plan.reference}, by size (positive is better)"
+        title = f"Gain in {found.headline.title} over {found.reference}, by size (positive is better)"
         out.append((title, trends))
     return out
 
@@ -130,15 +130,14 @@ def number(found: Estimate | None, digits: int, sign: bool = False) -> str:
 
 def _row(found: Results, size: str, method: str) -> Row | None:
     done, planned = found.counts(size, method)
-    cells = [cell for cell in found.plan.cells if (cell.size, cell.method) == (size, method)]
-    failed = sum(found.states[cell.name].kind == "failed" for cell in cells)
+    failed = sum(run.state.kind == "failed" for run in found.runs if (run.size, run.label) == (size, method))
     if not done and not failed:
         return None  # not begun; the notes count it
     entries = [found.entries[size, method, metric.key] for metric in found.metrics]
     texts = (
         f"{done}" if done == planned else f"{done} of {planned}",
         _cell(entries[0]),
-        *_against(entries[0], method == found.plan.reference),
+        *_against(entries[0], method == found.reference),
         *map(_cell, entries[1:]),
     )
     verdict = "" if entries[0].against is None else entries[0].against.verdict

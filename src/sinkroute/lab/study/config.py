@@ -73,6 +73,8 @@ class CompareConfig:
     """The method that the others are compared with; empty: the first."""
     metrics: tuple[str, ...] = ()
     """Dotted keys of result.json; empty: quality, attacked quality, MaxVio and time."""
+    equivalence: float | None = None
+    """Methods whose difference to the reference, in the first metric, lies within this margin are called equivalent."""
     primary: Primary = field(default_factory=Primary)
     """What decides: {method: ssr-dual, against: vanilla, metric: valid.bits_per_byte, effect: 0.02}"""
     jobs: int | None = None
@@ -85,6 +87,8 @@ class CompareConfig:
             raise ValueError("seeds is empty; give at least one, such as [0, 1, 2]")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must differ from each other, got {list(self.seeds)}")
+        if self.equivalence is not None and not self.equivalence > 0:
+            raise ValueError(f"equivalence must be above 0, got {self.equivalence}")
         if self.jobs is not None and self.jobs < 1:
             raise ValueError(f"jobs must be 1 or more, got {self.jobs}")
 

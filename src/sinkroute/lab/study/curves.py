@@ -33,7 +33,7 @@ from sinkroute.lab.page.drawing import (
     style,
 )
 from sinkroute.lab.page.palette import OVER, UNDER, Ink
-from sinkroute.lab.study.metric import Metric, capital
+from sinkroute.lab.study.metric import Quality, capital
 from sinkroute.lab.study.runs import Group, Run, common_metric
 from sinkroute.lab.study.table import Spread, describe
 
@@ -149,7 +149,7 @@ def _relative(load: np.ndarray) -> np.ndarray:
     return np.divide(load, mean, out=np.full(load.shape, np.nan), where=mean > 0)
 
 
-def _loss(line: Mapping[str, Any], metric: Metric) -> float | None:
+def _loss(line: Mapping[str, Any], metric: Quality) -> float | None:
     loss = line.get("loss")
     return metric.of_loss(float(loss)) if isinstance(loss, (int, float)) else None
 
@@ -395,7 +395,7 @@ def training_figure(groups: Sequence[Group], inks: Sequence[Ink], baselines: Map
         return inline(fig, "training", f"{capital(metric.curve)} over training steps, one curve per method")
 
 
-def _metric(groups: Sequence[Group]) -> Metric:
+def _metric(groups: Sequence[Group]) -> Quality:
     return common_metric([run for group in groups for run in group.runs])
 
 

@@ -38,8 +38,8 @@ class Grid:
 def grids(found: Results) -> list[Grid]:
     """Every grid with a numeric axis of two values or more; the longest one is the axis."""
     out = []
-    for family in dict.fromkeys(cell.family for cell in found.plan.cells):
-        points = {cell.method: dict(cell.point) for cell in found.plan.cells if cell.family == family}
+    for family in dict.fromkeys(family for family, _ in found.points.values()):
+        points = {method: dict(point) for method, (own, point) in found.points.items() if own == family}
         values: dict[str, set[Any]] = {}
         for point in points.values():
             for key, value in point.items():
@@ -63,8 +63,8 @@ def grids(found: Results) -> list[Grid]:
 
 def forest_figure(found: Results, size: str, metric: Metric, inks: Sequence[Ink], name: str) -> str:
     """Paired differences to the reference at one size: a line for each method, a dot for each seed."""
-    methods = found.plan.methods
-    reference = found.entries[size, found.plan.reference, metric.key]
+    methods = found.methods
+    reference = found.entries[size, found.reference, metric.key]
     rows = [entry for method in methods if (entry := found.entries[size, method, metric.key]).against is not None]
     if not rows:
         return ""
@@ -88,15 +88,15 @@ def forest_figure(found: Results, size: str, metric: Metric, inks: Sequence[Ink]
             tick.set_gid(f"m m{which}")
         _reach(ax, rows, reference)
         better = "← better" if metric.lower_is_better else "better →"
-        heading(ax, theme, f"{metric.title} against {short(found.plan.reference)}", better)
-        return inline(fig, name, f"{metric.title} against {found.plan.reference}, by method")
+        heading(ax, theme, f"{metric.title} against {short(found.reference)}", better)
+        return inline(fig, name, f"{metric.title} against {found.reference}, by method")
 
 
 def grid_figure(found: Results, grid: Grid, size: str, metrics: Sequence[Metric], name: str) -> str:
     """Metrics over the axis of a grid, side by side: a line for each other point of the grid, and the reference."""
-    methods = found.plan.methods
+    methods = found.methods
     theme = page_theme(len(methods))  # a line has the colour of its first method
-    reference = [found.entries[size, found.plan.reference, metric.key].estimate for metric in metrics]
+    reference = [found.entries[size, found.reference, metric.key].estimate for metric in metrics]
     positions = sorted({value for line in grid.lines.values() for value, _ in line})
     with settings("none"):
         rows = math.ceil(len(grid.lines) / 3)
@@ -109,7 +109,7 @@ def grid_figure(found: Results, grid: Grid, size: str, metrics: Sequence[Metric]
             if whole is not None:
                 ax.axhline(whole.mean, color=theme.muted, linewidth=1.1, dashes=(4, 3))
                 ax.annotate(
-                    short(found.plan.reference), (1, whole.mean), (4, 0), xycoords=("axes fraction", "data"),
+                    short(found.reference), (1, whole.mean), (4, 0), xycoords=("axes fraction", "data"),
                     textcoords="offset points", color=theme.muted, fontsize=8.5, va="center",
                 )  # fmt: skip
             for line in grid.lines.values():
@@ -131,7 +131,7 @@ def size_figure(found: Results, inks: Sequence[Ink]) -> str:
     """Paired gains over the active parameters, a dot for each seed, with the trends drawn on to 10⁹."""
     if not found.trends:
         return ""
-    methods = found.plan.methods
+    methods = found.methods
     theme = page_theme(len(methods))
     columns = min(3 if max(len(each.method) for each in found.trends) < 26 else 2, len(found.trends))
     rows = math.ceil(len(found.trends) / columns)

@@ -1,4 +1,4 @@
-"""What is compared: numbers of `result.json` by their dotted key, and the words for what a run's quality is measured in.
+"""What is compared: numbers of `result.json` by their dotted key, and the words for what a run is measured in.
 
 Bytes are measured in bits, words in perplexity, images in errors; all three are better when lower.
 """

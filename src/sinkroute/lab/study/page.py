@@ -17,7 +17,8 @@ import yaml
 
 from sinkroute.lab.page import render, today
 from sinkroute.lab.page.palette import inks
-from sinkroute.lab.study.metric import Metric, capital
+from sinkroute.lab.study.metric import Quality as Metric
+from sinkroute.lab.study.metric import capital
 from sinkroute.lab.study.runs import Group, Run, common_metric, differences, group_runs, read_baselines
 from sinkroute.lab.study.table import describe, result_table, run_tag
 

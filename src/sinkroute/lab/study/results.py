@@ -149,7 +149,7 @@ class Results:
     @property
     def margin(self) -> float | None:
         """Within which methods count as equivalent in the headline metric."""
-        return None if self.plan is None else self.plan.study.equivalence
+        return _margin(self.plan, self.headline)
 
     @property
     def seconds(self) -> float:
@@ -173,7 +173,7 @@ class Results:
 
     def json(self) -> dict[str, Any]:
         """Everything, as `results.json` holds it."""
-        about = {} if self.plan is None else {"file": self.plan.path.name, "compare": asdict(self.plan.study),
+        about = {} if self.plan is None else {"file": self.plan.path.name, "compare": asdict(self.plan.compare),
                                               "overrides": dict(self.plan.overrides)}  # fmt: skip
         return {
             "title": self.title,
@@ -199,7 +199,7 @@ def gather(plan: Plan) -> Results:
     Raises:
         ValueError: a result is not what its run wrote, or runs were trained on different data.
     """
-    runs, study = planned_runs(plan), plan.study
+    runs, study = planned_runs(plan), plan.compare
     keys = study.metrics or _default_metrics(runs)
     baselines = read_baselines(None, [run for run in runs if run.state.kind != "waiting"])
     return _results(plan.title, study.question, runs, plan.reference, keys, baselines, [], plan)
@@ -237,21 +237,28 @@ def _results(
         if (value := number_at(run.result, metric.key)) is not None and math.isfinite(value)
     ]
     frame = pd.DataFrame(rows, columns=["size", "method", "seed", "metric", "value"])
-    margin = None if plan is None else plan.study.equivalence
     pairs = list(dict.fromkeys((run.size, run.label) for run in runs))
     entries: dict[tuple[str, str, str], Entry] = {}
     for metric in metrics:
         own = frame[frame.metric == metric.key]
-        entries |= _compare(own, metric, pairs, reference, margin if metric is metrics[0] else None)
+        entries |= _compare(own, metric, pairs, reference, _margin(plan, metric) if metric is metrics[0] else None)
     # In the order of sizes and methods, as before there was a frame: `results.json` is read by people too.
-    entries = {(*pair, metric.key): entries[*pair, metric.key] for pair in pairs for metric in metrics}
-    tests = [entries[*pair, metrics[0].key].against for pair in pairs]
+    entries = {(*pair, metric.key): entries[(*pair, metric.key)] for pair in pairs for metric in metrics}
+    tests = [entries[(*pair, metrics[0].key)].against for pair in pairs]
     family = sum(each is not None and each.p_corrected is not None for each in tests)
     modes, trends = _modes(runs, metrics[0]), _trends(runs, entries, reference, metrics[0])
     found = Results(
         title, question, tuple(runs), reference, metrics, frame, entries, family, modes, trends, baselines, plan
     )
     return Results(**{**_fields(found), "notes": (*notes, *_notes(found))})
+
+
+def _margin(plan: Plan | None, metric: Metric) -> float | None:
+    """What the study, or its primary comparison in this metric, names as the margin of equivalence."""
+    if plan is None or plan.compare.equivalence is not None:
+        return None if plan is None else plan.compare.equivalence
+    primary = plan.compare.primary
+    return primary.equivalence if primary.metric in ("", metric.key) else None
 
 
 def _fields(found: Results) -> dict[str, Any]:
@@ -321,7 +328,7 @@ def _modes(runs: Sequence[Run], metric: Metric) -> tuple[Mode, ...]:
         and math.isfinite(value - plain)
     ]
     frame = pd.DataFrame(rows, columns=["size", "method", "mode", "value", "apart", "max_vio"])
-    of = {key: each for key, each in frame.groupby(["size", "method", "mode"], sort=False)}
+    of = dict(iter(frame.groupby(["size", "method", "mode"], sort=False)))
     told = _corrected({key: paired(each["apart"].tolist()) for key, each in of.items()}, metric)
     out = []
     for (size, method, mode), each in of.items():
@@ -354,7 +361,7 @@ def _trends(
 
 def _notes(found: Results) -> list[str]:
     if not any(run.finished for run in found.runs):
-        return ["No run is done yet, so there is nothing to compare.", *_missing(found)]
+        return ["No run is done yet, so there is nothing to compare.", *_failed(found)]
     against = [
         entry.against for (_, _, key), entry in found.entries.items() if key == found.headline.key and entry.against
     ]
@@ -392,13 +399,14 @@ def _notes(found: Results) -> list[str]:
     return [*out, *_missing(found), *_mixed(found)]
 
 
+def _failed(found: Results) -> list[str]:
+    failed = [run for run in found.runs if run.state.kind == "failed"]
+    return [f"{run.name} failed and is not in the numbers: {run.state.note}" for run in failed]
+
+
 def _missing(found: Results) -> list[str]:
     """Which runs are not in the numbers, and why."""
-    out = [
-        f"{run.name} failed and is not in the numbers: {run.state.note}"
-        for run in found.runs
-        if run.state.kind == "failed"
-    ]
+    out = _failed(found)
     waiting = sum(not run.finished and run.state.kind != "failed" for run in found.runs)
     if waiting:
         out.append(f"{waiting} of {len(found.runs)} runs are not done yet; n counts those that are.")

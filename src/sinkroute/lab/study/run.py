@@ -123,7 +123,7 @@ def _report(plan: Plan, console: Console, target: str | None) -> bool:
             write_text(markdown(found), path)
         page = write_page(found, plan.out / "report.html")
         console.print(f"Page: [bold]{escape(str(page))}[/]", highlight=False, soft_wrap=True)
-    return any(state.kind == "failed" for state in found.states.values())
+    return any(run.state.kind == "failed" for run in found.runs)
 
 
 def _run(command: CompareCommand, plan: Plan, chosen: Sequence[Cell], console: Console) -> bool:

@@ -52,6 +52,7 @@ class Run:
         state: how far it is.
         record: by which code and on which machine it was run, where that was written down.
         text: SHA-256 of its data; empty where that is not known.
+        hash: of what decides its numbers, where a plan demands one.
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class Run:
     state: State = field(default_factory=lambda: State("done"))
     record: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
+    hash: str = ""
 
     @property
     def name(self) -> str:
@@ -241,7 +243,7 @@ def planned_runs(plan: Plan) -> list[Run]:
         result = read_result(cell, plan.out) if state.kind == "done" else None
         config, record = to_mapping(cell.config), read_record(cell, plan.out)
         name, folder = cell.config.router.name, plan.out / cell.name
-        out.append(Run(folder, name, cell.method, cell.seed, config, result, cell.size, state, record))
+        out.append(Run(folder, name, cell.method, cell.seed, config, result, cell.size, state, record, hash=cell.hash))
     check_data([cell for cell, run in zip(plan.cells, out, strict=True) if run.finished], plan.out)
     return out
 

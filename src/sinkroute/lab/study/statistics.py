@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -196,7 +196,7 @@ def power(effect: float, n: int, level: float = LEVEL) -> float:
     return float(stats.nct.sf(edge, n - 1, shift) + stats.nct.cdf(-edge, n - 1, shift))
 
 
-@lru_cache(maxsize=None)
+@cache
 def detectable(n: int, level: float = LEVEL, wanted: float = POWER) -> float:
     """The true difference, in standard deviations of the pairs, that n seeds tell with the wanted power.
 

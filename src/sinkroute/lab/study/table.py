@@ -20,7 +20,8 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sinkroute.lab.study.metric import Metric, capital
+from sinkroute.lab.study.metric import Quality as Metric
+from sinkroute.lab.study.metric import capital
 from sinkroute.lab.study.runs import Group, Run, common_metric, differences, group_runs, read_baselines
 
 __all__ = ["Cell", "Column", "Row", "Spread", "Table", "describe", "result_table", "run_tag"]
@@ -299,7 +300,10 @@ def _columns(
     plan: list[tuple[Column, _Maker]] = [
         (
             Column(
-                "valid", f"valid\n{metric.unit}", f"{capital(metric.name)} over every validation {metric.item}.", True
+                "valid",
+                f"valid\n{metric.heading}",
+                f"{capital(metric.name)} over every validation {metric.item}.",
+                True,
             ),
             number("valid", metric.key, digits=metric.digits),
         ),
@@ -316,7 +320,7 @@ def _columns(
         what = f"{capital(metric.name)} on {'images' if metric.item == 'image' else 'text'} under the {kind} attack"
         plan.append(
             (
-                Column(attack, f"{attack}\n{metric.unit}", f"{what}{_how(options)}.", True),
+                Column(attack, f"{attack}\n{metric.heading}", f"{what}{_how(options)}.", True),
                 number("attacked", attack, metric.key, digits=metric.digits),
             )
         )
@@ -418,7 +422,7 @@ def _headline(groups: Sequence[Group], metric: Metric, baselines: Mapping[str, A
     number = metric.text(lowest) + metric.sign
     out = []
     if len(finite) == 1:
-        out.append(f"Only {names} has finished, with {metric.amount.format(number)}.")
+        out.append(f"Only {names} has finished, with {f'{number} validation {metric.name}'}.")
     elif len(winners) == 1:
         out.append(f"{names} has the lowest validation {metric.name} at this size: {number}.")
     else:
@@ -524,7 +528,7 @@ def _against(own: float, other: float, name: str, paired: Spread | None, metric:
     if _same(own, other, metric):
         return f"level with {name}"
     # From the printed values, so that a reader who subtracts two cells gets the same number.
-    by = metric.text(abs(round(own, metric.digits) - round(other, metric.digits))) + metric.difference
+    by = metric.text(abs(round(own, metric.digits) - round(other, metric.digits))) + metric.sign
     half = metric.text(paired.half) if paired is not None and paired.n >= 3 and paired.half else ""
     interval = f" (± {half} paired)" if half else ""
     return f"{by}{interval} {'below' if own < other else 'above'} {name}"
