@@ -15,8 +15,9 @@ set_inference   what SSR routers do when serving: plain top-k, noise, a plan, or
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sinkroute._lazy import lazily
 
 if TYPE_CHECKING:
     from sinkroute.adapters.hf import patch
@@ -55,33 +56,26 @@ __all__ = [
 ]
 
 # Loaded when first asked for: `sinkroute --help` needs no torch, the command line sets OpenMP up before torch comes.
-_HOMES = {
-    "LoadMonitor": "routing",
-    "MoE": "moe",
-    "MultiHeadMoE": "moe",
-    "Plan": "transport",
-    "Router": "routing",
-    "Routes": "routing",
-    "balanced_topk": "transport",
-    "create_router": "routing",
-    "end_step": "routing",
-    "list_routers": "routing",
-    "no_balancing": "routing",
-    "patch": "adapters.hf",
-    "set_inference": "routing",
-    "set_step": "routing",
-    "solve": "transport",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES.values():
-        return importlib.import_module(f"sinkroute.{name}")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'sinkroute' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"sinkroute.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(
+    __name__,
+    {
+        "LoadMonitor": "routing",
+        "MoE": "moe",
+        "MultiHeadMoE": "moe",
+        "Plan": "transport",
+        "Router": "routing",
+        "Routes": "routing",
+        "balanced_topk": "transport",
+        "create_router": "routing",
+        "end_step": "routing",
+        "list_routers": "routing",
+        "no_balancing": "routing",
+        "patch": "adapters.hf",
+        "set_inference": "routing",
+        "set_step": "routing",
+        "solve": "transport",
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -11,8 +11,11 @@ __all__ = ["run"]
 
 
 def run(arguments: list[str], console: Console) -> int:
+    from sinkroute.lab.bench.options import Bench
+
+    command = tyro.cli(Bench, args=arguments, prog="sinkroute bench")
     # torch's count of memory warns of tensors that it did not see made. To be set before torch is loaded.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from sinkroute.lab.bench import Bench, run_bench
+    from sinkroute.lab.bench import run_bench
 
-    return run_bench(tyro.cli(Bench, args=arguments, prog="sinkroute bench"), console)
+    return run_bench(command, console)

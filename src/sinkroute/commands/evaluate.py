@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sinkroute.commands import UsageError
+from sinkroute.lab.folders import require_run
 
 __all__ = ["run"]
 
@@ -41,6 +42,14 @@ class EvaluateCommand:
 
 
 def run(arguments: list[str], console: Console) -> int:
+    command = tyro.cli(EvaluateCommand, args=arguments, prog="sinkroute evaluate")
+    if not command.lm_eval and any(word in ("--lm-eval", "--lm_eval") for word in arguments):
+        raise UsageError("--lm-eval needs a TASK: sinkroute evaluate RUN --lm-eval TASK [TASK ...]")
+    folder = Path(command.run)
+    require_run(folder)
+    if command.lm_eval:
+        return _evaluate_tasks(command, console)
+
     from sinkroute.lab.files import write_json
     from sinkroute.lab.run import evaluate_split
     from sinkroute.lab.screen import Column, ScreenTable
@@ -49,12 +58,6 @@ def run(arguments: list[str], console: Console) -> int:
     from sinkroute.lab.training import check_data
     from sinkroute.routing import set_inference
 
-    command = tyro.cli(EvaluateCommand, args=arguments, prog="sinkroute evaluate")
-    if not command.lm_eval and any(word in ("--lm-eval", "--lm_eval") for word in arguments):
-        raise UsageError("--lm-eval needs a TASK: sinkroute evaluate RUN --lm-eval TASK [TASK ...]")
-    if command.lm_eval:
-        return _evaluate_tasks(command, console)
-    folder = Path(command.run)
     run = load_run(folder)
     data = load_data(run.config)
     check_data(data, folder)
@@ -124,15 +127,16 @@ def _evaluate_shifted(shifted: tuple[str, str, str], run: Any, data: Any, as_jso
 
 
 def _evaluate_tasks(command: EvaluateCommand, console: Console) -> int:
+    if command.split != "valid" or command.inference != "none":
+        raise UsageError(
+            "--lm-eval goes without --split and --inference: tasks bring their texts and are served plainly"
+        )
+
     from sinkroute.commands.export import hide_progress_of_transformers
     from sinkroute.lab.lm_eval import evaluate_run, require_lm_eval
     from sinkroute.lab.screen import Column, ScreenTable
     from sinkroute.lab.trained import load_run
 
-    if command.split != "valid" or command.inference != "none":
-        raise UsageError(
-            "--lm-eval goes without --split and --inference: tasks bring their texts and are served plainly"
-        )
     require_lm_eval()
     hide_progress_of_transformers()
     run = load_run(Path(command.run))

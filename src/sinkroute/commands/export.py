@@ -9,6 +9,8 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from sinkroute.lab.folders import require_run
+
 __all__ = ["hide_progress_of_transformers", "run"]
 
 
@@ -26,10 +28,12 @@ class ExportCommand:
 
 
 def run(arguments: list[str], console: Console) -> int:
+    command = tyro.cli(ExportCommand, args=arguments, prog="sinkroute export")
+    require_run(Path(command.run))
+
     from sinkroute.lab.export import export_run
     from sinkroute.lab.trained import load_run
 
-    command = tyro.cli(ExportCommand, args=arguments, prog="sinkroute export")
     hide_progress_of_transformers()
     export = export_run(load_run(Path(command.run)), Path(command.output))
     agreement = export.agreement

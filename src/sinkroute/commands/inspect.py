@@ -52,13 +52,6 @@ class InspectCommand:
 
 
 def run(arguments: list[str], console: Console) -> int:
-    # Compiled products that oneDNN remembers, one for each number of tokens that an expert may get: of 1024 some
-    # hundred MB come together. To be set before torch is loaded.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    from sinkroute.lab.files import write_json
-    from sinkroute.lab.inspect import is_run, write_page, write_viewer
-    from sinkroute.lab.inspect.loading import load_config
-
     command = tyro.cli(InspectCommand, args=arguments, prog="sinkroute inspect")
     # What cannot be written should not be found out after an hour.
     targets = []
@@ -73,6 +66,13 @@ def run(arguments: list[str], console: Console) -> int:
         except OSError as error:
             raise UsageError(f"--output {folder} cannot be made a folder: {error.strerror}") from error
         targets.append(folder / "inspect.json")
+    # Compiled products that oneDNN remembers, one for each number of tokens that an expert may get: of 1024 some
+    # hundred MB come together. To be set before torch is loaded.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    from sinkroute.lab.files import write_json
+    from sinkroute.lab.inspect import is_run, write_page, write_viewer
+    from sinkroute.lab.inspect.loading import load_config
+
     if command.against and not is_run(command.against):
         load_config(command.against)  # nor that it is not there
     audits = [_inspected(model, command, console) for model in (command.model, command.against) if model]

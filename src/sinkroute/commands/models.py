@@ -26,9 +26,10 @@ class ModelsCommand:
 
 
 def run(arguments: list[str], console: Console) -> int:
+    command = tyro.cli(ModelsCommand, args=arguments, prog="sinkroute models")
+
     from sinkroute.lab.models.listing import list_models, model_table
 
-    command = tyro.cli(ModelsCommand, args=arguments, prog="sinkroute models")
     models = list_models(command.names)
     if command.json:
         sys.stdout.write(json.dumps([model.json() for model in models], indent=1) + "\n")

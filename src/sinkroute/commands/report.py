@@ -29,11 +29,12 @@ class ReportCommand:
 
 
 def run(arguments: list[str], console: Console) -> int:
-    from sinkroute.lab.study import read_runs, result_table, write_picture, write_report
-
     command = tyro.cli(ReportCommand, args=arguments, prog="sinkroute report")
     if not command.runs:
         raise UsageError("report needs a RUN: sinkroute report runs/demo")
+
+    from sinkroute.lab.study import read_runs, result_table, write_picture, write_report
+
     runs = read_runs(command.runs)
     console.print(result_table(runs))
     out = Path(command.out) if command.out else Path(command.runs[0]) / "report.html"

@@ -21,11 +21,12 @@ class RoutersCommand:
 
 
 def run(arguments: list[str], console: Console) -> int:
+    command = tyro.cli(RoutersCommand, args=arguments, prog="sinkroute routers")
+
     from sinkroute.lab.overview import overview
     from sinkroute.routing.options import described
     from sinkroute.routing.registry import router_class
 
-    command = tyro.cli(RoutersCommand, args=arguments, prog="sinkroute routers")
     if command.name is None:
         console.print(overview(console.width), highlight=False, markup=False, soft_wrap=True)
         return 0

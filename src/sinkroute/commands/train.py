@@ -17,12 +17,6 @@ __all__ = ["run"]
 
 def run(arguments: list[str], console: Console) -> int:
     from sinkroute.lab.config import Config, find_preset, read_yaml
-    from sinkroute.lab.display import Display
-    from sinkroute.lab.interrupt import Interrupted, stop_on_signal
-    from sinkroute.lab.peers import join
-    from sinkroute.lab.run import execute
-    from sinkroute.lab.study import read_runs, result_table
-    from sinkroute.lab.tasks import load_data
 
     @dataclass
     class TrainCommand(Config):
@@ -51,6 +45,13 @@ def run(arguments: list[str], console: Console) -> int:
         command.label = "" if command.label == preset.label else command.label
     config = Config(**{name: value for name, value in vars(command).items() if name not in ("out", "fresh")})
     folder = Path(command.out or Path("runs") / path.stem)
+
+    from sinkroute.lab.display import Display
+    from sinkroute.lab.interrupt import Interrupted, stop_on_signal
+    from sinkroute.lab.peers import join
+    from sinkroute.lab.run import execute
+    from sinkroute.lab.tasks import load_data
+
     try:
         with stop_on_signal() as stop, Display(console) as display:
             peers = join(config.train.timeout_minutes, stop)
@@ -72,6 +73,9 @@ def run(arguments: list[str], console: Console) -> int:
         return 130
     if console.quiet:
         return 0
+
+    from sinkroute.lab.study import read_runs, result_table
+
     console.print(result_table(read_runs([folder])))
     shown = escape(str(folder))
     console.print(f"Run: [bold]{shown}[/]; a report of it: sinkroute report {shown}", highlight=False, soft_wrap=True)

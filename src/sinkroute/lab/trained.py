@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sinkroute.lab.checkpoint import latest_checkpoint, load_model
 from sinkroute.lab.config import Config, read_yaml
+from sinkroute.lab.folders import require_run
 from sinkroute.lab.models import SparseModel, make_model
 
 __all__ = ["TrainedRun", "load_run"]
@@ -42,10 +43,7 @@ def load_run(folder: Path) -> TrainedRun:
         ValueError: its configuration cannot be read.
         CheckpointError: its last checkpoint is damaged.
     """
-    if not (folder / "config.yaml").exists():
-        raise FileNotFoundError(
-            f"{folder} is no run: it has no config.yaml; pass a folder that sinkroute train or demo made"
-        )
+    require_run(folder)
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
         raise FileNotFoundError(f"{folder} has no checkpoint yet; let it train to train.checkpoint_every steps")

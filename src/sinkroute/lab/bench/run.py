@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from sinkroute.lab.bar import Bar
 from sinkroute.lab.bench.memory import extra_memory_mb
+from sinkroute.lab.bench.options import Bench
 from sinkroute.lab.bench.sizes import GRID, QUICK, Size
 from sinkroute.lab.bench.table import size_table
 from sinkroute.lab.bench.timing import compare
@@ -22,34 +22,7 @@ from sinkroute.lab.interrupt import Interrupted, StopRequest, stop_on_signal
 from sinkroute.lab.machine import machine
 from sinkroute.routing import list_routers
 
-__all__ = ["Bench", "begin", "run_bench", "settings_of"]
-
-
-@dataclass
-class Bench:
-    """Time and memory of every router's forward and backward pass, relative to plain top-k (softmax).
-
-    Sizes that are in the file already are not measured again.
-    """
-
-    sizes: tuple[str, ...] = ()
-    """Sizes TOKENSxEXPERTSxTOP_K, such as 4096x16x2; by default 4k, 32k, 128k x 16, 64, 256 x 1, 2, 8."""
-    routers: tuple[str, ...] = ()
-    """Routers beside softmax; by default all."""
-    quick: bool = False
-    """Three sizes, a few seconds each, for a first impression."""
-    seconds: float = 12.0
-    """How long the timing of a size may take (where passes are long it takes longer, for a few of each router)."""
-    repeats: int = 5
-    """Repeats; each gives one ratio per router."""
-    threads: int = 1
-    """Threads of torch."""
-    seed: int = 0
-    """Of the logits and of the order of calls."""
-    out: str = "runs/bench/routing.json"
-    """Where the figures are written, as JSON."""
-    fresh: bool = False
-    """Forget what is in the file."""
+__all__ = ["begin", "run_bench", "settings_of"]
 
 
 def settings_of(bench: Bench) -> dict[str, Any]:

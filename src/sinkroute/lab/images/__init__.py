@@ -13,8 +13,9 @@ Shapes: B images of a batch, C channels, H rows, W columns. A new data set is on
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sinkroute._lazy import lazily
 
 if TYPE_CHECKING:
     from sinkroute.lab.images.augment import DEIT, Augment
@@ -45,28 +46,23 @@ __all__ = [
 ]
 
 # Loaded when first asked for: the configuration needs `Augment`, and the command line's help no torch.
-_HOMES = {
-    "DEIT": "augment",
-    "IMAGES": "registry",
-    "Augment": "augment",
-    "BatchMixing": "transforms.mixing",
-    "EvaluationImages": "batches",
-    "ImageBatches": "batches",
-    "ImageData": "data",
-    "detection_aupr": "average_precision",
-    "evaluation_batches": "batches",
-    "list_images": "registry",
-    "load_images": "registry",
-    "load_shifted": "shifted",
-    "normalise": "transforms.scaling",
-    "read_wnids": "shifted",
-    "scale": "transforms.scaling",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(
+    __name__,
+    {
+        "DEIT": "augment",
+        "IMAGES": "registry",
+        "Augment": "augment",
+        "BatchMixing": "transforms.mixing",
+        "EvaluationImages": "batches",
+        "ImageBatches": "batches",
+        "ImageData": "data",
+        "detection_aupr": "average_precision",
+        "evaluation_batches": "batches",
+        "list_images": "registry",
+        "load_images": "registry",
+        "load_shifted": "shifted",
+        "normalise": "transforms.scaling",
+        "read_wnids": "shifted",
+        "scale": "transforms.scaling",
+    },
+)

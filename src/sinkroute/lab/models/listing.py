@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from sinkroute.lab.config import Config, StreamConfig, VisionConfig, find_preset, read_yaml, training_presets
 from sinkroute.lab.models.registry import make_model
@@ -68,9 +69,21 @@ def list_models(names: Sequence[str] = ()) -> list[ListedModel]:
     return sorted(listed, key=lambda model: (model.data, model.total, model.name))
 
 
+class _NoDraws(TorchFunctionMode):
+    """Initial weights are not drawn: on the meta device torch would load its compiler for that, a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in ("randn", "rand"):
+            func = torch.empty
+        elif name.endswith(("normal_", "uniform_")):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def _listed(name: str, config: Config) -> ListedModel:
     model = config.model
-    with torch.device("meta"):
+    with torch.device("meta"), _NoDraws():
         parameters = make_model(config).count_parameters()
     tokens = config.data.length
     if isinstance(model, VisionConfig):
