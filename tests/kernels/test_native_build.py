@@ -335,7 +335,7 @@ def test_what_a_killed_process_left_is_removed_later(place):
 def test_a_process_waits_no_longer_than_a_compiler_may_take(monkeypatch, place):
     monkeypatch.setattr(build, "SECONDS_TO_COMPILE", 0.2)
     place.folder.mkdir(mode=0o700)
-    lock = place.folder / f"kernels-{build._digest(build._compiler())}.lock"
+    lock = place.folder / f"kernels-{build._digest(build.compiler())}.lock"
     with build._alone(lock):
         found = find()
     assert found.kernels is None and "another process" in found.about and found.warning

@@ -38,10 +38,17 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Found", "find"]
+__all__ = ["LEVELS", "Found", "compiler", "find", "processor"]
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC")
+# The libraries of a wheel, by the processor that each is compiled for in place of "native", the fastest first: what a
+# processor must have, as Linux names it. One that has less compiles for itself.
+LEVELS = {
+    "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl avx avx2 bmi1 bmi2 f16c fma movbe abm",
+    "x86-64-v3": "avx avx2 bmi1 bmi2 f16c fma movbe abm",
+    "x86-64-v2": "cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3",
+}
 # Threads come from the OpenMP runtime that torch has loaded already, libgomp.so.1, where torch is built with that one.
 # Where OpenMP is not to be had, one thread has to do. The first that a compiler takes is used.
 THREADS = (("-mprefer-vector-width=512", "-fopenmp"), ("-fopenmp",), ("-fopenmp-simd",), ())
@@ -110,7 +117,7 @@ def _without(reason: str, cure: str) -> Found:
 
 
 def _find(declare: Callable[[ctypes.CDLL], None]) -> Found:
-    command = _compiler()
+    command = compiler()
     if not command:
         return Found(None, "no C compiler: install gcc or clang, or set CC, for faster solving on a CPU")
     name = f"kernels-{_digest(command)}"
@@ -281,7 +288,7 @@ def _said_if_it_takes_long() -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------- compiling
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
     try:
         command = shlex.split(os.environ.get("CC", ""))
     except ValueError as error:
@@ -291,13 +298,14 @@ def _compiler() -> list[str]:
 
 def _digest(command: list[str]) -> str:
     """Of all that the library depends on, the processor too: a home may be shared between machines."""
-    digest = hashlib.sha256("\0".join([*command, repr((FLAGS, THREADS)), _processor()]).encode(errors="replace"))
+    digest = hashlib.sha256("\0".join([*command, repr((FLAGS, THREADS)), processor()]).encode(errors="replace"))
     for source in (*sorted(SOURCES.glob("*.c")), *sorted(SOURCES.glob("*.h"))):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:24]
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What this processor can do, in Linux's words; elsewhere its name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
