@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+from sinkroute.adapters.hf.contracts import Decision, Site, Triple
+from sinkroute.adapters.hf.scoring import Scoring, Source
 from sinkroute.lab.inspect import InspectError, inspect_checkpoint
-from sinkroute.lab.inspect.tally import Tallies
+from sinkroute.lab.inspect.tally import Tallies, Tally
 
 from .conftest import BOS, CONFIGS, SPECIAL, build, ids_of
 from .oracle import best, chosen, logits_of, plan, softmax
@@ -114,6 +117,30 @@ def test_ssr_is_the_top_k_of_a_plan_over_each_batch(
         assert found.max_vio_batch == pytest.approx(sum(worst) / 2)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_recommended_router_serves_what_follows_evenly(bias: bool) -> None:
+    """Four batches of logits whose first experts are liked best, of a model with a correction bias and one without."""
+    found = Scoring(Triple(), 8, 2, gate_weight=Source("host", "weight"))
+    if bias:
+        found = replace(found, score="sigmoid", correction=Source("host", "e_score_correction_bias"))
+    tally = Tally(Site("gate", nn.Identity(), nn.Identity()), found, "drawn", 64, False, 0)
+    generator = torch.Generator().manual_seed(0)
+    loads = []
+    for _ in range(4):
+        logits_TE = torch.randn(1024, 8, generator=generator) - 0.4 * torch.arange(8)
+        weights_TK, experts_TK = logits_TE.softmax(-1).topk(2)
+        loads.append(experts_TK.flatten().bincount(minlength=8))
+        tally.calls += 1
+        tally.count(Decision(logits_TE, weights_TK, experts_TK))
+    layer = tally.layer()
+    dual = layer.alternatives["ssr-dual"]
+    assert layer.kept_in == ("e_score_correction_bias" if bias else "weight")
+    assert min(max(load.tolist()) / 256 - 1 for load in loads) > 1
+    assert 0 < dual.max_vio_batch < 0.25  # of 256 tokens an expert; chance alone gives about 0.1
+    assert dual.score_lost == pytest.approx(layer.alternatives["balanced"].score_lost, abs=0.03)
+    assert int(dual.load.sum()) == 4 * 2048
+
+
 def test_the_gates_entropy_is_of_its_scores_over_that_of_chance(save: Save, text: Path, characters: str) -> None:
     audit = inspect_checkpoint(str(save("mixtral")), text, tokens=40, length=10)
     for layer, logits in zip(audit.layers, logits_of(build("mixtral"), windows_of(characters, 10, 4)), strict=True):
@@ -166,7 +193,7 @@ def test_the_json_has_all_there_is_and_is_json(save: Save, text: Path) -> None:
     layer = found["layers"][0]
     assert layer["path"] == "model.layers.0.mlp.gate"
     assert (layer["experts"], layer["top_k"], sum(layer["load"])) == (8, 2, 80)
-    assert set(layer["alternatives"]) == {"ssr-l", "ssr-s", "balanced"}
+    assert set(layer["alternatives"]) == {"ssr-l", "ssr-s", "ssr-dual", "balanced"}
     vio = [one["max_vio"] for one in found["layers"]]
     assert found["summary"]["max_vio_mean"] == pytest.approx(sum(vio) / 2)
     assert found["summary"]["max_vio_worst"] == max(vio)

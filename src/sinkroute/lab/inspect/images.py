@@ -129,6 +129,7 @@ class _Watched(Tally):
         theirs: dict[str, Any] = {name: getattr(router, name) for name in SCORING}
         scoring = Scoring(Triple(), router.num_experts, router.top_k, **theirs)
         super().__init__(Site(path, router, router), scoring, run, length, False, kept)
+        self.kept_in = "the layer's state"
         self.handle = router.register_forward_hook(self.watch)
 
     def watch(self, router: nn.Module, args: tuple[Any, ...], routes: Routes) -> None:

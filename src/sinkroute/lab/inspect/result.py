@@ -67,6 +67,8 @@ class Layer:
         max_vio_batch: MaxVio of single batches, mean.
         alternatives: by name; empty where the rule is not understood.
         choices: of the tokens that the viewer shows; None where there are no such tokens.
+        kept_in: the tensor of the model that would hold what the recommended router learns: its correction bias, or its
+            gate; None where it has neither.
     """
 
     path: str
@@ -80,6 +82,7 @@ class Layer:
     max_vio_batch: float | None = None
     alternatives: dict[str, Alternative] = field(default_factory=dict)
     choices: Choices | None = None
+    kept_in: str | None = None
 
     @property
     def max_vio(self) -> float | None:
@@ -126,6 +129,7 @@ class Layer:
             "near_dead": self.near_dead,
             "gate_entropy": self.gate_entropy,
             "load": self.load.tolist(),
+            "kept_in": self.kept_in,
             "alternatives": {name: other.json() for name, other in self.alternatives.items()},
         }
 

@@ -6,6 +6,8 @@ training step would:
 
     ssr-l, ssr-s    what an SSR router with its defaults does on a Sinkhorn step, without noise: the top k of the plan,
                     within the model's groups
+    ssr-dual        the router that `sinkroute.patch` takes unless told, as it would serve: every batch by what it has
+                    learned of those before, the first by what it learns of that one
     balanced        of all routings with equal loads (as whole tokens allow) one with the largest sum of the model's own
                     scores, groups aside: what balance costs at the least
 """
@@ -25,8 +27,10 @@ from sinkroute.lab.inspect.result import Alternative, Layer
 from sinkroute.lab.inspect.text import InspectError
 from sinkroute.routing import create_router
 from sinkroute.routing.metrics import max_violation, router_entropy, saturation
+from sinkroute.routing.registry import RECOMMENDED
 from sinkroute.routing.router import Router
 from sinkroute.routing.scores import scores
+from sinkroute.routing.step import end_step, set_step
 from sinkroute.transport import balanced_topk
 
 __all__ = ["Tallies", "Tally"]
@@ -80,10 +84,11 @@ class Tally:
         self.site, self.checkpoint, self.length, self.begun = site, checkpoint, length, begun
         self.scoring = found if isinstance(found, Scoring) else None
         self.reason = found if isinstance(found, str) else None
+        self.kept_in = None if self.scoring is None else _kept_in(self.scoring)
         self.contract: Contract | None = None if self.scoring is None else self.scoring.contract
         self.calls, self.tokens, self.entropy, self.max_vio, self.score = 0, 0, 0.0, 0.0, 0.0
         self.decided = False
-        self.top_k = 0
+        self.top_k, self.batches = 0, 0
         self.load_E = torch.zeros(0)
         self.others: dict[str, _Other] = {}
         self.routers: dict[str, Router] = {}
@@ -131,7 +136,10 @@ class Tally:
             sizes = {"num_experts": self.scoring.num_experts, "top_k": self.scoring.top_k}
             for name in _SSR:
                 self.routers[name] = create_router(name, **sizes, **self.scoring.theirs(), probability=1.0, noise=0.0)
-            self.others = {name: _Other(len(self.load_E)) for name in (*_SSR, "balanced")}
+            if self.kept_in is not None:
+                on = {"bias_on": self.scoring.correction_on} if self.scoring.correction else {}
+                self.routers[RECOMMENDED] = create_router(RECOMMENDED, **sizes, **self.scoring.theirs(), **on)
+            self.others = {name: _Other(len(self.load_E)) for name in (*self.routers, "balanced")}
 
     def compare(self, scoring: Scoring, logits_TE: Tensor, decision: Decision) -> None:
         """Add up what the alternatives would change."""
@@ -141,11 +149,31 @@ class Tally:
         self.score += scores_TE.gather(-1, experts_TK).double().sum().item()
         choices = {"balanced": balanced_topk(scores_TE, scoring.top_k, tol=0).experts}
         for name, router in self.routers.items():
+            if name == RECOMMENDED:
+                choices[name] = self.served(router, logits_TE)
+                continue
             router.set_step(self.calls)
             choices[name] = router(logits_TE).experts
         for name, others_TK in choices.items():
             self.others[name].add(scores_TE, experts_TK, others_TK)
         self.keeper.add(experts_TK, decision.weights_TK, scores_TE, choices["balanced"])
+
+    def served(self, router: Router, logits_TE: Tensor) -> Tensor:
+        """(T, K) experts by what the router has learned of the batches before, and of this one if it is the first."""
+
+        def learn() -> None:
+            set_step(router.train(), self.batches)
+            router(logits_TE)
+            end_step(router)
+
+        first = self.batches == 0
+        if first:
+            learn()
+        experts_TK = router.eval()(logits_TE).experts
+        if not first:
+            learn()
+        self.batches += 1
+        return experts_TK
 
     def layer(self) -> Layer:
         reason, router = self.reason, type(self.site.host).__name__
@@ -171,6 +199,7 @@ class Tally:
                 for name, other in self.others.items()
             },
             choices=self.keeper.choices(),
+            kept_in=self.kept_in,
         )
 
     def _counted(self, values_TX: Tensor) -> Tensor:
@@ -204,6 +233,12 @@ class _Other:
             load=self.load_E,
             max_vio_batch=self.max_vio / batches,
         )
+
+
+def _kept_in(scoring: Scoring) -> str | None:
+    """What of the model would hold what the recommended router learns."""
+    held = scoring.correction or scoring.gate_bias or scoring.gate_weight
+    return held and held.name
 
 
 def _count(experts_TK: Tensor, experts: int) -> Tensor:
