@@ -74,6 +74,11 @@ class Curve:
         return bool(np.isfinite(self.mean).any())
 
 
+def _places(groups: Sequence[Group]) -> list[int]:
+    """Which ink of the page each method has."""
+    return [group.place for group in groups]
+
+
 def smooth(values: np.ndarray) -> np.ndarray:
     """Moving average over an eighth of the points (none below 12 points); what is not finite stays so.
 
@@ -329,7 +334,7 @@ def _reference(ax: Axes, theme: Theme, baselines: Mapping[str, Any], lines: Sequ
 
 def training_figure(groups: Sequence[Group], inks: Sequence[Ink], baselines: Mapping[str, Any]) -> str:
     """The training loss in the runs' metric: the whole run on the left, its last 60 % on the right."""
-    theme, metric = page_theme(len(groups)), _metric(groups)
+    theme, metric = page_theme(1 + max(_places(groups))), _metric(groups)
     with settings("none"):
         fig = Figure(figsize=(WIDTH, 4.3))
         whole = fig.add_axes((0.045, 0.115, 0.30, 0.76))
@@ -345,7 +350,7 @@ def training_figure(groups: Sequence[Group], inks: Sequence[Ink], baselines: Map
         start = 0.4 * end
         for ax in (whole, close):
             style(ax, theme)
-            for which, (group, line) in enumerate(zip(groups, lines, strict=True)):
+            for which, (group, line) in zip(_places(groups), zip(groups, lines, strict=True), strict=True):
                 _draw_curve(ax, theme, inks, which, line, _stop(group, line))
                 points = [point for point in _evals(group.drawn) if ax is whole or point[0] >= start]
                 if points:
@@ -380,7 +385,7 @@ def training_figure(groups: Sequence[Group], inks: Sequence[Ink], baselines: Map
         _reference(close, theme, baselines, lines)
         ends: list[tuple[int, float, float, str]] = []
         early: list[tuple[int, float, float, str]] = []
-        for which, (group, line) in enumerate(zip(groups, lines, strict=True)):
+        for which, (group, line) in zip(_places(groups), zip(groups, lines, strict=True), strict=True):
             if not line.drawable:
                 continue
             x, y = _last(line)
@@ -413,8 +418,8 @@ def _evals(runs: Sequence[Run]) -> list[tuple[float, float]]:
 
 def balance_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
     """MaxVio over training, with the share of Sinkhorn calls of the selective methods below."""
-    theme = page_theme(len(groups))
-    selective = [(which, group) for which, group in enumerate(groups) if group.selective]
+    theme = page_theme(1 + max(_places(groups)))
+    selective = [(which, group) for which, group in zip(_places(groups), groups, strict=True) if group.selective]
     with settings("none"):
         strip = 0.26 * len(selective) + (0.18 if selective else 0.0)
         height = 4.1 + strip
@@ -456,7 +461,7 @@ def _balance_panel(
     values = np.concatenate([side[np.isfinite(side)] for line in lines for side in (line.mean, line.low, line.high)])
     # Methods that differ by more than a factor of 20 cannot be read on one linear axis.
     log = bool(values.min() > 0 and values.max() / values.min() > 20)
-    for which, (group, line) in enumerate(zip(groups, lines, strict=True)):
+    for which, (group, line) in zip(_places(groups), zip(groups, lines, strict=True), strict=True):
         _draw_curve(ax, theme, inks, which, line, _stop(group, line))
     if log:
         ax.set_yscale("log")
@@ -475,7 +480,7 @@ def _balance_panel(
         ax.set_xlabel("training step", fontsize=9)
     heading(ax, theme, "MaxVio", "mean over layers" + (", logarithmic" if log else "") + "; 0 = perfectly even", lift)
     ends = []
-    for which, (group, line) in enumerate(zip(groups, lines, strict=True)):
+    for which, (group, line) in zip(_places(groups), zip(groups, lines, strict=True), strict=True):
         if line.drawable:
             x, y = _last(line)
             ends.append((which, x, y, " · ".join(part for part in (group.label, _stop(group, line)) if part)))
@@ -494,8 +499,8 @@ def _load_rgba(relative: np.ndarray) -> np.ndarray:
 
 def experts_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
     """Load per expert over training: a row of panels per method (its first seed), a panel per layer."""
-    theme = page_theme(len(groups))
-    runs = [(which, group, group.runs[0]) for which, group in enumerate(groups)]
+    theme = page_theme(1 + max(_places(groups)))
+    runs = [(which, group, group.runs[0]) for which, group in zip(_places(groups), groups, strict=True)]
     histories = {which: load_history(run) for which, _, run in runs}
     layers = max((loads.shape[1] for _, loads in histories.values() if loads.size), default=0)
     across = min(max(layers, 1), 6)
@@ -578,9 +583,10 @@ def _scale(fig: Figure, theme: Theme, place: tuple[float, float, float, float]) 
 
 def serving_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
     """Serving load per expert, sorted within each layer: a row per method, a panel per layer."""
-    theme = page_theme(len(groups))
+    theme = page_theme(1 + max(_places(groups)))
     loads: dict[int, np.ndarray] = {}
-    for which, group in enumerate(groups):
+    labels = {group.place: group.label for group in groups}
+    for which, group in zip(_places(groups), groups, strict=True):
         for run in group.finished[:1]:
             try:
                 load = np.asarray(((run.result or {}).get("serving") or {}).get("load"), dtype=float)
@@ -633,7 +639,7 @@ def serving_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
                 if row == 0 or deep > 1:
                     ax.set_title(f"layer {layer + 1}", loc="left", color=theme.muted, fontsize=9, pad=6)
             y = (foot + (rows - deep * row - 0.5) * each) / height
-            fig.text(left - 0.014, y, short(groups[which].label, 20), ha="right", va="center", fontweight="bold",
+            fig.text(left - 0.014, y, short(labels[which], 20), ha="right", va="center", fontweight="bold",
                      color=theme.methods[which], fontsize=10, gid=f"m m{which}")  # fmt: skip
         fig.text(left, 0.06 / height, "experts, busiest first", color=theme.muted, fontsize=9)
         fig.text(left + width - 0.016, 0.06 / height, "dashed line = fair share · cross = dead expert", ha="right",
@@ -643,9 +649,9 @@ def serving_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
 
 def scatter_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
     """The metric in validation against serving MaxVio: a large mark per method, a small one per seed."""
-    theme, metric = page_theme(len(groups)), _metric(groups)
+    theme, metric = page_theme(1 + max(_places(groups))), _metric(groups)
     clouds = []
-    for which, group in enumerate(groups):
+    for which, group in zip(_places(groups), groups, strict=True):
         pairs = [
             (vio, quality)
             for run in group.finished
@@ -692,7 +698,7 @@ def scatter_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
 
 def standing_figure(groups: Sequence[Group], inks: Sequence[Ink], baselines: Mapping[str, Any]) -> str:
     """The metric in validation, one line per method."""
-    theme = page_theme(len(groups))
+    theme = page_theme(1 + max(_places(groups)))
     with settings("none"):
         fig = Figure(figsize=(WIDTH, 0.85 + 0.4 * max(len(groups), 2)))
         height = fig.get_figheight()
@@ -709,7 +715,7 @@ def _standing_panel(
     ax.spines["bottom"].set_visible(False)
     ax.set_ylim(len(groups) - 0.5, -0.55)
     ax.set_yticks(range(len(groups)), [short(group.label, 20) for group in groups])
-    for which, tick in enumerate(ax.get_yticklabels()):
+    for which, tick in zip(_places(groups), ax.get_yticklabels(), strict=True):
         tick.set_color(theme.methods[which])
         tick.set_fontweight("bold")
         tick.set_fontsize(10)
@@ -750,24 +756,24 @@ def _standing_panel(
     if off["right"]:
         ax.annotate(", ".join(off["right"]) + " →", (1, 1), (0, rise), xycoords="axes fraction",
                     textcoords="offset points", color=theme.muted, fontsize=8.5, ha="right")  # fmt: skip
-    for which, (found, spread) in enumerate(zip(values, spreads, strict=True)):
+    for row, (which, found, spread) in enumerate(zip(_places(groups), values, spreads, strict=True)):
         colour, gid = theme.methods[which], f"m m{which}"
         if spread is None or not math.isfinite(spread.mean):
             text = "not finished" if spread is None else f"diverged ({spread.text(metric.digits)})"
-            ax.annotate(text, (0, which), (6, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+            ax.annotate(text, (0, row), (6, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
                         color=theme.muted, fontsize=9, va="center", style="italic")  # fmt: skip
             continue
         if spread.half is not None:
-            ax.plot([spread.mean - spread.half, spread.mean + spread.half], [which, which], color=colour, linewidth=5,
+            ax.plot([spread.mean - spread.half, spread.mean + spread.half], [row, row], color=colour, linewidth=5,
                     alpha=0.28, solid_capstyle="round", gid=gid)  # fmt: skip
         if len(found) > 1:
-            ax.plot(found, [which] * len(found), linestyle="", marker="o", markersize=4, color=colour, alpha=0.7,
+            ax.plot(found, [row] * len(found), linestyle="", marker="o", markersize=4, color=colour, alpha=0.7,
                     markeredgewidth=0, gid=gid)  # fmt: skip
         ax.plot(
-            [spread.mean], [which], marker=inks[which].marker, markersize=10, color=colour, markeredgewidth=0, gid=gid
+            [spread.mean], [row], marker=inks[which].marker, markersize=10, color=colour, markeredgewidth=0, gid=gid
         )
         ax.annotate(
-            metric.text(spread.mean), (1, which), (12, 0), xycoords=("axes fraction", "data"),
+            metric.text(spread.mean), (1, row), (12, 0), xycoords=("axes fraction", "data"),
             textcoords="offset points", color=theme.ink, fontsize=10, va="center", annotation_clip=False, gid=gid,
         )  # fmt: skip
 

@@ -158,7 +158,8 @@ class Results:
 
     def groups(self, size: str) -> list[Group]:
         """The methods at one size, with the runs that are begun."""
-        return group_runs([run for run in self.runs if run.size == size and run.state.kind != "waiting"])
+        begun = [run for run in self.runs if run.size == size and run.state.kind != "waiting"]
+        return group_runs(begun, self.methods)
 
     def counts(self, size: str, method: str) -> tuple[int, int]:
         """Runs that are done, and runs that are planned."""

@@ -146,11 +146,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one method under one heading: they share a label and differ in their seeds."""
+    """The runs of one method under one heading: they share a label and differ in their seeds.
+
+    `place` says which of the page's inks the method has, under every heading the same.
+    """
 
     label: str
     method: str
     runs: tuple[Run, ...]
+    place: int
 
     @property
     def finished(self) -> tuple[Run, ...]:
@@ -310,12 +314,13 @@ def read_baselines(given: Mapping[str, Any] | str | Path | None, runs: Sequence[
     return found
 
 
-def group_runs(runs: Iterable[Run]) -> list[Group]:
-    """The runs by label, in the order in which the labels first appear."""
+def group_runs(runs: Iterable[Run], labels: Sequence[str] = ()) -> list[Group]:
+    """The runs by label, in the order in which the labels first appear; `labels`: all of the page."""
     by_label: dict[str, list[Run]] = {}
     for run in runs:
         by_label.setdefault(run.label, []).append(run)
-    return [Group(label, members[0].method, tuple(members)) for label, members in by_label.items()]
+    places = {label: place for place, label in enumerate(labels or by_label)}
+    return [Group(label, runs[0].method, tuple(runs), places[label]) for label, runs in by_label.items()]
 
 
 def common_metric(runs: Sequence[Run]) -> Quality:
