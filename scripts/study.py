@@ -30,6 +30,7 @@ from scipy import stats
 from sinkroute.lab.study.cells import Plan, expand
 from sinkroute.lab.study.config import find_comparison, read_comparison
 from sinkroute.lab.study.keep import keep, restore
+from sinkroute.lab.study.power import detectable
 from sinkroute.lab.study.statistics import LEVEL, holm, paired
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,8 +41,6 @@ PAGES = (ROOT / "docs" / "study.md", ROOT / "docs" / "leaderboard.md")
 UNTIMED = "train.ms_per_step"
 MARK = re.compile(r"(<!-- study: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-# What a test finds in four of five comparisons if it is there: the usual power.
-POWER = 0.8
 # Where loads are counted: tokens (of two heads, twice as many), experts, top-k. Serving adds up all that is evaluated.
 COUNTED = {
     "a step on bytes or words": (512, 16, 2),
@@ -263,27 +262,6 @@ def _compute() -> str:
     return "\n".join(lines) + "\n"
 
 
-def power(effect: float, n: int, level: float = LEVEL) -> float:
-    """How often a two-sided paired t-test at `level` tells a true difference of `effect` standard deviations.
-
-    >>> round(power(1.0, 10), 2)
-    0.8
-    """
-    edge, shift = stats.t.ppf(1 - level / 2, n - 1), effect * math.sqrt(n)
-    return float(stats.nct.sf(edge, n - 1, shift) + stats.nct.cdf(-edge, n - 1, shift))
-
-
-def tellable(n: int, level: float = LEVEL) -> float:
-    """The difference, in standard deviations of the pairs, that n seeds tell with a power of 80 %, by bisection."""
-    low, high = 0.0, 1.0
-    while power(high, n, level) < POWER:
-        high *= 2
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if power(middle, n, level) < POWER else (low, middle)
-    return high
-
-
 def _power() -> str:
     lines = [
         "| comparison | unit | seeds | scatter of a pair: median (from – to) | told by one test | told first of all |",
@@ -299,7 +277,7 @@ def _power() -> str:
         scatter = [row["half"] * math.sqrt(row["n"]) / stats.t.ppf(0.975, row["n"] - 1) for row in rows]
         digits = metric["digits"]
         middle = median(scatter)
-        alone, first = middle * tellable(n), middle * tellable(n, LEVEL / len(rows))
+        alone, first = middle * detectable(n), middle * detectable(n, LEVEL / len(rows))
         cells = [found["title"], metric["title"].removeprefix("valid "), str(n)]
         cells += [f"{middle:.{digits}f} ({min(scatter):.{digits}f} – {max(scatter):.{digits}f})"]
         cells += [f"{alone:.{digits}f}", f"{first:.{digits}f} of {len(rows)}"]

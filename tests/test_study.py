@@ -93,13 +93,6 @@ def test_a_cell_of_a_pair_table_has_its_p_corrected_for_all_of_the_table(study):
     assert ours == pytest.approx(0.126, abs=0.001)
 
 
-def test_the_power_of_a_paired_test_is_how_often_it_tells_a_difference_that_is_there(study):
-    assert study.power(0.0, 3) == pytest.approx(0.05)  # nothing is there: the level
-    draws = np.random.default_rng(0).standard_normal((20000, 3)) + study.tellable(3)
-    told = stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05
-    assert told.mean() == pytest.approx(0.8, abs=4 * math.sqrt(0.8 * 0.2 / 20000))
-
-
 def test_the_floor_of_max_vio_is_that_of_tokens_that_choose_by_chance(study):
     # Two tokens, two experts: 2 and 0 in half of the cases (MaxVio 1), else 1 and 1 (MaxVio 0).
     mean, error = study.floor(2, 2, 1)

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 import sinkroute
-from sinkroute.lab.config import parse_scalar
+from sinkroute.lab.config import parse_scalar, preset_folder
 from sinkroute.lab.files import write_json, write_text
 from sinkroute.lab.interrupt import stop_on_signal
 from sinkroute.lab.study.cells import Cell, Plan, expand, select
@@ -64,6 +64,10 @@ class CompareCommand:
     """Only say how far each run is."""
     report: bool = False
     """Only read what is there, and write table, page and JSON."""
+    power: bool = False
+    """Run nothing: how many seeds the primary comparison needs, by the scatter of earlier results."""
+    earlier: tuple[str, ...] = ()
+    """For --power: results.json files, or folders; by default those of the repository's study."""
     markdown: str | None = None
     """Also write the table here, to paste it."""
     submit: str | None = None
@@ -92,6 +96,9 @@ def run_compare(command: CompareCommand, console: Console) -> int:
         seeds=command.seeds,
         overrides=[word for words in command.set for word in words],
     )
+    if command.power:
+        _power(plan, command.earlier, console)
+        return 0
     chosen = select(plan, command.only, command.sizes_only)
     kept = [cell for cell in plan.cells if not (command.fresh and cell in chosen)]
     check_folders(kept, plan.out)
@@ -107,6 +114,16 @@ def run_compare(command: CompareCommand, console: Console) -> int:
         console.print("[yellow]Interrupted[/]: the same command continues from the last checkpoints.", soft_wrap=True)
         return 130
     return 1 if failed else 0
+
+
+def _power(plan: Plan, earlier: Sequence[str], console: Console) -> None:
+    from sinkroute.lab.study.power import power_tables, read_sources
+
+    results = preset_folder().parent / "benchmarks" / "results" / "study"
+    tables, notes = power_tables(plan, read_sources(earlier or [results]))
+    console.print(f"[bold]{escape(plan.title)}[/]", *tables, sep="\n", highlight=False)
+    for note in notes:
+        console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _report(plan: Plan, console: Console, target: str | None) -> bool:
