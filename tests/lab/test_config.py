@@ -17,10 +17,13 @@ from sinkroute.lab.config import (
     find_preset,
     from_mapping,
     parse_scalar,
+    preset_folder,
     read_yaml,
     to_mapping,
     write_yaml,
 )
+from sinkroute.lab.study.cells import configuration_hash, expand
+from sinkroute.lab.study.config import read_comparison
 from sinkroute.lab.study.demo import DemoConfig
 
 
@@ -68,6 +71,14 @@ def test_missing_keys_keep_their_defaults() -> None:
         ({"model": {"name": "vit", "vocab": 256}}, "unknown key in model 'vocab'"),
         ({"model": {"name": ["vit"]}}, r"unknown value of model\.name: "),
         ({"model": "vit"}, "model must be a mapping"),
+        ({"train": {"lr": True}}, r"train\.lr must be float, got True \(bool\)"),
+        ({"train": {"lr": float("inf")}}, r"train\.lr must be a finite number above 0, got inf"),
+        ({"train": {"trackers": "wandb"}}, r"train\.trackers must be tuple, got 'wandb' \(str\)"),
+        ({"model": {"dense_blocks": 1, "name": "stream"}}, r"model\.dense_blocks must be bool, got 1 \(int\)"),
+        ({"data": {"augment": {"flip": 2}}}, r"data\.augment\.flip must be from 0 to 1, got 2"),
+        ({"router": {"options": {"reg": [1]}}}, r"router\.options\.reg must be a number, a word, .* got \[1\]"),
+        ({"eval": {"attacks": {"word-swap": 5}}}, r"eval\.attacks\.word-swap must be a mapping"),
+        ({5: {}}, "unknown key in configuration 5"),
         ({"train": {"lr": -1.0}}, r"train\.lr must be a finite number above 0, got -1"),
     ],
 )
@@ -80,6 +91,40 @@ def test_an_error_in_a_file_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("train: {stepz: 5}")
     with pytest.raises(ValueError, match=r"bad\.yaml: unknown key in train 'stepz'"):
         read_yaml(Config, tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "# train: {steps: 5}\n"])
+def test_a_file_that_says_nothing_is_refused_by_name(text: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"empty\.yaml is empty; write"):
+        read_yaml(Config, tmp_path / "empty.yaml")
+
+
+def test_an_option_of_a_router_at_the_wrong_level_is_sent_to_the_right_one() -> None:
+    with pytest.raises(ValueError, match=r"router 'probability'.*belongs under options: .*options: {probability: "):
+        from_mapping(Config, {"router": {"name": "ssr-l", "probability": 0.1}})
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    with pytest.raises(ValueError) as error:
+        from_mapping(Config, {"train": {"lr": -1, "stepz": 5}, "model": {"name": "vit", "heads": 0}})
+    told = str(error.value).splitlines()
+    assert [line.split(",")[0].split(";")[0] for line in told] == [
+        "model.heads must be 1 or more",
+        "train.lr must be a finite number above 0",
+        "unknown key in train 'stepz'",
+    ]
+
+
+def test_sections_made_in_python_are_checked_too() -> None:
+    with pytest.raises(ValueError, match=r"^train\.lr must be a finite number above 0, got -1$"):
+        TrainConfig(lr=-1)
+    with pytest.raises(ValueError, match=r"train\.batch=5 must be a multiple"):
+        Config(train=TrainConfig(batch=5, accumulation=2))
+
+
+def test_words_that_look_like_numbers_stay_words_where_words_are_meant() -> None:
+    assert from_mapping(DataConfig, {"path": "2024"}).path == "2024"
 
 
 def test_what_is_no_yaml_is_refused_and_named(tmp_path: Path) -> None:
@@ -153,6 +198,36 @@ def test_every_preset_can_be_read() -> None:
     assert {"demo", "selective", "wikipedia-ssr", "wikipedia-stream"} <= set(presets)
     for name, text in presets.items():
         read_yaml(DemoConfig if "\nmethods:" in text else Config, find_preset(name))
+
+
+# As they were on the day before the settings were pydantic's: runs of that day are continued.
+HASHES = {
+    "default": "da7a20aa961d14b2",
+    "digits-vit": "893d00a13d1727b9",
+    "enwik8-small": "ba2d60c163ffe7c7",
+    "imagenet-vit-ti16": "2922064089b407b4",
+    "mnist5k-vit": "03d2a5fe3eab52bb",
+    "wikipedia-ssr": "8e6571cdb88911f9",
+    "wikipedia-stream": "7ccca1e5a734db5c",
+    "wikitext103-glam": "a99dd321b429c701",
+    "wikitext103-small-2h": "e0486c5d486e77f4",
+    "study/dual/vanilla-seed20": "150dbe10035083b9",
+    "study/dual-shift/vanilla-seed50": "7ce12a7e782b2958",
+    "study/vision/vanilla-seed0": "e8e0438b1350725f",
+    "study/paper-lm-words/vanilla-seed0": "0f7a2a2fda179240",
+    "study/ablation-p/vanilla-seed0": "8ea8d8aa67300d5d",
+}
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_the_hash_by_which_earlier_runs_are_found_again_stays(name: str) -> None:
+    if "/" in name:
+        folder, study, cell = name.split("/")
+        path = preset_folder() / folder / f"{study}.yaml"
+        found = next(each.hash for each in expand(path, read_comparison(path)).cells if each.name == cell)
+    else:
+        found = configuration_hash(Config() if name == "default" else read_yaml(Config, find_preset(name)))
+    assert found.startswith(HASHES[name])
 
 
 def test_every_router_of_a_comparison_can_be_made() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ __all__ = ["run"]
 
 def run(arguments: list[str], console: Console) -> int:
     from sinkroute.lab.config import Config, find_preset, read_yaml
+    from sinkroute.lab.settings import settings
 
-    @dataclass
+    @settings()
     class TrainCommand(Config):
         """Train one model, evaluate and attack it. CONFIG is a YAML file or a preset; every value can be overridden.
 
@@ -41,6 +41,9 @@ def run(arguments: list[str], console: Console) -> int:
     if command.router.name == preset.router.name:
         command.router.options = {**preset.router.options, **options}
     else:  # options and label of the preset belong to its own router
+        if left_out := ", ".join(f"{name}={value}" for name, value in preset.router.options.items()):
+            words = f"--router.name {command.router.name} leaves out {left_out}: options of {preset.router.name}"
+            console.print(escape(words), highlight=False, soft_wrap=True)
         command.router.options = options
         command.label = "" if command.label == preset.label else command.label
     config = Config(**{name: value for name, value in vars(command).items() if name not in ("out", "fresh")})

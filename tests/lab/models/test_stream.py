@@ -340,8 +340,8 @@ def test_of_two_sub_tokens_a_token_meets_twice_as_many_experts() -> None:
     ("change", "message"),
     [
         ({"heads": 3}, "d_model=8 must be a multiple of heads=3"),
-        ({"layers": 0}, "layers and span must be 1 or more"),
-        ({"span": 0}, "layers and span must be 1 or more"),
+        ({"layers": 0}, r"model\.layers must be 1 or more, got 0"),
+        ({"span": 0}, r"model\.span must be 1 or more, got 0"),
         ({"sub_tokens": 0}, "sub_tokens must be 1 or more, got 0"),
         ({"sub_tokens": 3}, "heads must divide d_model=8, got 3"),
         ({"dropout": 1.0}, "dropout must be 0 or more and below 1, got 1.0"),

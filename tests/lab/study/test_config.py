@@ -68,7 +68,10 @@ def test_a_ring_of_files_is_refused(write: Write) -> None:
         ({"methods": {"a": {}}, "seeds": [1, 1]}, "seeds must differ"),
         ({"methods": {"a": {}}, "jobs": 0}, "jobs must be 1 or more, got 0"),
         ({"methods": {"a": {}}, "primary": {"effect": 0.1}}, "primary.method is empty"),
-        ({"methods": {"a": {}}, "primary": {"method": "a", "effect": -1}}, "primary.effect must be above 0, got -1"),
+        (
+            {"methods": {"a": {}}, "primary": {"method": "a", "effect": -0.1}},
+            r"primary\.effect must be a finite number above 0, got -0\.1",
+        ),
         ({"methods": {"a": {}}, "primary": {"methd": "a"}}, "unknown key in primary 'methd'; did you mean 'method'"),
         ({"extends": 3}, "extends must be a name or a path, got 3"),
     ],

@@ -35,11 +35,7 @@ class Decoder(SparseModel):
 
     def __init__(self, config: ModelConfig, router: RouterConfig) -> None:
         super().__init__()
-        if config.layers < 1 or config.vocab < 2:
-            raise ValueError(
-                f"layers must be 1 or more and vocab 2 or more, got layers={config.layers}, vocab={config.vocab}"
-            )
-        if config.heads < 1 or config.d_model % (2 * config.heads):
+        if config.d_model % (2 * config.heads):
             raise ValueError(
                 f"d_model={config.d_model} must be a multiple of 2 * heads (heads={config.heads}): "
                 "each head rotates pairs of numbers"

@@ -48,12 +48,7 @@ class StreamDecoder(SparseModel):
 
     def __init__(self, config: StreamConfig, router: RouterConfig) -> None:
         super().__init__()
-        if config.layers < 1 or config.vocab < 2 or config.span < 1:
-            raise ValueError(
-                "layers and span must be 1 or more and vocab 2 or more, "
-                f"got layers={config.layers}, span={config.span}, vocab={config.vocab}"
-            )
-        if config.heads < 1 or config.d_model % config.heads:
+        if config.d_model % config.heads:
             raise ValueError(f"d_model={config.d_model} must be a multiple of heads={config.heads}")
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.d_model)
@@ -117,8 +112,6 @@ class _Mixture(nn.Module):
     def __init__(self, config: StreamConfig, router: RouterConfig) -> None:
         super().__init__()
         heads = config.sub_tokens
-        if heads < 1:
-            raise ValueError(f"sub_tokens must be 1 or more, got {heads}")
         make = MoE if heads == 1 else partial(MultiHeadMoE, heads=heads)
         self.moe: MoE | MultiHeadMoE = make(
             d_model=config.d_model,

@@ -9,14 +9,15 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import Field, model_validator
 
 from sinkroute._errors import unknown_name
 from sinkroute.lab.config import Config, find_preset, from_mapping, preset_folder
+from sinkroute.lab.settings import Count, Key, Natural, Positive, settings
 
 __all__ = ["CompareConfig", "Primary", "find_comparison", "merged", "read_base", "read_comparison"]
 
@@ -26,7 +27,7 @@ _NAMED = ("methods", "sizes", "grid")
 _KINDS = ("router", "model")
 
 
-@dataclass
+@settings("primary")
 class Primary:
     """The one comparison that decides, at every size, named before the first run."""
 
@@ -36,20 +37,19 @@ class Primary:
     """Empty: the reference."""
     metric: str = ""
     """Empty: the first metric."""
-    effect: float | None = None
+    effect: Positive | None = None
     """The difference, in the metric's unit, that is worth finding."""
-    equivalence: float | None = None
+    equivalence: Positive | None = None
     """The margin within which two methods count as alike (two one-sided tests)."""
 
-    def __post_init__(self) -> None:
-        for name in ("effect", "equivalence"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"primary.{name} must be above 0, got {value:g}; the direction is the methods'")
+    @model_validator(mode="after")
+    def _names_a_method(self) -> Primary:
         if not self.method and any((self.against, self.metric, self.effect, self.equivalence)):
             raise ValueError("primary.method is empty; name the method that is compared")
+        return self
 
 
-@dataclass
+@settings()
 class CompareConfig:
     """A comparison: every method at every size with every seed."""
 
@@ -61,36 +61,34 @@ class CompareConfig:
     """Folder for the runs, the table and the page; empty: runs/ and the name of the file."""
     base: str = ""
     """A training preset or file, with which every run begins; empty: the defaults."""
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[Key, Any] = Field(default_factory=dict)
     """Merged over the base, for all runs."""
-    sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sizes: dict[Key, dict[Key, Any]] = Field(default_factory=dict)
     """Size → what is merged over that, or another `base`; empty: one size."""
-    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    methods: dict[Key, dict[Key, Any]] = Field(default_factory=dict)
     """Method → its sections, and `grid`: dotted key → values, one method for each combination."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Natural, ...] = (0, 1, 2)
     """A run per method, size and seed."""
     reference: str = ""
     """The method that the others are compared with; empty: the first."""
     metrics: tuple[str, ...] = ()
     """Dotted keys of result.json; empty: quality, attacked quality, MaxVio and time."""
-    equivalence: float | None = None
+    equivalence: Positive | None = None
     """Methods whose difference to the reference, in the first metric, lies within this margin are called equivalent."""
-    primary: Primary = field(default_factory=Primary)
+    primary: Primary = Field(default_factory=Primary)
     """What decides: {method: ssr-dual, against: vanilla, metric: valid.bits_per_byte, effect: 0.02}"""
-    jobs: int | None = None
+    jobs: Count | None = None
     """Runs at a time, where the times matter; None: as many as the machine has cores or GPUs."""
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _has_runs(self) -> CompareConfig:
         if not self.methods:
             raise ValueError("methods is empty; name at least one, such as vanilla: {router: {name: softmax}}")
         if not self.seeds:
             raise ValueError("seeds is empty; give at least one, such as [0, 1, 2]")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must differ from each other, got {list(self.seeds)}")
-        if self.equivalence is not None and not self.equivalence > 0:
-            raise ValueError(f"equivalence must be above 0, got {self.equivalence}")
-        if self.jobs is not None and self.jobs < 1:
-            raise ValueError(f"jobs must be 1 or more, got {self.jobs}")
+        return self
 
 
 def find_comparison(name: str, near: Path | None = None) -> Path:

@@ -6,12 +6,12 @@ import contextlib
 import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
+from pydantic import Field
 from rich.console import Console
 from rich.markup import escape
 
@@ -26,29 +26,30 @@ from sinkroute.lab.interrupt import Interrupted, StopRequest, stop_on_signal
 from sinkroute.lab.machine import machine
 from sinkroute.lab.ngram import ngram_bits_per_byte
 from sinkroute.lab.run import execute
+from sinkroute.lab.settings import Flag, Key, Natural, settings
 from sinkroute.lab.training import Diverged
 
 __all__ = ["DemoConfig", "run_demo"]
 
 
-@dataclass
+@settings()
 class DemoConfig:
     """Train one small sparse language model per routing method on Wikipedia text, evaluate, attack, and report."""
 
     out: str = "runs/demo"
     """Folder for runs and report."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Natural, ...] = (0,)
     """A run per method and seed; three or more give intervals."""
     only: tuple[str, ...] = ()
     """Just these methods; empty: all."""
-    fresh: bool = False
+    fresh: Flag = False
     """Delete earlier runs in the folder; otherwise finished runs are kept and unfinished ones continued."""
-    methods: Annotated[dict[str, RouterConfig], tyro.conf.Suppress] = field(default_factory=dict)
+    methods: Annotated[dict[Key, RouterConfig], tyro.conf.Suppress] = Field(default_factory=dict)
     """Name → router."""
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
 
 
 def run_demo(demo: DemoConfig, console: Console) -> int:
