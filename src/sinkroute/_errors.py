@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
+import re
 from collections.abc import Iterable
 from numbers import Real
 
@@ -10,6 +12,7 @@ __all__ = [
     "NonFiniteLogits",
     "RankLost",
     "SinkrouteError",
+    "install_command",
     "nearest",
     "require_count",
     "require_numbers",
@@ -85,3 +88,25 @@ def unknown_name(kind: str, name: object, choices: Iterable[str]) -> ValueError:
     known = sorted(choices)
     hint = nearest(name, known) if isinstance(name, str) else ""
     return ValueError(f"unknown {kind} {name!r}{hint or '.'} Known: {', '.join(known) or '(none)'}")
+
+
+# Where the name of a package is not that of the module, or the module comes with another one.
+_PACKAGES = {"PIL": "pillow", "ot": "pot", "pyarrow": "datasets", "sklearn": "scikit-learn"}
+
+
+def install_command(module: str, *extras: str) -> str:
+    """The command that brings a missing module: by the first of these extras that asks for it, else by its name.
+
+    >>> install_command("no_such_module", "lab")
+    'pip install no-such-module'
+    """
+    package = _PACKAGES.get(module, module).replace("_", "-").lower()
+    try:
+        asked = importlib.metadata.requires("sinkroute") or []
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        asked = []
+    ours = [line for line in asked if re.match(r"[\w.-]+", line)[0].replace("_", "-").lower() == package]  # type: ignore[index]
+    for extra in extras:
+        if any(re.search(rf"extra == ['\"]{extra}['\"]", line) for line in ours):
+            return f'pip install "sinkroute[{extra}]"'
+    return f"pip install {package}"

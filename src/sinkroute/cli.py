@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sinkroute._errors import SinkrouteError
+from sinkroute._errors import SinkrouteError, install_command
 from sinkroute.commands import COMMANDS, UsageError, load
 
 __all__ = ["main"]
@@ -73,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _words(error: BaseException, command: str) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("sinkroute"):
-        return f'the package {error.name!r} is missing; install what the lab needs: pip install "sinkroute[lab]"'
+        extras = (*(["inspect"] if command == "inspect" else []), "lab", "track", "sweep", "eval")
+        return f"the package {error.name!r} is missing: {install_command(error.name.split('.')[0], *extras)}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         cure = ", and the same command continues from the last checkpoint" if COMMANDS[command].continues else ""
         return f"the disk is full ({error}); free some space{cure}"

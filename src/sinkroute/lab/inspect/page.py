@@ -28,7 +28,7 @@ def write_page(audit: Audit, path: Path, *, viewer: str | None = None) -> None:
         viewer: the name of the token viewer beside it (`write_viewer`), which it links.
 
     Raises:
-        ModuleNotFoundError: jinja2 is missing; `pip install "sinkroute[lab]"` brings it.
+        ModuleNotFoundError: jinja2 is missing; `pip install "sinkroute[inspect]"` brings it.
     """
     from markupsafe import Markup
 

@@ -33,7 +33,7 @@ def write_viewer(audits: Sequence[Audit], path: Path) -> None:
 
     Raises:
         ValueError: an audit kept no tokens.
-        ModuleNotFoundError: jinja2 is missing; `pip install "sinkroute[lab]"` brings it.
+        ModuleNotFoundError: jinja2 is missing; `pip install "sinkroute[inspect]"` brings it.
     """
     from markupsafe import Markup
 

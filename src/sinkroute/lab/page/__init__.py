@@ -25,7 +25,7 @@ def render(template: str, **values: Any) -> str:
     """The page of a template, such as "inspect/page.html.j2", with these values.
 
     Raises:
-        ModuleNotFoundError: jinja2 is missing; `pip install "sinkroute[lab]"` brings it.
+        ModuleNotFoundError: jinja2 is missing; `pip install "sinkroute[inspect]"` brings it.
     """
     return _environment().get_template(template).render(**values)
 
