@@ -146,8 +146,8 @@ def main(benchmark: Benchmark) -> None:
     console = Console()
     console.print(table)
     for level in dict.fromkeys(row["level"] for row in rows):
-        ratios = [row["shipped"] for row in rows if row["level"] == level]
-        console.print(f"{level}: geometric mean {statistics.geometric_mean(ratios):.3f}, worst {max(ratios):.3f}")
+        of_level = [row["shipped"] for row in rows if row["level"] == level]
+        console.print(f"{level}: geometric mean {statistics.geometric_mean(of_level):.3f}, worst {max(of_level):.3f}")
     write_json({"benchmark": "shipped_kernels", "machine": machine(), "rows": rows}, benchmark.out)
 
 

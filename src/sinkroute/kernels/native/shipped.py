@@ -32,7 +32,7 @@ def find(declare: Callable[[ctypes.CDLL], None], folder: Path = SOURCES) -> Foun
     """
     if os.environ.get("SINKROUTE_NATIVE") in ("0", "compile"):
         return None
-    problem = None
+    problem = ""
     for path in suitable(folder):
         try:
             kernels = ctypes.CDLL(str(path))
@@ -41,4 +41,6 @@ def find(declare: Callable[[ctypes.CDLL], None], folder: Path = SOURCES) -> Foun
             problem = problem or f"the C kernels of the installed package cannot be loaded: {error}"
         else:
             return Found(kernels, str(path))
-    return problem and Found(None, problem, f"{problem}. On a CPU torch does the work, several times slower.")
+    if not problem:
+        return None
+    return Found(None, problem, f"{problem}. On a CPU torch does the work, several times slower.")
