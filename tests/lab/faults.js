@@ -45,7 +45,7 @@ for (const svg of document.querySelectorAll("svg")) {
   const words = [...svg.querySelectorAll("text")].filter(text => text.textContent.trim() && shown(text));
   const rects = words.map(text => text.getBoundingClientRect());
   words.forEach((text, place) => {
-    const size = parseFloat(getComputedStyle(text).fontSize) * Math.abs(text.getScreenCTM().d || text.getScreenCTM().a);
+    const size = parseFloat(getComputedStyle(text).fontSize) * Math.hypot(text.getScreenCTM().a, text.getScreenCTM().b);
     if (size < 8.99) say("too small", text, size.toFixed(1) + " px");
     for (let other = 0; other < place; other++) {
       const a = rects[place], b = rects[other];

@@ -15,6 +15,7 @@ from torch import Tensor
 from sinkroute.routing.scores import Score, log_scores
 
 __all__ = [
+    "DEAD",
     "coefficient_of_variation",
     "dead_experts",
     "load_entropy",
@@ -24,6 +25,10 @@ __all__ = [
     "routing_fluctuation",
     "saturation",
 ]
+
+
+DEAD = 0.01
+"""Of a fair share: an expert with less is dead, everywhere in sinkroute."""
 
 
 def _relative(load: Tensor) -> Tensor:
@@ -66,7 +71,7 @@ def coefficient_of_variation(load: Tensor) -> Tensor:
     return _relative(load).std(-1, unbiased=False).clamp(max=math.sqrt(load.shape[-1] - 1))
 
 
-def dead_experts(load: Tensor, threshold: float = 0.01) -> Tensor:
+def dead_experts(load: Tensor, threshold: float = DEAD) -> Tensor:
     """How many experts got less than `threshold` of the uniform load (int64).
 
     >>> dead_experts(torch.tensor([1000, 1000, 1000, 5])).item()

@@ -189,7 +189,7 @@ def test_the_json_has_all_there_is_and_is_json(save: Save, text: Path) -> None:
         "summary",
         "layers",
     } <= set(found)
-    assert (found["format"], found["summary"]["layers"], found["summary"]["experts"]) == (1, 2, 16)
+    assert (found["format"], found["summary"]["layers"], found["summary"]["experts"]) == (2, 2, 16)
     layer = found["layers"][0]
     assert layer["path"] == "model.layers.0.mlp.gate"
     assert (layer["experts"], layer["top_k"], sum(layer["load"])) == (8, 2, 80)

@@ -11,7 +11,10 @@ import torch
 from rich.console import Console
 
 from sinkroute.lab.inspect import Alternative, Audit, Layer, audit_table, summary, write_page
+from sinkroute.lab.inspect.advice import advice, recipe
 from sinkroute.lab.inspect.result import Setting
+
+from ..test_screen import left_out, printed
 
 HOSTILE = "<script>alert(1)</script>[red]&\"'"
 MOVE = Alternative(0.5, 0.25, 0.125, torch.tensor([10, 10, 10, 10]), 0.0)
@@ -62,6 +65,39 @@ def test_dead_and_near_dead_experts_are_told_apart() -> None:
     assert layer("x", [31, 9, 0, 0]).dead == [2, 3]
     assert layer("x", [32, 7, 0, 1]).near_dead == []
     assert layer("x", [70, 7, 0, 1]).near_dead == [3]  # 1 of a mean of 19.5
+    rare = layer("x", [397, 2, 0, 1])  # of a mean of 100
+    assert (rare.dead, rare.unseen, rare.near_dead) == ([2], [2], [1, 3])
+    rarer = layer("x", [795, 2, 0, 3])
+    assert (rarer.dead, rarer.unseen, rarer.near_dead) == ([2], [2], [1, 3])
+    assert layer("x", [1197, 1, 0, 2]).dead == [1, 2, 3]
+
+
+def test_the_advice_is_the_router_that_patch_takes_and_what_it_would_change() -> None:
+    words = " ".join(advice(audit(*ROWS, UNREAD)))
+    assert "Train on with ssr-dual, the router that sinkroute.patch(model) takes unless told." in words
+    assert "MaxVio 0.10 in place of 1.50: the busiest expert would have 1.1 times its share, and not 2.5" in words
+    assert "moves 40.0% of the tokens" in words and "loses 6.2% of the gate's scores" in words
+    assert "Of 11 experts that are dead on this text 11 would get tokens again" in words
+    assert "(weight)" in words
+    assert "1 of 12 layers has no rule that is understood, and would stay as it is." in words
+    assert "sinkroute.patch(model)" in recipe(audit(*ROWS))
+
+
+def test_nothing_is_advised_where_nothing_is_to_be_gained() -> None:
+    even = Alternative(0.1, 0.1, 0.01, torch.tensor([10, 10, 10, 10]), 1.45)
+    found = audit(layer("gate", [10, 10, 10, 10], alternatives={"ssr-dual": even}))
+    (words,) = advice(found)
+    assert words.startswith(
+        "Leave the routing as it is: its batches have MaxVio 1.50, and with ssr-dual they would have"
+    )
+    assert recipe(found) == ""
+
+
+def test_a_model_without_a_place_for_potentials_is_told_so() -> None:
+    (words,) = advice(audit(SKEWED))
+    assert "1 of 1 layers has no correction bias and no linear gate" in words
+    (words,) = advice(audit(UNREAD))
+    assert words == "No layer has a rule that is understood, so that sinkroute.patch would refuse this model."
     assert SKEWED.max_vio == 2.0
 
 
@@ -97,12 +133,12 @@ def test_a_cell_of_the_heat_map_is_a_load_over_a_fair_share(tmp_path: Path) -> N
         "0, expert 0: 3.00 of a fair share",
         "0, expert 1: 0.90 of a fair share",
         "0, expert 2: 0.10 of a fair share",
-        "0, expert 3: dead",
+        "0, expert 3: 0.00 of a fair share, dead",
     ]
     assert [(colour, opacity) for _, _, colour, opacity in cells[:4]] == [
         ("#d9580a", "1.00"),
-        ("#2f80c8", f"{0.1**0.8:.2f}"),
-        ("#2f80c8", f"{0.9**0.8:.2f}"),
+        ("#2f80c8", "0.10"),
+        ("#2f80c8", "0.90"),
         ("#2f80c8", "1.00"),
     ]
     assert [bool(dead) for dead, *_ in cells] == [False, False, False, True, *[False] * 4]
@@ -110,21 +146,30 @@ def test_a_cell_of_the_heat_map_is_a_load_over_a_fair_share(tmp_path: Path) -> N
     assert len(cells) == 8  # the layer that was not read is not drawn
 
 
-def test_the_table_fits_eighty_columns_and_names_what_is_not_understood() -> None:
-    full = {"ssr-l": MOVE, "ssr-s": MOVE, "balanced": MOVE}
-    rows = [layer(f"model.layers.{i}.mlp.gate", [30, 9, 1, 0], alternatives=full) for i in range(11)]
-    console = Console(record=True, width=80, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(audit_table(audit(*rows, UNREAD)))
-    text = console.export_text()
-    assert "…" not in text
-    assert re.search(r"^10 +2/4 +2\.00 +1 +0 .*50\.0% +12\.5% +50\.0% +12\.5% +50\.0% +12\.5%", text, re.MULTILINE)
-    assert re.search(r"^2 +unread", text, re.MULTILINE)
+ALL = {"ssr-dual": Alternative(0.4, 0.2, 0.0625, torch.tensor([11, 10, 10, 9]), 0.1)}
+ALL |= {"ssr-l": MOVE, "ssr-s": MOVE, "balanced": MOVE}
+ROWS = [layer(f"model.layers.{i}.mlp.gate", [30, 9, 1, 0], alternatives=ALL, kept_in="weight") for i in range(11)]
+
+
+@pytest.mark.parametrize(("width", "shown"), [(60, 0), (80, 1), (120, 2), (200, 4)])
+def test_the_table_cuts_no_number_and_names_what_is_left_out(width: int, shown: int) -> None:
+    lines = printed(audit_table(audit(*ROWS, UNREAD)), width)
+    assert max(map(len, lines)) <= width
+    (row,) = [line.split() for line in lines if line.startswith("10 ")]
+    assert row[:4] == ["10", "2/4", "2.00", "1"]
+    moved = [["40.0%", "6.2%", "0.10"], *[["50.0%", "12.5%", "0.00"]] * 3]
+    numbers = [cell for three in moved for cell in three]
+    tail = row[row.index("█▄▁×") + 1 :]
+    assert tail == numbers[: len(tail)] and len(tail) >= 3 * shown
+    assert (left_out(lines) == "") == (width == 200)
+    assert len(tail) + left_out(lines).count("ssr-") + left_out(lines).count("balanced") == 12
+    assert any(re.match("2 +unread", line) for line in lines)
 
 
 def test_the_summary_says_the_worst_the_dead_and_why_a_layer_is_not_understood() -> None:
     words = " ".join(summary(audit(SKEWED, EVEN, UNREAD)))
     assert "MaxVio is 1.00 on average over 2 layers and 2.00 at most (model.layers.0.mlp.gate)" in words
-    assert "Dead experts (no token chose them): 1 of 8" in words
+    assert "Dead experts (less than 1% of a fair share): 1 of 8, of which 1 were chosen by no token" in words
     assert "balanced top-k would move 50.0% of the tokens and cost 12.5% of the score (MaxVio 0.00)" in words
     assert "model.layers.2.mlp.gate (Odd): not understood, it returns a list." in words
 

@@ -2,7 +2,7 @@
 
 `text` cuts a file into windows of tokens, `loading` brings a checkpoint into memory, `by_layer` brings it there one
 layer at a time and `lockstep` takes all windows through it, `tally` counts what the routers decide and what balanced
-routing would, `audit` runs it, `result` is what came out, `table` and `page` show it.
+routing would, `audit` runs it, `result` is what came out, `advice` what to do next, `table` and `page` show both.
 `images` does the same for vision models of the lab. `choices` keeps what the first tokens chose, and `viewer` shows it,
 packed by `viewer_pack`, in the colours of `viewer_colours`.
 """

@@ -9,12 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from sinkroute.lab.files import write_text
+from sinkroute.lab.inspect.advice import advice, recipe
 from sinkroute.lab.inspect.heatmap import bars_svg, heatmap_svg
-from sinkroute.lab.inspect.result import NEAR_DEAD, Audit
-from sinkroute.lab.inspect.table import ALTERNATIVES, cells, facts, labels, percent, summary
+from sinkroute.lab.inspect.result import NEAR_DEAD, Audit, percent
+from sinkroute.lab.inspect.table import ALTERNATIVES, cells, facts, labels, summary
 from sinkroute.lab.machine import machine
 from sinkroute.lab.page import render
-from sinkroute.lab.page.palette import OVER, UNDER
+from sinkroute.routing.metrics import DEAD
+from sinkroute.routing.registry import RECOMMENDED
 
 __all__ = ["write_page"]
 
@@ -32,12 +34,16 @@ def write_page(audit: Audit, path: Path, *, viewer: str | None = None) -> None:
     """
     from markupsafe import Markup
 
-    names = labels(audit.layers)
-    on = machine()
+    names, on, advised = labels(audit.layers), machine(), advice(audit)
+    rules: dict[str, list[str]] = {}
+    for layer in audit.layers:
+        rules.setdefault(f"{layer.router}: {layer.rule or 'not understood'}", []).append(layer.path)
     page = render(
         "inspect/page.html.j2",
         audit=audit,
-        sentences=summary(audit),
+        sentences=[sentence for sentence in summary(audit) if sentence not in advised],
+        advice=advised,
+        recipe=recipe(audit),
         facts=facts(audit),
         machine=f"{on['gpu'] or on['cpu']}, torch {on['torch']}, sinkroute {on['sinkroute']}",
         heatmap=Markup(heatmap_svg(audit.layers, names)),
@@ -51,9 +57,10 @@ def write_page(audit: Audit, path: Path, *, viewer: str | None = None) -> None:
             for label, layer in zip(names, audit.layers, strict=True)
         ],
         alternatives=ALTERNATIVES,
+        rules=rules,
         near_dead=percent(NEAR_DEAD),
-        under=UNDER,
-        over=OVER,
+        dead=f"{DEAD:.0%}",
+        recommended=RECOMMENDED,
         viewer=viewer,
     )
     write_text(page, path)

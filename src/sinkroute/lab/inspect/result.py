@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 from sinkroute.lab.inspect.choices import Choices
-from sinkroute.routing.metrics import coefficient_of_variation, load_entropy, max_violation
+from sinkroute.routing.metrics import DEAD, coefficient_of_variation, load_entropy, max_violation
 
-__all__ = ["NEAR_DEAD", "Alternative", "Audit", "Layer", "Pictures", "Setting"]
+__all__ = ["NEAR_DEAD", "Alternative", "Audit", "Layer", "Pictures", "Setting", "mean", "percent"]
 
-FORMAT = 1
+FORMAT = 2  # 1: only experts without any token were dead
 # Of the mean load: an expert with less is near-dead.
 NEAR_DEAD = 0.1
 
@@ -90,16 +91,21 @@ class Layer:
 
     @property
     def dead(self) -> list[int]:
-        """Experts that no token chose."""
+        """Experts with less than a hundredth of the mean load (`sinkroute.routing.metrics.DEAD`)."""
+        return self._below(0, DEAD)
+
+    @property
+    def unseen(self) -> list[int]:
+        """Those of the dead that no token chose."""
         return [] if self.load is None else torch.nonzero(self.load == 0).flatten().tolist()
 
     @property
     def near_dead(self) -> list[int]:
-        """Experts that tokens chose, but less than a tenth as often as the mean."""
-        if self.load is None:
-            return []
-        few_E = (self.load > 0) & (self.load < NEAR_DEAD * self.load.double().mean())
-        return torch.nonzero(few_E).flatten().tolist()
+        """Experts that are not dead, but are chosen less than a tenth as often as the mean."""
+        return self._below(DEAD, NEAR_DEAD)
+
+    def _below(self, least: float, most: float) -> list[int]:
+        return [expert for expert, share in enumerate(self.relative()) if least <= share < most]
 
     def relative(self) -> list[float]:
         """Load over mean load."""
@@ -126,6 +132,7 @@ class Layer:
             "entropy": load_entropy(self.load).item(),
             "cv": coefficient_of_variation(self.load).item(),
             "dead": self.dead,
+            "unseen": self.unseen,
             "near_dead": self.near_dead,
             "gate_entropy": self.gate_entropy,
             "load": self.load.tolist(),
@@ -199,7 +206,7 @@ class Audit:
     def mean(self, name: str, value: str) -> float | None:
         """Mean of an alternative's value over the layers that have it."""
         found = [getattr(layer.alternatives[name], value) for layer in self.layers if name in layer.alternatives]
-        return sum(found) / len(found) if found else None
+        return mean(found) if found else None
 
     def json(self) -> dict[str, Any]:
         names = list(dict.fromkeys(name for layer in self.layers for name in layer.alternatives))
@@ -217,6 +224,7 @@ class Audit:
                 "understood": sum(layer.rule is not None for layer in self.layers),
                 "experts": sum(len(layer.load) for layer in self.read if layer.load is not None),
                 "dead": sum(len(layer.dead) for layer in self.read),
+                "unseen": sum(len(layer.unseen) for layer in self.read),
                 "near_dead": sum(len(layer.near_dead) for layer in self.read),
                 "max_vio_mean": sum(vio) / len(vio) if vio else None,
                 "max_vio_worst": max(vio, default=None),
@@ -224,3 +232,16 @@ class Audit:
             },
             "layers": [layer.json() for layer in self.layers],
         }
+
+
+def mean(values: Sequence[float]) -> float:
+    """0 of nothing."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def percent(share: float) -> str:
+    """
+    >>> percent(0.1234), percent(0.00012), percent(0.0)
+    ('12.3%', '0.01%', '0%')
+    """
+    return f"{100 * share:.{0 if round(share, 4) in (0, 0.1, 1) else 1 if abs(share) >= 0.0095 else 2}f}%"

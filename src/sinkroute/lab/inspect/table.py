@@ -2,50 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from rich.text import Text
 
-from sinkroute.lab.inspect.result import NEAR_DEAD, Audit, Layer
+from sinkroute.lab.inspect.advice import advice
+from sinkroute.lab.inspect.result import NEAR_DEAD, Audit, Layer, mean, percent
+from sinkroute.lab.screen import Column, ScreenTable
+from sinkroute.routing.metrics import DEAD
+from sinkroute.routing.registry import RECOMMENDED
 
 __all__ = ["ALTERNATIVES", "audit_table", "cells", "facts", "labels", "percent", "summary"]
 
 ALTERNATIVES = {
+    RECOMMENDED: f"{RECOMMENDED}, as it would serve,",
+    "balanced": "balanced top-k",
     "ssr-l": "the top k of SSR-L's plan",
     "ssr-s": "the top k of SSR-S's plan",
-    "balanced": "balanced top-k",
 }
-"""Names of alternatives and what they are called in sentences."""
+"""Names of alternatives and what they are called in sentences, the recommended router first."""
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _BARS = 8
+_MATTERS = {RECOMMENDED: 5, "balanced": 3}  # of the others nothing does
 
 
-def audit_table(audit: Audit) -> Table:
+def audit_table(audit: Audit) -> ScreenTable:
     """A row for every layer; loads are drawn from the most loaded expert to the least."""
-    table = Table(
-        title=Text(f"Expert load of {audit.setting.model}"), title_justify="left", box=SIMPLE_HEAD, show_edge=False
-    )
-    table.padding, table.pad_edge = (0, 1, 0, 0), False
-    names = labels(audit.layers)
-    table.add_column("layer", overflow="fold", min_width=min(14, max(map(len, ["layer", *names]))))
-    for column in ("K/E", "MaxVio", "dead", f"<{percent(NEAR_DEAD)}"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("loads", no_wrap=True)
-    for name in ALTERNATIVES:
-        table.add_column(f"{name}\nmoved   lost", justify="right", no_wrap=True)
-    for label, layer in zip(names, audit.layers, strict=True):
+    columns = [
+        Column("layer", words=True),
+        Column("K/E", 9),
+        Column("MaxVio", 9),
+        Column("dead", 8),
+        Column(f"<{percent(NEAR_DEAD)}", 4),
+        Column("loads", 6),
+    ]
+    known = [name for name in ALTERNATIVES if any(name in layer.alternatives for layer in audit.layers)]
+    for name in known:
+        columns += [Column(f"{name}\n{value}", _MATTERS.get(name, 0)) for value in ("moved", "lost", "MaxVio")]
+    table = ScreenTable(columns, title=f"Expert load of {audit.setting.model}", elsewhere="inspect.html of --output")
+    for label, layer in zip(labels(audit.layers), audit.layers, strict=True):
         if layer.load is None:
-            table.add_row(Text(label), *[""] * 4, Text("unread", style="yellow"))
+            table.add(label, Text("unread", style="yellow"), *[""] * (len(columns) - 2))
             continue
-        told = cells(layer)
+        told = cells(layer, known)
         style = "red" if layer.dead else "yellow" if layer.near_dead else ""
-        shares = [f"{told[place]} {told[place + 1]:>6}" for place in range(5, len(told), 3)] if layer.rule else []
-        table.add_row(
-            Text(label), *told[:2], Text(told[3], style=style), Text(told[4], style=style), _sketch(layer), *shares
-        )
+        few = [Text(cell, style=style) for cell in told[3:5]]
+        table.add(label, *told[:2], *few, _sketch(layer), *told[5:])
     return table
 
 
@@ -55,16 +58,17 @@ def summary(audit: Audit) -> list[str]:
     out = []
     if read:
         worst = max(read, key=lambda layer: layer.max_vio or 0)
-        mean = sum(layer.max_vio or 0 for layer in read) / len(read)
-        dead, near = (sum(len(getattr(layer, kind)) for layer in read) for kind in ("dead", "near_dead"))
+        average = mean([layer.max_vio or 0 for layer in read])
+        kinds = ("dead", "unseen", "near_dead")
+        dead, unseen, near = (sum(len(getattr(layer, kind)) for layer in read) for kind in kinds)
         experts = sum(len(layer.load) for layer in read if layer.load is not None)
         out.append(
-            f"MaxVio is {mean:.2f} on average over {len(read)} layers and {worst.max_vio:.2f} at most ({worst.path}): "
-            f"there the busiest expert has {1 + (worst.max_vio or 0):.1f} times its share."
+            f"MaxVio is {average:.2f} on average over {len(read)} layers and {worst.max_vio:.2f} at most "
+            f"({worst.path}): there the busiest expert has {1 + (worst.max_vio or 0):.1f} times its share."
         )
         out.append(
-            f"Dead experts (no token chose them): {dead:,} of {experts:,}; "
-            f"with less than {percent(NEAR_DEAD)} of their share: {near:,} more."
+            f"Dead experts (less than {DEAD:.0%} of a fair share): {dead:,} of {experts:,}, of which {unseen:,} "
+            f"were chosen by no token; with less than {percent(NEAR_DEAD)}: {near:,} more."
         )
     told = []
     for name, words in ALTERNATIVES.items():
@@ -77,9 +81,10 @@ def summary(audit: Audit) -> list[str]:
             )
     if told:
         out.append(
-            f"Balanced over batches of {setting.batch} windows, {'; '.join(told)}. "
+            f"Over batches of {setting.batch} windows, {'; '.join(told)}. "
             f"The model's own batches have MaxVio {_mean_batch(read):.2f}."
         )
+    out += advice(audit)
     out += [f"{path}: not understood, {reason}." for path, reason in _reasons(audit.layers).items()]
     return out
 
@@ -99,7 +104,7 @@ def facts(audit: Audit) -> list[str]:
     ]
 
 
-def cells(layer: Layer) -> list[str]:
+def cells(layer: Layer, alternatives: Iterable[str] = ALTERNATIVES) -> list[str]:
     """The numbers of a layer with a load, as they are shown: five, and three for each alternative."""
     assert layer.load is not None
     told = layer.json()
@@ -110,7 +115,7 @@ def cells(layer: Layer) -> list[str]:
         str(len(layer.dead)),
         str(len(layer.near_dead)),
     ]
-    for name in ALTERNATIVES:
+    for name in alternatives:
         other = layer.alternatives.get(name)
         out += (
             ["", "", ""]
@@ -142,17 +147,8 @@ def _shared(paths: Sequence[Sequence[str]]) -> int:
     )
 
 
-def percent(share: float) -> str:
-    """
-    >>> percent(0.1234), percent(0.00012), percent(0.0)
-    ('12.3%', '0.01%', '0%')
-    """
-    return f"{100 * share:.{0 if round(share, 4) in (0, 0.1, 1) else 1 if abs(share) >= 0.0095 else 2}f}%"
-
-
 def _mean_batch(layers: Sequence[Layer]) -> float:
-    found = [layer.max_vio_batch for layer in layers if layer.alternatives and layer.max_vio_batch is not None]
-    return sum(found) / len(found) if found else 0.0
+    return mean([layer.max_vio_batch or 0.0 for layer in layers if layer.alternatives])
 
 
 def _reasons(layers: Sequence[Layer]) -> dict[str, str]:
@@ -172,7 +168,7 @@ def _sketch(layer: Layer) -> Text:
     out = Text()
     for bar in range(bars):
         group = loads[bar * len(loads) // bars : (bar + 1) * len(loads) // bars]
-        mean = sum(group) / len(group)
-        style = "red" if mean == 0 else "dark_orange" if mean > 1.5 else "blue" if mean < 0.5 else "green"
-        out.append("×" if mean == 0 else _BLOCKS[max(1, min(8, round(4 * mean)))], style=style)
+        load = mean(group)
+        style = "red" if load < DEAD else "dark_orange" if load > 1.5 else "blue" if load < 0.5 else "green"
+        out.append("×" if load < DEAD else _BLOCKS[max(1, min(8, round(4 * load)))], style=style)
     return out
