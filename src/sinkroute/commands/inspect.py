@@ -96,7 +96,7 @@ def _inspected(model: str, command: InspectCommand, console: Console) -> Audit:
     """Inspect one checkpoint and print what was found."""
     from rich.progress import Progress
 
-    from sinkroute.lab.inspect import audit_table, facts, inspect_checkpoint, inspect_images, is_run, summary
+    from sinkroute.lab.inspect import advice, audit_table, facts, inspect_checkpoint, inspect_images, is_run, summary
 
     gc.collect()  # modules hold each other: without, the checkpoint before would still be in memory
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
@@ -128,6 +128,6 @@ def _inspected(model: str, command: InspectCommand, console: Console) -> Audit:
                 **shared,
             )
     console.print(audit_table(audit))
-    for sentence in (*summary(audit), "", *facts(audit)):
+    for sentence in (*summary(audit), "", *advice(audit), "", *facts(audit)):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     return audit

@@ -66,7 +66,10 @@ def test_batches_hold_whole_windows_and_the_last_may_hold_fewer(
         (b"abc", 100, "has 3 tokens, fewer than one window of length=4 holds.*take --length 3"),
         (b"a", 100, r"has 1 tokens, fewer than one window of length=4 holds \(4\); take a longer text$"),
         (b"abcdefgh", 3, "tokens=3 are fewer than one window of length=4.*raise --tokens"),
-        ("ÄÖÜ".encode("latin-1"), 100, r"is not UTF-8 .*b'\\xc4'.*iconv"),
+        ("ÄÖÜ".encode("latin-1"), 100, r"is not UTF-8 .*b'\\xc4'.*iconv -f LATIN1"),
+        ("some words".encode("utf-16"), 100, "is in UTF-16, and --text needs UTF-8.*iconv -f UTF-16 -t UTF-8"),
+        ("some words".encode("utf-16-le"), 100, "is in UTF-16LE, .*iconv -f UTF-16LE -t UTF-8"),
+        ("some words".encode("utf-32"), 100, "is in UTF-32, .*iconv -f UTF-32 -t UTF-8"),
     ],
 )
 def test_a_text_that_cannot_be_used_is_refused_with_the_cure(
@@ -125,3 +128,11 @@ def test_words_of_a_tokenizer_without_offsets_are_its_tokens(
 ) -> None:
     monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda _: False))
     assert read_windows(written(tmp_path, b"abcdef"), tokenizer, length=2, tokens=100, words=5).words == tuple("abcde")
+
+
+def test_the_mark_before_utf_8_is_no_word(tokenizer: transformers.PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    marked, plain = (
+        read_windows(written(tmp_path, "abcdefgh".encode(coding)), tokenizer, length=4, tokens=100)
+        for coding in ("utf-8-sig", "utf-8")
+    )
+    assert marked.ids_NL.tolist() == plain.ids_NL.tolist()

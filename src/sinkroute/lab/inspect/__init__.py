@@ -7,6 +7,7 @@ routing would, `audit` runs it, `result` is what came out, `advice` what to do n
 packed by `viewer_pack`, in the colours of `viewer_colours`.
 """
 
+from sinkroute.lab.inspect.advice import advice
 from sinkroute.lab.inspect.audit import inspect_checkpoint
 from sinkroute.lab.inspect.choices import Choices
 from sinkroute.lab.inspect.images import inspect_images, is_run
@@ -22,6 +23,7 @@ __all__ = [
     "Choices",
     "InspectError",
     "Layer",
+    "advice",
     "audit_table",
     "facts",
     "inspect_checkpoint",

@@ -68,8 +68,8 @@ def _change(able: list[Layer], own: float, after: float) -> list[str]:
         out.append(f"Of {len(dead):,} experts that are dead on this text {revived:,} would get tokens again.")
     return [
         *out,
-        f"What it learns is kept in the model's own tensors ({held}). Whether its predictions get better or worse no audit "
-        "can tell: train, and compare.",
+        f"What it learns is kept in the model's own tensors ({held}). Whether its predictions get better or worse no "
+        "audit can tell: train, and compare.",
     ]
 
 

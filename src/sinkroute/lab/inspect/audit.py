@@ -14,7 +14,14 @@ from torch import Tensor
 
 from sinkroute._errors import require_count
 from sinkroute.lab.inspect.by_layer import LayeredCheckpoint, layers_of
-from sinkroute.lab.inspect.loading import checkpoint_files, explained, load_config, load_model, load_tokenizer
+from sinkroute.lab.inspect.loading import (
+    checkpoint_files,
+    explained,
+    load_config,
+    load_model,
+    load_tokenizer,
+    refuse_dense,
+)
 from sinkroute.lab.inspect.lockstep import run_in_lockstep
 from sinkroute.lab.inspect.result import Audit, Setting
 from sinkroute.lab.inspect.tally import Tallies
@@ -67,6 +74,7 @@ def inspect_checkpoint(
     started = time.perf_counter()
     reset_peak_memory()
     config = load_config(model)
+    refuse_dense(model, config)
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if length is None:
         length = 512 if most is None else min(512, most)

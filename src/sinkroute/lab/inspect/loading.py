@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sinkroute._errors import SinkrouteError
+from sinkroute.adapters.hf.find import find_routers
 from sinkroute.lab.inspect.text import InspectError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "load_tokenizer",
     "model_class",
     "quietly",
+    "refuse_dense",
     "refuse_quantized",
     "require_complete",
     "require_fitting",
@@ -118,6 +120,23 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             f"(architectures: {config.architectures}); code of a checkpoint is never run"
         )
     return named
+
+
+def refuse_dense(model: str, config: PretrainedConfig) -> None:
+    """Look for routers in the model that the configuration describes, made without weights.
+
+    Raises:
+        InspectError: there is none, or such a model cannot be made.
+    """
+    from accelerate import init_empty_weights
+
+    with explained(f"{model!r} cannot be loaded"), init_empty_weights(include_buffers=False):
+        network = model_class(config)._from_config(config)
+    if not any(find_routers(network)):
+        raise InspectError(
+            f"{type(network).__name__} holds no mixture of experts that sinkroute knows how to find (no small module "
+            f"beside a module of experts), so that no weight of {model!r} was read; name a mixture-of-experts checkpoint"
+        )
 
 
 def load_model(model: str, config: PretrainedConfig) -> PreTrainedModel:

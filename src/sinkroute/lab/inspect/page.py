@@ -34,15 +34,15 @@ def write_page(audit: Audit, path: Path, *, viewer: str | None = None) -> None:
     """
     from markupsafe import Markup
 
-    names, on, advised = labels(audit.layers), machine(), advice(audit)
+    names, on = labels(audit.layers), machine()
     rules: dict[str, list[str]] = {}
     for layer in audit.layers:
         rules.setdefault(f"{layer.router}: {layer.rule or 'not understood'}", []).append(layer.path)
     page = render(
         "inspect/page.html.j2",
         audit=audit,
-        sentences=[sentence for sentence in summary(audit) if sentence not in advised],
-        advice=advised,
+        sentences=summary(audit),
+        advice=advice(audit),
         recipe=recipe(audit),
         facts=facts(audit),
         machine=f"{on['gpu'] or on['cpu']}, torch {on['torch']}, sinkroute {on['sinkroute']}",

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 from rich.text import Text
 
-from sinkroute.lab.inspect.advice import advice
 from sinkroute.lab.inspect.result import NEAR_DEAD, Audit, Layer, mean, percent
 from sinkroute.lab.screen import Column, ScreenTable
 from sinkroute.routing.metrics import DEAD
@@ -84,7 +83,6 @@ def summary(audit: Audit) -> list[str]:
             f"Over batches of {setting.batch} windows, {'; '.join(told)}. "
             f"The model's own batches have MaxVio {_mean_batch(read):.2f}."
         )
-    out += advice(audit)
     out += [f"{path}: not understood, {reason}." for path, reason in _reasons(audit.layers).items()]
     return out
 

@@ -7,6 +7,7 @@ none (as an attention sink).
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -119,7 +120,14 @@ def _pieces(path: Path) -> Iterator[str]:
     if path.is_dir():
         raise InspectError(f"{path} is a folder; --text needs a file")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open("rb") as file:
+            other = _encoding(file.read(4096))
+        if other is not None:
+            raise InspectError(
+                f"{path} is in {other}, and --text needs UTF-8; convert it first: iconv -f {other} -t UTF-8 "
+                f"{path} > utf8.txt"
+            )
+        with path.open(encoding="utf-8-sig", newline="") as file:
             while piece := file.read(_PIECE):
                 yield piece + file.readline(_PIECE)
     except FileNotFoundError:
@@ -127,5 +135,21 @@ def _pieces(path: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise InspectError(
             f"{path} is not UTF-8 ({error.reason}: {error.object[error.start : error.start + 1]!r}); "
-            "convert it first: iconv -f LATIN1 -t UTF-8"
+            "convert it first from the encoding that it has: iconv -f LATIN1 -t UTF-8, if that is Latin-1"
         ) from None
+
+
+def _encoding(head: bytes) -> str | None:
+    """UTF-16 or UTF-32, by the mark at the beginning, or the zeros of which such texts are full; else None.
+
+    >>> _encoding("ab".encode("utf-16")), _encoding("ab".encode("utf-16-be")), _encoding("ab".encode())
+    ('UTF-16', 'UTF-16BE', None)
+    """
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    even, odd = head[::2].count(0), head[1::2].count(0)
+    if max(even, odd) <= len(head) / 8:
+        return None
+    return "UTF-16BE" if even > odd else "UTF-16LE"
