@@ -135,7 +135,7 @@ def refuse_dense(model: str, config: PretrainedConfig) -> None:
     if not any(find_routers(network)):
         raise InspectError(
             f"{type(network).__name__} holds no mixture of experts that sinkroute knows how to find (no small module "
-            f"beside a module of experts), so that no weight of {model!r} was read; name a mixture-of-experts checkpoint"
+            f"beside a module of experts), and of {model!r} no weight was read; name a mixture-of-experts checkpoint"
         )
 
 
