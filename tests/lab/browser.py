@@ -39,13 +39,15 @@ class Browser:
         wanted = {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}
         self._session = self._call("POST", "/session", {"capabilities": wanted})["sessionId"]
 
-    def open(self, page: Path, *, width: int = 1400, height: int = 900, dark: bool = False) -> None:
-        """Load a file in a window of this size, and wait until it is drawn; the token viewer says when."""
+    def open(self, page: Path | str, *, width: int = 1400, height: int = 900, dark: bool = False) -> None:
+        """Load a file or an address in a window of this size and wait until it is drawn; the token viewer says when."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.devtools("Emulation.setDeviceMetricsOverride", **size)
         self.devtools("Emulation.setEmulatedMedia", features=[scheme])
-        self._call("POST", f"/session/{self._session}/url", {"url": page.resolve().as_uri()})
+        self._call(
+            "POST", f"/session/{self._session}/url", {"url": page if isinstance(page, str) else page.resolve().as_uri()}
+        )
         limit = time.monotonic() + 60
         drawn = "performance.getEntriesByName('drawn').length"
         ready = f"document.getElementById('panels') ? {drawn} : document.readyState === 'complete'"
