@@ -82,6 +82,16 @@ class Browser:
         """What is wrong with the look of the page, a line each: too wide, cut, pale, too small, ..."""
         return str(self.run(Path(__file__).with_name("faults.js").read_text(encoding="utf-8")))
 
+    def look(self, page: Path) -> str:
+        """The faults of a page on a telephone and on a desk, by day and by night; "" if there are no such."""
+        out = []
+        for width in (400, 1400):
+            for dark in (False, True):
+                self.open(page, width=width, dark=dark)
+                if faults := self.faults():
+                    out.append(f"{width} pixels, {'dark' if dark else 'light'}:\n{faults}")
+        return "\n".join(out)
+
     def errors(self) -> list[str]:
         """What the console was told as an error."""
         entries = self._call("POST", f"/session/{self._session}/se/log", {"type": "browser"})

@@ -10,6 +10,7 @@ import pytest
 
 from sinkroute.lab.config import Config, from_mapping, write_yaml
 
+from .browser import MISSING, Browser, browser
 from .processes import Processes
 
 
@@ -17,6 +18,15 @@ from .processes import Processes
 def processes() -> Iterator[Processes]:
     with Processes() as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """A browser for all tests that look at pages; they are skipped where there is none."""
+    if MISSING is not None:
+        pytest.skip(MISSING)
+    with browser() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from sinkroute.lab.inspect import InspectError, inspect_images, write_viewer
 from sinkroute.lab.models import make_model
 from sinkroute.lab.trained import load_run
 
-from ..browser import MISSING, browser
+from ..browser import Browser
 from .test_viewer import Page
 
 LENGTH = 17  # a class token and 4 × 4 patches
@@ -93,21 +93,19 @@ def test_a_run_on_text_and_too_few_tokens_are_refused(run: str, tmp_path: Path) 
         inspect_images(run, tokens=16)
 
 
-@pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
-def test_patches_lie_on_their_image_and_fit_a_phone(run: str, tmp_path: Path) -> None:
+def test_patches_lie_on_their_image_and_fit_a_phone(run: str, tmp_path: Path, chromium: Browser) -> None:
     audit = inspect_images(run, tokens=6 * LENGTH, viewer_tokens=6 * LENGTH)
     write_viewer([audit], tmp_path / "tokens.html")
     choices = audit.layers[0].choices
     assert choices is not None
-    with browser() as window:
-        window.open(tmp_path / "tokens.html", width=400)
-        script = "return panels[0].tokens.map((one) => (one.className.match(/\\be\\d+/) ?? [''])[0])"
-        assert window.run(script) == [f"e{row[0]}" for row in choices.experts_TK.tolist()]
-        places = """
-        const picture = panels[0].text.children[2], all = picture.lastChild.getBoundingClientRect();
-        return [...picture.lastChild.children].map((one) => one.getBoundingClientRect())
-          .map((box) => [Math.round((box.top - all.top) / box.height), Math.round((box.left - all.left) / box.width)]);
-        """
-        assert window.run(places) == [[row, column] for row in range(4) for column in range(4)]
-        assert window.run("return document.documentElement.scrollWidth <= innerWidth") is True
-        assert window.errors() == []
+    chromium.open(tmp_path / "tokens.html", width=400)
+    script = "return panels[0].tokens.map((one) => (one.className.match(/\\be\\d+/) ?? [''])[0])"
+    assert chromium.run(script) == [f"e{row[0]}" for row in choices.experts_TK.tolist()]
+    places = """
+    const picture = panels[0].text.children[2], all = picture.lastChild.getBoundingClientRect();
+    return [...picture.lastChild.children].map((one) => one.getBoundingClientRect())
+      .map((box) => [Math.round((box.top - all.top) / box.height), Math.round((box.left - all.left) / box.width)]);
+    """
+    assert chromium.run(places) == [[row, column] for row in range(4) for column in range(4)]
+    assert chromium.run("return document.documentElement.scrollWidth <= innerWidth") is True
+    assert chromium.errors() == []

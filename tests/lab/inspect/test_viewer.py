@@ -21,8 +21,9 @@ from torch import Tensor
 from sinkroute.lab.inspect import Audit, Choices, Layer, inspect_checkpoint, write_viewer
 from sinkroute.lab.inspect.choices import Keeper
 from sinkroute.lab.inspect.result import Alternative, Setting
-from sinkroute.lab.inspect.viewer_colours import INK, colours, contrast
+from sinkroute.lab.inspect.viewer_colours import INK, colours
 from sinkroute.lab.inspect.viewer_pack import pack, spell
+from sinkroute.lab.page.palette import contrast
 from sinkroute.transport import balanced_topk
 
 from .conftest import build, ids_of

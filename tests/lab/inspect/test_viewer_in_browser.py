@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,16 @@ import torch
 
 from sinkroute.lab.inspect import Layer, write_viewer
 
-from ..browser import MISSING, Browser, browser
+from ..browser import Browser
 from .test_viewer import HOSTILE, chosen, logits, made
-
-if MISSING is not None:
-    pytest.skip(MISSING, allow_module_level=True)
 
 WORDS = (*HOSTILE, *(f" word{place}" for place in range(60)), "")
 LAYERS = [chosen(logits(len(WORDS), 12, seed=seed), 3) for seed in range(3)]
 
 
-@pytest.fixture(scope="module")
-def window() -> Iterator[Browser]:
-    with browser() as opened:
-        yield opened
+@pytest.fixture
+def window(chromium: Browser) -> Browser:
+    return chromium
 
 
 @pytest.fixture(scope="module")
