@@ -2,10 +2,12 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
 import sinkroute
+from sinkroute.adapters._patched import put_in
 from sinkroute.routing.attached import attach, attached, detach, named_routers
 
 
@@ -81,3 +83,29 @@ def test_a_copy_of_the_host_has_a_router_of_its_own():
     assert attached(other) is not attached(host)
     attached(other).state.bias_E.add_(1)
     assert not attached(host).state.bias_E.any()
+
+
+TAKES_A_MODEL = {
+    "patch": sinkroute.patch,
+    "the other adapters' patch": lambda model: put_in(model, "softmax", {}, "anybody"),
+    "set_step": lambda model: sinkroute.set_step(model, 0),
+    "end_step": sinkroute.end_step,
+    "set_inference": lambda model: sinkroute.set_inference(model, "none"),
+    "no_balancing": lambda model: sinkroute.no_balancing(model).__enter__(),
+    "LoadMonitor": sinkroute.LoadMonitor,
+}
+
+
+@pytest.mark.parametrize("name", TAKES_A_MODEL)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("mistralai/Mixtral-8x7B-v0.1", r"got the str 'mistralai/Mixtral-8x7B-v0.1'; load .*from_pretrained, and pass"),
+        (nn.Linear, "got the class Linear; make a model of it, and pass that"),
+        ([nn.Linear(2, 2)] * 2, "got a list of 2; call it for each model in it"),
+        (None, r"got None \(NoneType\); pass the model that holds the mixture-of-experts layers"),
+    ],
+)
+def test_what_is_no_model_is_told_with_the_cure(name, given, message):
+    with pytest.raises(TypeError, match=f"^model must be a torch.nn.Module, {message}"):
+        TAKES_A_MODEL[name](given)

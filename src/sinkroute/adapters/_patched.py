@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sinkroute.adapters._links import held_in
 from sinkroute.adapters._tally import Tally, tally_table
 from sinkroute.routing import Router
-from sinkroute.routing.attached import attach, attached, detach
+from sinkroute.routing.attached import attach, attached, detach, require_model
 
 __all__ = ["Kinds", "Patched", "describe", "hold", "holder", "outputs_of", "put_in"]
 
@@ -184,8 +184,10 @@ def put_in(model: nn.Module, name: str, kinds: Kinds, owner: str) -> Patched:
         owner: the framework, for messages.
 
     Raises:
+        TypeError: no model.
         ValueError: there is nothing to swap; a subclass of theirs, whose rule is not known, or one of ours.
     """
+    require_model(model)
     fitted: dict[str, tuple[nn.Module, type[nn.Module], Router]] = {}
     for path, part in model.named_modules():
         if type(part) in kinds:

@@ -47,6 +47,7 @@ from sinkroute.adapters._patched import Patched, hold, holder, outputs_of, put_i
 from sinkroute.adapters._titan_ranks import ranks_in
 from sinkroute.kernels.storage import is_watched
 from sinkroute.routing import Router
+from sinkroute.routing.attached import require_model
 from sinkroute.routing.registry import RECOMMENDED
 from sinkroute.routing.routes import Routes
 
@@ -244,6 +245,7 @@ def patch(model: nn.Module, router: str = RECOMMENDED, *, parallel_dims: Any = N
             that is parallelized already.
         RuntimeError: a torchtitan whose router is another.
     """
+    require_model(model)
     layers = {}
     for path, part in model.named_modules():
         if isinstance(part, MoE):

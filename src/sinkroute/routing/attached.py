@@ -10,7 +10,7 @@ from torch import nn
 
 from sinkroute.routing.router import Router
 
-__all__ = ["ATTACHED", "attach", "attached", "detach", "named_routers"]
+__all__ = ["ATTACHED", "attach", "attached", "detach", "named_routers", "require_model"]
 
 ATTACHED = "_sinkroute_router"
 """Where a module has the router that was attached to it."""
@@ -44,9 +44,31 @@ def named_routers(module: nn.Module) -> dict[str, Router]:
     >>> list(model.state_dict())
     ['0.weight', '0.bias']
     """
+    require_model(module)
     found: dict[str, Router] = {}
     for path, part in module.named_modules():
         router = part if isinstance(part, Router) else attached(part)
         if router is not None and all(router is not other for other in found.values()):
             found[path] = router
     return found
+
+
+def require_model(model: object) -> None:
+    """Raise a `TypeError` with the cure unless this is a `torch.nn.Module`.
+
+    >>> require_model([nn.Linear(2, 2), nn.Linear(2, 2)])
+    Traceback (most recent call last):
+    TypeError: model must be a torch.nn.Module, got a list of 2; call it for each model in it
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, str):
+        got = f"the str {model!r}; load what has that name first, such as by "
+        got += "transformers.AutoModelForCausalLM.from_pretrained, and pass the model"
+    elif isinstance(model, type):
+        got = f"the class {model.__name__}; make a model of it, and pass that"
+    elif isinstance(model, (list, tuple)):
+        got = f"a {type(model).__name__} of {len(model)}; call it for each model in it"
+    else:
+        got = f"{model!r} ({type(model).__name__}); pass the model that holds the mixture-of-experts layers"
+    raise TypeError(f"model must be a torch.nn.Module, got {got}")

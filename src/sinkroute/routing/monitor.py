@@ -28,7 +28,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from sinkroute._errors import RankLost, unknown_name
-from sinkroute.routing.attached import named_routers
+from sinkroute.routing.attached import named_routers, require_model
 from sinkroute.routing.log_file import append_line
 from sinkroute.routing.ranks import Group, Ranks
 from sinkroute.routing.router import Router
@@ -73,6 +73,7 @@ class LoadMonitor:
     def __init__(self, model: nn.Module, tier: Tier = "brief") -> None:
         if tier not in get_args(Tier):
             raise unknown_name("tier", tier, get_args(Tier))
+        require_model(model)
         self.model, self.tier = model, tier
         parameter = next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device

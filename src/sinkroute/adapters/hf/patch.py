@@ -16,7 +16,7 @@ from sinkroute.adapters.hf.find import find_routers
 from sinkroute.adapters.hf.handle import Handle
 from sinkroute.adapters.hf.quirks import refuse_kernels
 from sinkroute.adapters.hf.seat import fit_to_site
-from sinkroute.routing.attached import attached
+from sinkroute.routing.attached import attached, require_model
 from sinkroute.routing.registry import RECOMMENDED
 
 __all__ = ["patch"]
@@ -61,6 +61,7 @@ def patch(
         what routers remember between steps.
 
     Raises:
+        TypeError: no model, such as the name of one.
         ValueError: a model without a router that can be taken over (the message says why for each), one that is
             patched already, or a router that the model could not serve with, as where the gate is frozen.
 
@@ -75,6 +76,7 @@ def patch(
       1 × model.layers.*.mlp.gate  MixtralTopKRouter  softmax, top 2 of 4, renormalised
     >>> handle.remove()
     """
+    require_model(model)
     if any(attached(part) is not None for part in model.modules()):
         raise ValueError(
             "model is patched already; call handle.remove() of that patch first (a copy of a patched model has no "
