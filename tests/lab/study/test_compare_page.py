@@ -11,7 +11,7 @@ import pytest
 
 from sinkroute.lab.study.cells import Plan
 from sinkroute.lab.study.compare_page import write_page
-from sinkroute.lab.study.forest import grids
+from sinkroute.lab.study.figures import grids
 from sinkroute.lab.study.results import Results, gather
 from sinkroute.lab.study.state import record_failure
 

@@ -11,8 +11,11 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
+from sinkroute.lab.page.loads import rgba
 from sinkroute.lab.page.palette import inks
-from sinkroute.lab.study import curves as figures
+from sinkroute.lab.study import figures
+from sinkroute.lab.study.figures.loads import _columns
+from sinkroute.lab.study.figures.marks import apart
 from sinkroute.lab.study.runs import group_runs, read_runs
 
 MakeRun = Callable[..., Path]
@@ -103,20 +106,20 @@ def test_loads_over_training_are_relative_to_a_fair_share(demo: Path) -> None:
     np.testing.assert_allclose(loads[0], [[1.05, 1.0, 1.0, 0.95], [2.0, 1.0, 1.0, 0.0]])
 
 
-def test_a_balanced_expert_is_a_clear_pixel_and_a_dead_one_an_opaque_one() -> None:
-    alpha = figures._load_rgba(np.array([1.0, 0.0, 3.0, 7.0]))[:, 3]
-    assert alpha.tolist() == [0.0, 1.0, 1.0, 1.0]
+def test_a_balanced_expert_is_a_clear_pixel_and_a_dead_or_the_busiest_one_is_opaque() -> None:
+    alpha = rgba(np.array([1.0, 0.0, 3.0, 9.0]), top=9.0)[:, 3]
+    np.testing.assert_allclose(alpha, [0.0, 1.0, 0.5, 1.0])
 
 
 def test_log_lines_keep_their_width_in_the_heat_map() -> None:
-    image = figures._columns(np.array([0.0, 10.0, 40.0]), np.array([[1.0], [2.0]]))
+    image = _columns(np.array([0.0, 10.0, 40.0]), np.array([[1.0], [2.0]]))
     assert image.shape == (1, 60)
     assert (image == 1.0).sum() == 15  # the first line covers a quarter of the steps
 
 
 def test_labels_are_pushed_apart_by_no_more_than_needed() -> None:
-    assert figures._apart([0.0, 100.0, 1.0], 10.0) == pytest.approx([-4.5, 100.0, 5.5])
-    places = figures._apart([5.0, 5.0, 5.0], 10.0)
+    assert apart([0.0, 100.0, 1.0], 10.0) == pytest.approx([-4.5, 100.0, 5.5])
+    places = apart([5.0, 5.0, 5.0], 10.0)
     assert sorted(places) == [-5.0, 5.0, 15.0]
 
 

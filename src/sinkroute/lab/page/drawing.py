@@ -31,22 +31,25 @@ WIDTH = 10.6
 
 @dataclass(frozen=True)
 class Theme:
-    """The colours that a figure is drawn with."""
+    """The colours that a figure is drawn with; `words` are those of methods where they are written."""
 
     ink: str
     muted: str
     grid: str
     methods: tuple[str, ...]
+    words: tuple[str, ...]
 
 
 def page_theme(n: int) -> Theme:
     """The stand-ins of a page with n methods."""
-    return Theme("#000001", "#000002", "#000003", tuple(f"#0000{16 + i:02x}" for i in range(n)))
+    stands = tuple(f"#0000{16 + i:02x}" for i in range(n))
+    return Theme("#000001", "#000002", "#000003", stands, stands)
 
 
 def paper_theme(inks: Sequence[Ink]) -> Theme:
     """For a picture that stands by itself."""
-    return Theme("#23262b", "#6a707a", "#e4e4e0", tuple(ink.light for ink in inks))
+    both = tuple(ink.light for ink in inks), tuple(ink.light_text for ink in inks)
+    return Theme("#23262b", "#6a707a", "#e4e4e0", *both)
 
 
 _VARIABLES = {"#000001": "var(--ink)", "#000002": "var(--muted)", "#000003": "var(--grid)"}

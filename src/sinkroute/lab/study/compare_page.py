@@ -30,7 +30,7 @@ def write_page(found: Results, path: Path) -> Path:
     """
     from markupsafe import Markup
 
-    from sinkroute.lab.study import forest as figures
+    from sinkroute.lab.study import figures
 
     plan = found.plan
     assert plan is not None

@@ -59,7 +59,7 @@ def write_picture(
 
     Arguments, return value and errors are those of `write_report`; the suffix of `path` says which format.
     """
-    from sinkroute.lab.study import curves as figures  # matplotlib takes a second to import: only who draws pays for it
+    from sinkroute.lab.study import figures  # matplotlib takes a second to import: only who draws pays for it
 
     path = _target(runs, path, (".png", ".svg"))
     groups = group_runs(runs)
@@ -96,7 +96,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> Path:
 def _render(runs: Sequence[Run], baselines: Mapping[str, Any], title: str) -> str:
     from markupsafe import Markup
 
-    from sinkroute.lab.study import curves as figures
+    from sinkroute.lab.study import figures
 
     metric = common_metric(runs)
     groups = group_runs(runs)

@@ -10,14 +10,18 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from sinkroute.lab.page.drawing import WIDTH, Theme, heading, inline, page_theme, settings, short, style
 from sinkroute.lab.page.palette import Ink
 from sinkroute.lab.study.cells import short_value
+from sinkroute.lab.study.figures.marks import fit, interval, muted, round_ticks, rows
 from sinkroute.lab.study.results import BILLION, Entry, Metric, Results, SizeTrend
 
 __all__ = ["Grid", "forest_figure", "grid_figure", "grids", "size_figure"]
+
+_TOLD = ("better", "worse", "equivalent")
+"""Verdicts that stand behind a difference."""
 
 
 @dataclass(frozen=True)
@@ -61,35 +65,32 @@ def grids(found: Results) -> list[Grid]:
     return out
 
 
-def forest_figure(found: Results, size: str, metric: Metric, inks: Sequence[Ink], name: str) -> str:
+def forest_figure(results: Results, size: str, metric: Metric, inks: Sequence[Ink], name: str) -> str:
     """Paired differences to the reference at one size: a line for each method, a dot for each seed."""
-    methods = found.methods
-    reference = found.entries[size, found.reference, metric.key]
-    rows = [entry for method in methods if (entry := found.entries[size, method, metric.key]).against is not None]
-    if not rows:
+    methods = results.methods
+    reference = results.entries[size, results.reference, metric.key]
+    shown = [each for method in methods if (each := results.entries[size, method, metric.key]).against is not None]
+    if not shown:
         return ""
-    theme = page_theme(len(methods))
+    theme, digits = page_theme(len(methods)), metric.digits
     with settings("none"):
-        fig = Figure(figsize=(WIDTH, 0.95 + 0.34 * max(len(rows), 2)))
-        tall = fig.get_figheight()
-        longest = max(len(entry.method) for entry in rows)
-        left = min(max(0.02 + 0.0068 * longest, 0.16), 0.42)
-        ax = fig.add_axes((left, 0.42 / tall, 0.79 - left, 1 - 0.85 / tall))
-        style(ax, theme, grid="x")
-        ax.spines["bottom"].set_visible(False)
-        ax.set_ylim(len(rows) - 0.5, -0.6)
-        ax.set_yticks(range(len(rows)), [short(entry.method, 60) for entry in rows])
+        tall = 0.95 + 0.34 * max(len(shown), 2)
+        fig = Figure(figsize=(WIDTH, tall))
+        left = min(max(0.03 + 0.0085 * max(len(entry.method) for entry in shown), 0.16), 0.42)
+        ax = fig.add_axes((left, 0.42 / tall, 0.77 - left, 1 - 0.85 / tall))
+        rows(ax, theme, [(methods.index(entry.method), entry.method) for entry in shown], 42)
         ax.axvline(0, color=theme.muted, linewidth=1.1, zorder=1)
-        for row, entry in enumerate(rows):
-            _forest_row(ax, theme, inks, methods.index(entry.method), row, entry, reference)
-        for tick, entry in zip(ax.get_yticklabels(), rows, strict=True):
-            which = methods.index(entry.method)
-            tick.set_color(theme.methods[which])
-            tick.set_gid(f"m m{which}")
-        _reach(ax, rows, reference)
+        for row, entry in enumerate(shown):
+            assert entry.against is not None
+            found, which = entry.against.paired.difference, methods.index(entry.method)
+            half = "" if found.half is None else f" ± {found.half:.{digits}f}"
+            words = f"{found.mean:+.{digits}f}{half} {entry.against.verdict * (entry.against.verdict in _TOLD)}"
+            interval(ax, theme, inks[which], which, row, found, _differences(entry, reference), words)
+        ax.set_xlim(*_reach(shown, reference))
+        ax.xaxis.set_major_locator(round_ticks(6))
         better = "← better" if metric.lower_is_better else "better →"
-        heading(ax, theme, f"{metric.title} against {short(found.reference)}", better)
-        return inline(fig, name, f"{metric.title} against {found.reference}, by method")
+        heading(ax, theme, f"{metric.title} against {short(results.reference)}", better)
+        return inline(fig, name, f"{metric.title} against {results.reference}, by method")
 
 
 def grid_figure(found: Results, grid: Grid, size: str, metrics: Sequence[Metric], name: str) -> str:
@@ -108,10 +109,8 @@ def grid_figure(found: Results, grid: Grid, size: str, metrics: Sequence[Metric]
             whole = reference[place]
             if whole is not None:
                 ax.axhline(whole.mean, color=theme.muted, linewidth=1.1, dashes=(4, 3))
-                ax.annotate(
-                    short(found.reference), (1, whole.mean), (4, 0), xycoords=("axes fraction", "data"),
-                    textcoords="offset points", color=theme.muted, fontsize=8.5, va="center",
-                )  # fmt: skip
+                muted(ax, theme, short(found.reference), (1, whole.mean), (4, 0),
+                      xycoords=("axes fraction", "data"), va="center")  # fmt: skip
             for line in grid.lines.values():
                 which = methods.index(line[0][1])
                 _grid_line(ax, theme, which, [(x, found.entries[size, method, metric.key]) for x, method in line])
@@ -138,7 +137,8 @@ def size_figure(found: Results, inks: Sequence[Ink]) -> str:
     with settings("none"):
         fig = Figure(figsize=(WIDTH, 0.4 + 2.4 * rows))
         tall = fig.get_figheight()
-        limits = _gain_limits(found.trends)
+        # One scale for all panels, by the gains that were measured: extrapolated bands run out of the picture.
+        limits = fit([0.0, *(gain for each in found.trends for _, _, gain in each.points)], 1.0)
         for place, each in enumerate(found.trends):
             left, down = 0.07 + 0.92 * (place % columns) / columns, place // columns
             width, height = 0.92 / columns - 0.06, 1.6 / tall
@@ -147,41 +147,17 @@ def size_figure(found: Results, inks: Sequence[Ink]) -> str:
         return inline(fig, "sizes", "Gain over the reference by active parameters")
 
 
-def _forest_row(
-    ax: Axes, theme: Theme, inks: Sequence[Ink], which: int, row: int, entry: Entry, reference: Entry
-) -> None:
-    assert entry.against is not None
-    colour, gid = theme.methods[which], f"m m{which}"
-    difference = entry.against.paired.difference
-    if difference.half is not None:
-        reach = [difference.mean - difference.half, difference.mean + difference.half]
-        ax.plot(reach, [row, row], color=colour, linewidth=5, alpha=0.28, solid_capstyle="round", gid=gid)
-    dots = _differences(entry, reference)
-    if len(dots) > 1:
-        ax.plot(dots, [row] * len(dots), linestyle="", marker="o", markersize=4, color=colour, alpha=0.7,
-                markeredgewidth=0, gid=gid)  # fmt: skip
-    ax.plot([difference.mean], [row], marker=inks[which].marker, markersize=9, color=colour, markeredgewidth=0, gid=gid)
-    half = "" if difference.half is None else f" ± {difference.half:.{entry.metric.digits}f}"
-    words = {"better": "  better", "worse": "  worse"}.get(entry.against.verdict, "")
-    ax.annotate(
-        f"{difference.mean:+.{entry.metric.digits}f}{half}{words}", (1, row), (12, 0),
-        xycoords=("axes fraction", "data"), textcoords="offset points", color=theme.ink, fontsize=9, va="center",
-        fontweight="bold" if words else "normal", annotation_clip=False, gid=gid,
-    )  # fmt: skip
-
-
 def _differences(entry: Entry, reference: Entry) -> list[float]:
     return [value - reference.values[seed] for seed, value in entry.values.items() if seed in reference.values]
 
 
-def _reach(ax: Axes, rows: Sequence[Entry], reference: Entry) -> None:
+def _reach(shown: Sequence[Entry], reference: Entry) -> tuple[float, float]:
     """Every seed is seen; an interval of two or three seeds may reach beyond the edge."""
-    seeds = [value for entry in rows for value in _differences(entry, reference)]
+    seeds = [value for entry in shown for value in _differences(entry, reference)]
     low, high = min(*seeds, 0.0), max(*seeds, 0.0)
-    halves = sorted(entry.against.paired.difference.half or 0.0 for entry in rows if entry.against is not None)
+    halves = sorted(entry.against.paired.difference.half or 0.0 for entry in shown if entry.against is not None)
     margin = max(0.12 * (high - low), halves[len(halves) // 2], 1e-9)
-    ax.set_xlim(low - margin, high + margin)
-    ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    return low - margin, high + margin
 
 
 def _grid_line(ax: Axes, theme: Theme, which: int, line: Sequence[tuple[float, Entry]]) -> None:
@@ -230,14 +206,6 @@ def _trend_panel(
     ax.xaxis.set_major_locator(FixedLocator([math.log2(10.0**tick) for tick in ticks]))
     ax.set_xticklabels([f"10{_raised(int(tick))}" for tick in ticks])
     heading(ax, theme, short(each.method, 44), lift=8)
-
-
-def _gain_limits(trends: Sequence[SizeTrend]) -> tuple[float, float]:
-    """One scale for all panels, by the gains that were measured: extrapolated bands run out of the picture."""
-    gains = [gain for each in trends for _, _, gain in each.points]
-    low, high = min(*gains, 0.0), max(*gains, 0.0)
-    margin = max(high - low, 1e-6)
-    return low - margin, high + margin
 
 
 def _raised(exponent: int) -> str:
