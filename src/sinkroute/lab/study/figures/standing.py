@@ -90,7 +90,9 @@ def _metric(groups: Sequence[Group]) -> Quality:
     return common_metric([run for group in groups for run in group.runs])
 
 
-def _panel(ax: Axes, theme: Theme, inks: Sequence[Ink], groups: Sequence[Group], baselines: Mapping[str, Any]) -> None:
+def _panel(
+    ax: Axes, theme: Theme, inks: Sequence[Ink], groups: Sequence[Group], baselines: Mapping[str, Any], width: int = 36
+) -> None:
     metric = _metric(groups)
     rows(ax, theme, [(group.place, group.label) for group in groups], width)
     found = [(group, values, Estimate.of(values)) for group in groups if (values := group.qualities)]
