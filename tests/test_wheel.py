@@ -14,6 +14,14 @@ from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+import yaml
+
+import sinkroute
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 pytest.importorskip("hatchling")
 ROOT = Path(__file__).parents[1]
@@ -148,6 +156,39 @@ def test_links_of_the_readme_lead_to_this_version(pure):
     files = {link.removeprefix(f"{repository}/{kind}/v{metadata['Version']}/").partition("#")[0]
              for mark, link in theirs for kind in ["raw" if mark else "blob"]}  # fmt: skip
     assert [name for name in files if not (ROOT / name).is_file()] == []
+
+
+def test_texts_name_the_version_of_the_package_and_the_repository_stands_in_one_place():
+    version = re.escape(sinkroute.__version__)
+    for name, line in (
+        ("CITATION.cff", rf"^version: {version}$"),
+        ("README.md", rf"^  version = \{{{version}\}}$"),
+        ("CHANGELOG.md", rf"\A# Changelog\n\n## {version}\b"),
+    ):
+        assert re.search(line, (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE), name
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        repository = tomllib.load(file)["project"]["urls"]["Repository"].removeprefix("https://")
+    texts = [*ROOT.glob("*.*"), *(ROOT / "docs").glob("*.*"), *(ROOT / ".github").rglob("*.*")]
+    assert [path.name for path in texts if path.is_file() and repository.encode() in path.read_bytes()] == [
+        "pyproject.toml"
+    ]
+
+
+def test_a_citation_is_of_the_software_and_of_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors", "version"} <= citation.keys()
+    (paper,) = citation["references"]
+    names = " and ".join(f"{one['family-names']}, {one['given-names']}" for one in paper["authors"])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert paper["title"] in readme and f"author  = {{{names}}}" in readme and "2511.08972" in paper["url"]
+
+
+@pytest.mark.parametrize("form", ["bug", "new-router", "wrong-counts"])
+def test_forms_for_issues_are_such(form):
+    read = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{form}.yml").read_text(encoding="utf-8"))
+    assert {"name", "description", "body"} <= read.keys()
+    asked = [part for part in read["body"] if part["type"] != "markdown"]
+    assert asked and all(part["attributes"]["label"] and part["id"] for part in asked)
 
 
 def test_a_source_distribution_holds_what_the_repository_does(tmp_path):
