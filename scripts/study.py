@@ -28,7 +28,7 @@ import numpy as np
 from scipy import stats
 
 from sinkroute.lab.study.cells import Plan, expand
-from sinkroute.lab.study.config import find_comparison, read_comparison
+from sinkroute.lab.study.config import find_study, read_study
 from sinkroute.lab.study.keep import keep, restore
 from sinkroute.lab.study.power import detectable
 from sinkroute.lab.study.statistics import LEVEL, holm, paired
@@ -333,8 +333,8 @@ def _restore(name: str, folder: str | None = None) -> str:
 
 
 def _study(name: str, out: str | None) -> Plan:
-    path = find_comparison(f"study/{name}")
-    return expand(path, read_comparison(path), out=out)
+    path = find_study(f"study/{name}")
+    return expand(path, read_study(path), out=out)
 
 
 def page(text: str) -> str:

@@ -12,7 +12,7 @@ from scipy import stats
 
 from sinkroute.lab.config import VisionConfig
 from sinkroute.lab.study.cells import expand
-from sinkroute.lab.study.config import CompareConfig, read_comparison
+from sinkroute.lab.study.config import StudyConfig, read_study
 
 ROOT = Path(__file__).parents[1]
 REGISTERED = sorted((ROOT / "experiments" / "study").glob("*.yaml"))
@@ -32,9 +32,9 @@ def study():
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_each_preset_has_results_and_they_are_its_own(study, preset):
     found = study.read(preset.stem)
-    compare = read_comparison(preset)
+    compare = read_study(preset)
     wanted = json.loads(json.dumps(asdict(compare)))
-    older = asdict(CompareConfig(methods=compare.methods))  # a key that came after the run has its default
+    older = asdict(StudyConfig(methods=compare.methods))  # a key that came after the run has its default
     assert {**study._short(older), **found["compare"]} == study._short(wanted)
     assert not found["overrides"]
 
@@ -43,7 +43,7 @@ def test_each_preset_has_results_and_they_are_its_own(study, preset):
 def test_each_run_of_a_preset_is_done(study, preset):
     found = study.read(preset.stem)
     assert [cell for cell in found["cells"] if cell["state"] != "done"] == []
-    assert {cell["seed"] for cell in found["cells"]} == set(read_comparison(preset).seeds)
+    assert {cell["seed"] for cell in found["cells"]} == set(read_study(preset).seeds)
 
 
 def test_the_pages_hold_the_tables_of_the_results(study):
@@ -103,9 +103,7 @@ def test_the_floor_of_max_vio_is_that_of_tokens_that_choose_by_chance(study):
 
 @pytest.mark.parametrize("preset", REGISTERED, ids=lambda path: path.stem)
 def test_each_size_of_a_step_has_its_floor(study, preset):
-    for config in {
-        cell.size + cell.family: cell.config for cell in expand(preset, read_comparison(preset)).cells
-    }.values():
+    for config in {cell.size + cell.family: cell.config for cell in expand(preset, read_study(preset)).cells}.values():
         model = config.model
         if isinstance(model, VisionConfig):  # patches and the class token
             tokens = config.train.batch * ((model.image_size // model.patch) ** 2 + 1)

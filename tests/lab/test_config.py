@@ -19,12 +19,10 @@ from sinkroute.lab.config import (
     parse_scalar,
     preset_folder,
     read_yaml,
-    to_mapping,
     write_yaml,
 )
 from sinkroute.lab.study.cells import configuration_hash, expand
-from sinkroute.lab.study.config import read_comparison
-from sinkroute.lab.study.demo import DemoConfig
+from sinkroute.lab.study.config import common_config, read_study
 
 
 def test_a_configuration_survives_yaml(tmp_path: Path) -> None:
@@ -197,7 +195,10 @@ def test_every_preset_can_be_read() -> None:
     presets = {path.stem: path.read_text() for path in folder.glob("*.yaml")}
     assert {"demo", "selective", "wikipedia-ssr", "wikipedia-stream"} <= set(presets)
     for name, text in presets.items():
-        read_yaml(DemoConfig if "\nmethods:" in text else Config, find_preset(name))
+        if "\nmethods:" in text:
+            assert expand(find_preset(name), read_study(find_preset(name))).cells
+        else:
+            read_yaml(Config, find_preset(name))
 
 
 # As they were on the day before the settings were pydantic's: runs of that day are continued.
@@ -224,7 +225,7 @@ def test_the_hash_by_which_earlier_runs_are_found_again_stays(name: str) -> None
     if "/" in name:
         folder, study, cell = name.split("/")
         path = preset_folder() / folder / f"{study}.yaml"
-        found = next(each.hash for each in expand(path, read_comparison(path)).cells if each.name == cell)
+        found = next(each.hash for each in expand(path, read_study(path)).cells if each.name == cell)
     else:
         found = configuration_hash(Config() if name == "default" else read_yaml(Config, find_preset(name)))
     assert found.startswith(HASHES[name])
@@ -234,19 +235,19 @@ def test_every_router_of_a_comparison_can_be_made() -> None:
     from sinkroute.routing import create_router
 
     for preset in ("demo", "selective"):
-        for router in read_yaml(DemoConfig, find_preset(preset)).methods.values():
-            create_router(router.name, num_experts=8, top_k=2, **router.options)
+        for cell in expand(find_preset(preset), read_study(find_preset(preset))).cells:
+            create_router(cell.config.router.name, num_experts=8, top_k=2, **cell.config.router.options)
 
 
 def test_the_demo_compares_six_methods_and_ssr_makes_at_least_twenty_plans() -> None:
     from sinkroute.routing import create_router, set_step
 
-    demo = read_yaml(DemoConfig, find_preset("demo"))
+    demo = read_study(find_preset("demo"))
     assert list(demo.methods) == ["softmax", "load-balance", "loss-free", "quantile", "ssr-l", "ssr-dual"]
-    assert to_mapping(demo)["methods"]["load-balance"]["options"] == {"coefficient": 0.01}
-    router = create_router("ssr-l", num_experts=8, top_k=2, **demo.methods["ssr-l"].options)
+    assert demo.methods["load-balance"]["router"]["options"] == {"coefficient": 0.01}
+    router = create_router("ssr-l", num_experts=8, top_k=2, **demo.methods["ssr-l"]["router"]["options"])
     drawn = 0
-    for step in range(demo.train.steps):
+    for step in range(common_config(demo, find_preset("demo")).train.steps):
         set_step(router, step)
         drawn += router.draw_uniform("branch", per_layer=False) < router.probability
     assert drawn >= 20

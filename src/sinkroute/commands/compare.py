@@ -5,10 +5,14 @@ from __future__ import annotations
 import tyro
 from rich.console import Console
 
+from sinkroute.lab.study.options import CompareCommand
+
 __all__ = ["run"]
 
 
 def run(arguments: list[str], console: Console) -> int:
-    from sinkroute.lab.study.run import CompareCommand, run_compare
+    command = tyro.cli(CompareCommand, args=arguments, prog="sinkroute compare")
 
-    return run_compare(tyro.cli(CompareCommand, args=arguments, prog="sinkroute compare"), console)
+    from sinkroute.lab.study.run import run_compare
+
+    return run_compare(command, console)

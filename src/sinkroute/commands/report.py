@@ -33,14 +33,17 @@ def run(arguments: list[str], console: Console) -> int:
     if not command.runs:
         raise UsageError("report needs a RUN: sinkroute report runs/demo")
 
-    from sinkroute.lab.study import read_runs, result_table, write_picture, write_report
+    from sinkroute.lab.study.page import write_page, write_picture
+    from sinkroute.lab.study.results import compare_runs
+    from sinkroute.lab.study.runs import read_runs
+    from sinkroute.lab.study.table import print_results
 
-    runs = read_runs(command.runs)
-    console.print(result_table(runs))
+    found = compare_runs(read_runs(command.runs), command.title)
+    print_results(found, console)
     out = Path(command.out) if command.out else Path(command.runs[0]) / "report.html"
-    write_report(runs, out, title=command.title)
+    write_page(found, out)
     console.print(f"Report: [bold]{escape(str(out))}[/]", highlight=False, soft_wrap=True)
     if command.picture:
-        write_picture(runs, Path(command.picture))
+        write_picture(found, Path(command.picture))
         console.print(f"Picture: [bold]{escape(command.picture)}[/]", highlight=False, soft_wrap=True)
     return 0

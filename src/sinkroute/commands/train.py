@@ -77,9 +77,11 @@ def run(arguments: list[str], console: Console) -> int:
     if console.quiet:
         return 0
 
-    from sinkroute.lab.study import read_runs, result_table
+    from sinkroute.lab.study.results import compare_runs
+    from sinkroute.lab.study.runs import read_runs
+    from sinkroute.lab.study.table import print_results
 
-    console.print(result_table(read_runs([folder])))
+    print_results(compare_runs(read_runs([folder])), console)
     shown = escape(str(folder))
     console.print(f"Run: [bold]{shown}[/]; a report of it: sinkroute report {shown}", highlight=False, soft_wrap=True)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,14 +18,15 @@ from sinkroute.lab.engine import holds_a_part
 from sinkroute.lab.evaluation import Evaluation
 from sinkroute.lab.files import write_json
 from sinkroute.lab.interrupt import Interrupted, StopRequest
+from sinkroute.lab.machine import machine
 from sinkroute.lab.memory import peak_memory_mb, reset_peak_memory
 from sinkroute.lab.models import SparseModel, make_model
 from sinkroute.lab.peers import Peers, join
 from sinkroute.lab.tasks import Task, make_task
 from sinkroute.lab.training import Diverged, Progress, prepare_folder, train
-from sinkroute.routing import set_inference
+from sinkroute.routing import Router, set_inference
 
-__all__ = ["evaluate_split", "execute"]
+__all__ = ["evaluate_split", "execute", "kind_of", "require_modes"]
 
 
 def execute(
@@ -68,7 +70,9 @@ def _execute(
         task = make_task(config, data)
         for name, attack in config.eval.attacks.items():
             task.check_attack(kind_of(name), attack)
-        _check_inference(config)
+        if config.eval.inference:
+            with torch.device("meta"):
+                require_modes(config, make_model(config).moe_layers[0].router)
         return task
 
     task = peers.each("preparing the run", make)
@@ -89,6 +93,7 @@ def _execute(
     if (result := peers.on_main("looking into the folder", finished)) is not None:
         return result
     reset_peak_memory()
+    load = os.getloadavg()[0]
     model = train(config, data, folder, stop=stop, on_progress=on_progress)
     if holds_a_part(model):
         evaluated = _evaluate_all(config, task, model, stop, on_status)
@@ -97,7 +102,9 @@ def _execute(
             evaluated = _evaluate_all(config, task, model, stop, on_status)
     if not peers.is_main:
         return {}
-    result = {**_training_result(config, folder, task, model), **evaluated}
+    # What wall times have to be read with: how many processes wanted a core when it began and ended.
+    about = {"machine": {**machine(), "load_average": [load, os.getloadavg()[0]]}}
+    result = {**_training_result(config, folder, task, model), **evaluated, **about}
     write_json(result, result_file)
     return result
 
@@ -155,12 +162,12 @@ def _training_result(config: Config, folder: Path, task: Task, model: SparseMode
     }
 
 
-def _check_inference(config: Config) -> None:
-    """Ways of serving are for one family of routers: any other must not fail when it is trained."""
-    if not config.eval.inference:
-        return
-    with torch.device("meta"):
-        router = make_model(config).moe_layers[0].router
+def require_modes(config: Config, router: Router) -> None:
+    """Ways of serving are for one family of routers: any other must not fail when it is trained.
+
+    Raises:
+        ValueError: the router serves in one way only, and others are asked for.
+    """
     if not set(config.eval.inference) <= set(router.inference_modes):
         raise ValueError(
             f"eval.inference={list(config.eval.inference)} is for routers of the SSR family, and "

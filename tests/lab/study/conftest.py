@@ -15,7 +15,7 @@ import yaml
 from sinkroute.lab.config import write_yaml
 from sinkroute.lab.files import write_json
 from sinkroute.lab.study.cells import Cell, Plan, expand
-from sinkroute.lab.study.config import read_comparison
+from sinkroute.lab.study.config import read_study
 from sinkroute.lab.study.state import record_begin, record_end
 
 SMALL: dict[str, Any] = {
@@ -54,7 +54,7 @@ def plan(write: Callable[..., Path]) -> Callable[..., Plan]:
     def plan_(**content: Any) -> Plan:
         methods = {"vanilla": {"router": {"name": "softmax"}}, "ssr-l": {"router": {"name": "ssr-l"}}}
         path = write(**{"config": SMALL, "methods": methods, **content})
-        return expand(path, read_comparison(path))
+        return expand(path, read_study(path))
 
     return plan_
 

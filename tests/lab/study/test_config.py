@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sinkroute.lab.study.config import find_comparison, merged, read_base, read_comparison
+from sinkroute.lab.study.config import find_study, merged, read_base, read_study
 
 Write = Callable[..., Path]
 
@@ -24,7 +24,7 @@ def test_a_file_changes_what_it_extends_entry_by_entry(write: Write) -> None:
         methods={"vanilla": None, "ssr-l": {"router": {"options": {"reg": 2}}}},
         seeds=[5],
     )
-    found = read_comparison(child)
+    found = read_study(child)
     assert found.title == "T"
     assert found.config == {"train": {"steps": 9, "lr": 0.2}}
     assert found.methods == {"ssr-l": {"router": {"name": "ssr-l", "options": {"noise": 1, "reg": 2}}}}
@@ -56,7 +56,7 @@ def test_merging_leaves_both_as_they_were() -> None:
 def test_a_ring_of_files_is_refused(write: Write) -> None:
     write("a", extends="b.yaml")
     with pytest.raises(ValueError, match="extends itself"):
-        read_comparison(write("b", extends="a.yaml"))
+        read_study(write("b", extends="a.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_ring_of_files_is_refused(write: Write) -> None:
 def test_a_wrong_file_is_refused_by_name(write: Write, content: dict, message: str) -> None:
     path = write(**content)
     with pytest.raises(ValueError, match=message) as error:
-        read_comparison(path)
+        read_study(path)
     assert str(path) in str(error.value)
 
 
@@ -87,23 +87,23 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("- a\n- b\n")
     with pytest.raises(ValueError, match="must hold a mapping"):
-        read_comparison(path)
+        read_study(path)
     path.write_text("a: [")
     with pytest.raises(ValueError, match="is not YAML"):
-        read_comparison(path)
+        read_study(path)
 
 
 def test_a_misspelt_preset_is_answered_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"unknown comparison.*'paper-lmm'; did you mean 'paper-lm'"):
-        read_comparison(find_comparison("paper-lmm"))
+        read_study(find_study("paper-lmm"))
 
 
 def test_a_name_is_a_preset_and_a_path_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert find_comparison("ablation-p").parent.name == "compare"
-    assert find_comparison("study/ablation-p").parent.name == "study"
+    assert find_study("ablation-p").parent.name == "compare"
+    assert find_study("study/ablation-p").parent.name == "study"
     (tmp_path / "mine.yaml").touch()
-    assert find_comparison("mine.yaml") == Path("mine.yaml")
+    assert find_study("mine.yaml") == Path("mine.yaml")
 
 
 def test_a_base_is_a_preset_or_a_file_beside_the_comparison(tmp_path: Path) -> None:

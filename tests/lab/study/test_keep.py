@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sinkroute.lab.study.cells import Plan, expand
-from sinkroute.lab.study.config import read_comparison
+from sinkroute.lab.study.config import read_study
 from sinkroute.lab.study.keep import LOG_LINES, keep, restore
 from sinkroute.lab.study.results import gather
 from sinkroute.lab.study.state import read_state
@@ -20,7 +20,7 @@ Planner = Callable[..., Plan]
 
 
 def elsewhere(plan: Plan, folder: Path) -> Plan:
-    return expand(plan.path, read_comparison(plan.path), out=str(folder))
+    return expand(plan.path, read_study(plan.path), out=str(folder))
 
 
 @pytest.fixture

@@ -8,21 +8,21 @@ import pytest
 
 from sinkroute import create_router
 from sinkroute.lab.study.cells import Plan, expand
-from sinkroute.lab.study.config import read_comparison
+from sinkroute.lab.study.config import read_study
 
 FOLDER = Path(__file__).parents[3] / "experiments"
 PRESETS = sorted([*(FOLDER / "compare").glob("*.yaml"), *(FOLDER / "study").glob("*.yaml")])
 
 
 def read(path: Path) -> Plan:
-    return expand(path, read_comparison(path))
+    return expand(path, read_study(path))
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_preset_expands_into_runs_whose_routers_can_be_made(path: Path) -> None:
     plan = read(path)
     assert plan.title
-    assert plan.compare.question
+    assert plan.study.question
     assert len(plan.cells) == len(plan.methods) * len(plan.sizes) * len({cell.seed for cell in plan.cells})
     for router, experts, top_k in {
         (repr(cell.config.router), cell.config.model.experts, cell.config.model.top_k): cell for cell in plan.cells

@@ -14,14 +14,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sinkroute._errors import unknown_name
 from sinkroute.lab.config import Config, from_mapping, parse_scalar, to_mapping
-from sinkroute.lab.study.config import CompareConfig, merged, read_base
+from sinkroute.lab.study.config import StudyConfig, merged, read_base
 from sinkroute.lab.training import FREE_KEYS
 
-__all__ = ["Cell", "Plan", "configuration_hash", "expand", "flat", "select", "short_value"]
+__all__ = ["Cell", "Plan", "configuration_hash", "expand", "flat", "parse_overrides", "select", "short_value"]
 
 _SECTIONS = ("data", "model", "router", "train", "eval")
 
@@ -62,7 +63,7 @@ class Plan:
 
     Attributes:
         path: of the file that it was read from.
-        compare: what that says.
+        study: what that says.
         out: folder of the runs.
         overrides: what the command line sets in all runs.
         cells: the runs; seeds outside, sizes in the middle, so that a part of them has all methods alike.
@@ -70,7 +71,7 @@ class Plan:
     """
 
     path: Path
-    compare: CompareConfig
+    study: StudyConfig
     out: Path
     overrides: Mapping[str, Any]
     cells: tuple[Cell, ...]
@@ -88,7 +89,7 @@ class Plan:
 
     @property
     def title(self) -> str:
-        return self.compare.title or self.path.stem
+        return self.study.title or self.path.stem
 
 
 def configuration_hash(config: Config) -> str:
@@ -105,43 +106,42 @@ def configuration_hash(config: Config) -> str:
 
 def expand(
     path: Path,
-    compare: CompareConfig,
+    study: StudyConfig,
     *,
     out: str | None = None,
     seeds: Sequence[int] = (),
-    overrides: Sequence[str] = (),
+    overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> Plan:
     """All runs of a comparison.
 
     Args:
         path: of its file; a `base` is also looked up beside it.
-        compare: what was read.
+        study: what was read.
         out: instead of the file's.
         seeds: instead of the file's.
-        overrides: "train.steps=50" and the like, over all runs.
+        overrides: dotted key → value, over all runs; see `parse_overrides`.
 
     Raises:
         ValueError: a key or value that is wrong in some run, an unknown reference, two methods of one name.
     """
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds must differ from each other, got {list(seeds)}")
-    _check_sections("config", compare.config)
-    changes = dict(_override(word) for word in overrides)
-    variants = [variant for name, method in compare.methods.items() for variant in _variants(name, method)]
+    _check_sections("config", study.config)
+    variants = [variant for name, method in study.methods.items() for variant in _variants(name, method)]
     sizes = {}
-    for size, section in (compare.sizes or {"": {}}).items():
+    for size, section in (study.sizes or {"": {}}).items():
         own = {key: value for key, value in section.items() if key != "base"}
         _check_sections(f"sizes.{size}", own)
-        base = merged(read_base(section.get("base", compare.base), path.parent), compare.config)
+        base = merged(read_base(section.get("base", study.base), path.parent), study.config)
         sizes[size] = merged(base, own)
     cells = []
-    for seed in seeds or compare.seeds:
+    for seed in seeds or study.seeds:
         for size, sized in sizes.items():
             for family, label, sections, point in variants:
                 mapping = merged(sized, {key: value for key, value in sections.items() if key != "router"})
                 if "router" in sections:
                     mapping["router"] = sections["router"]
-                for key, value in (*point.items(), *changes.items()):
+                for key, value in (*point.items(), *overrides.items()):
                     _put(mapping, key, value)
                 mapping |= {"label": f"{size} {label}".strip(), "seed": seed}
                 try:
@@ -152,14 +152,14 @@ def expand(
                 cells.append(Cell(size, label, family, point, seed, config))
     _check_names(path, cells)
     labels = [label for _, label, _, _ in variants]
-    reference = compare.reference or labels[0]
+    reference = study.reference or labels[0]
     if reference not in labels:
         raise unknown_name(f"method in {path}: reference", reference, labels)
     for key in ("method", "against"):
-        if (name := getattr(compare.primary, key)) and name not in labels:
+        if (name := getattr(study.primary, key)) and name not in labels:
             raise unknown_name(f"method in {path}: primary.{key}", name, labels)
-    folder = Path(out or compare.out or Path("runs") / path.stem)
-    return Plan(path, compare, folder, changes, tuple(cells), reference)
+    folder = Path(out or study.out or Path("runs") / path.stem)
+    return Plan(path, study, folder, overrides, tuple(cells), reference)
 
 
 def select(plan: Plan, only: Sequence[str] = (), sizes: Sequence[str] = ()) -> list[Cell]:
@@ -213,14 +213,25 @@ def short_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
-def _override(word: str) -> tuple[str, Any]:
-    key, equals, value = word.partition("=")
-    if not equals or not value:
-        raise ValueError(f"--set {word} must be KEY=VALUE, such as train.steps=50")
-    _check_key("--set", key)
-    if key.startswith("router."):
-        raise ValueError(f"--set {word}: routers are what is compared; write a file that extends this one instead")
-    return key, parse_scalar(value)
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """What the command line sets in all runs.
+
+    Raises:
+        ValueError: no KEY=VALUE, an unknown section, or a key of the routers, which are what is compared.
+
+    >>> parse_overrides(["train.steps=50", "train.lr=1e-3"])
+    {'train.steps': 50, 'train.lr': 0.001}
+    """
+    out = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not value:
+            raise ValueError(f"--set {word} must be KEY=VALUE, such as train.steps=50")
+        _check_key("--set", key)
+        if key.startswith("router."):
+            raise ValueError(f"--set {word}: routers are what is compared; write a file that extends this one instead")
+        out[key] = parse_scalar(value)
+    return out
 
 
 def _check_key(where: str, key: str) -> None:

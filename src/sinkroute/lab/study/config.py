@@ -19,7 +19,7 @@ from sinkroute._errors import unknown_name
 from sinkroute.lab.config import Config, find_preset, from_mapping, preset_folder
 from sinkroute.lab.settings import Count, Key, Natural, Positive, settings
 
-__all__ = ["CompareConfig", "Primary", "find_comparison", "merged", "read_base", "read_comparison"]
+__all__ = ["Primary", "StudyConfig", "common_config", "find_study", "merged", "read_base", "read_study", "studies"]
 
 # Their entries have names that the author chose: null takes one out.
 _NAMED = ("methods", "sizes", "grid")
@@ -50,7 +50,7 @@ class Primary:
 
 
 @settings()
-class CompareConfig:
+class StudyConfig:
     """A comparison: every method at every size with every seed."""
 
     title: str = ""
@@ -81,7 +81,7 @@ class CompareConfig:
     """Runs at a time, where the times matter; None: as many as the machine has cores or GPUs."""
 
     @model_validator(mode="after")
-    def _has_runs(self) -> CompareConfig:
+    def _has_runs(self) -> StudyConfig:
         if not self.methods:
             raise ValueError("methods is empty; name at least one, such as vanilla: {router: {name: softmax}}")
         if not self.seeds:
@@ -91,20 +91,38 @@ class CompareConfig:
         return self
 
 
-def find_comparison(name: str, near: Path | None = None) -> Path:
-    """The file of a comparison: a preset of `experiments/compare`, `study/NAME` for one of another folder, or a path.
+def find_study(name: str, near: Path | None = None) -> Path:
+    """The file of a study: a preset of `experiments/compare`, `study/NAME` for one of another folder, or a path.
 
-    `near` is a folder in which a relative path is looked up first.
+    `demo` and the others that stand beside it are studies too. `near` is a folder in which a relative path is looked up
+    first.
     """
     presets = preset_folder()
     places = [presets / f"{name}.yaml"] if os.sep in name else [presets / "compare" / f"{name}.yaml"]
-    places = [path for path in places if path.is_file()]
+    places += [path for path in presets.glob("*.yaml") if path.stem == name and _has_methods(path)]
+    there = [path for path in places if path.is_file()]
     if near is not None and (near / name).is_file():
         return near / name
-    return places[0] if places and not Path(name).is_file() else Path(name)
+    return there[0] if there and not Path(name).is_file() else Path(name)
 
 
-def read_comparison(path: Path) -> CompareConfig:
+def studies() -> list[str]:
+    """The presets that `sinkroute compare` takes; `sinkroute demo` those of one size.
+
+    >>> {"demo", "paper-lm", "study/dual"} <= set(studies()), "wikipedia-ssr" in studies()
+    (True, False)
+    """
+    presets = preset_folder()
+    inner = [path for path in presets.glob("*/*.yaml") if _has_methods(path)]
+    names = [path.stem if path.parent.name == "compare" else f"{path.parent.name}/{path.stem}" for path in inner]
+    return sorted([*names, *(path.stem for path in presets.glob("*.yaml") if _has_methods(path))])
+
+
+def _has_methods(path: Path) -> bool:
+    return any(line.startswith(("methods:", "extends:")) for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def read_study(path: Path) -> StudyConfig:
     """Read a comparison with all that it extends.
 
     Raises:
@@ -114,11 +132,20 @@ def read_comparison(path: Path) -> CompareConfig:
     return from_mapping_of(path, _extended(path, ()))
 
 
-def from_mapping_of(path: Path, mapping: dict[str, Any]) -> CompareConfig:
+def from_mapping_of(path: Path, mapping: dict[str, Any]) -> StudyConfig:
     try:
-        return from_mapping(CompareConfig, mapping)
+        return from_mapping(StudyConfig, mapping)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def common_config(study: StudyConfig, path: Path) -> Config:
+    """What all runs have in common: the base with `config` over it.
+
+    Raises:
+        ValueError: an unknown key or a wrong value, or as `read_base`.
+    """
+    return from_mapping(Config, merged(read_base(study.base, path.parent), study.config))
 
 
 def read_base(name: str, near: Path) -> dict[str, Any]:
@@ -170,13 +197,15 @@ def _extended(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         ring = " → ".join(str(each) for each in (*seen, path.resolve()))
         raise ValueError(f"{path} extends itself: {ring}")
-    mapping = _read(path, "comparison")
+    mapping = _read(path, "study")
     parent = mapping.pop("extends", None)
     if parent is None:
+        if "methods" not in mapping and {"model", "train", "router"} & set(mapping):
+            raise ValueError(f"{path} has no methods to compare: it is a configuration of `sinkroute train`")
         return mapping
     if not isinstance(parent, str):
         raise ValueError(f"{path}: extends must be a name or a path, got {parent!r}")
-    found = find_comparison(parent, near=path.parent)
+    found = find_study(parent, near=path.parent)
     return merged(_extended(found, (*seen, path.resolve())), mapping)
 
 
@@ -184,10 +213,8 @@ def _read(path: Path, what: str) -> dict[str, Any]:
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        folders = {each: each.parent.name for each in preset_folder().glob("*/*.yaml")}
-        known = [each.stem if folder == "compare" else f"{folder}/{each.stem}" for each, folder in folders.items()]
-        if what == "comparison":
-            raise unknown_name("comparison (neither a preset nor a file)", str(path), known) from None
+        if what == "study":
+            raise unknown_name("study (neither a preset nor a file)", str(path), studies()) from None
         raise FileNotFoundError(f"{what}: no configuration at {path}; pass a YAML file or a preset") from None
     except IsADirectoryError:
         raise ValueError(f"{what}: {path} is a folder; pass a YAML file or a preset") from None

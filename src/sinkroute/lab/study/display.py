@@ -23,13 +23,15 @@ class CompareDisplay:
         console: where it is drawn.
         cells: what this call is to run.
         at: the step at which each stands, by name; the pace is counted from there.
+        lines: without a terminal, a line at each tenth of a run too.
     """
 
-    def __init__(self, console: Console, cells: Sequence[Cell], at: Mapping[str, int]) -> None:
+    def __init__(self, console: Console, cells: Sequence[Cell], at: Mapping[str, int], lines: bool = False) -> None:
+        self.lines = lines
         self.console, self.total, self.done, self.failed = console, len(cells), 0, 0
         self.at = dict(at)
         self.steps_left = sum(cell.config.train.steps - at[cell.name] for cell in cells)
-        self.started, self.steps_done = time.monotonic(), 0
+        self.started, self.steps_done = 0.0, 0
         self.bars = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -52,19 +54,27 @@ class CompareDisplay:
         if self.console.is_terminal:
             self.live.stop()
 
+    def say(self, words: str) -> None:
+        """A line beside the bars."""
+        self.console.print(words, highlight=False, markup=False, soft_wrap=True)
+
     def listen(self, cell: Cell, event: dict[str, Any]) -> None:
         """One event of one cell."""
         kind, name = event["kind"], cell.name
         if kind == "begin":
+            self.started = self.started or time.monotonic()
             steps = cell.config.train.steps
             self.tasks[name] = self.bars.add_task(_shown(name), total=steps, completed=self.at[name], note="starting")
             return
         if kind == "progress":
             self.steps_done += event["step"] - self.at[name]
-            self.at[name] = event["step"]
+            tenths = 10 * event["step"] // event["steps"]
+            new, self.at[name] = tenths > 10 * self.at[name] // event["steps"], event["step"]
             note = f"loss {event['loss']:.3f}  MaxVio {event['max_vio']:.2f}"
             self._update(name, completed=event["step"], note=note)
             self.bars.update(self.all, note=self._left())
+            if self.lines and new and not self.console.is_terminal:
+                self.say(f"{name} step {event['step']}/{event['steps']}  {note}  {self._left()}".rstrip())
             return
         if kind == "status":
             self._update(name, note=event["note"])
@@ -75,7 +85,7 @@ class CompareDisplay:
         self.failed += kind == "failed"
         self.bars.update(self.all, completed=self.done, note=self._left())
         said = f"{self.done + self.failed}/{self.total} {name}: {kind}"
-        said += f": {event['note']}" if event.get("note") else ""
+        said += f": {event['note']}" if event.get("note") and kind != "interrupted" else ""
         said += f" ({self._left()})" if kind == "done" and self._left() else ""
         self.console.print(said, style="red" if kind == "failed" else "", highlight=False, markup=False, soft_wrap=True)
 

@@ -1,77 +1,67 @@
-"""The page and the picture: one file each, written whole or not at all.
+"""The page and the picture of a comparison: one file each, written whole or not at all.
 
 The page is self-contained: figures are inline SVG, the style sheet stands in the head, and nothing is fetched. Every
-text that comes from a run passes through jinja2's autoescape; only the SVG of `figures`, which escapes its own texts,
-does not.
+text that comes from a run passes through jinja2's autoescape; only the SVG of the figures, which escape their own
+texts, does not.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from sinkroute.lab.page import render, today
 from sinkroute.lab.page.palette import inks
-from sinkroute.lab.study.metric import Quality as Metric
-from sinkroute.lab.study.metric import capital
-from sinkroute.lab.study.runs import Group, Run, common_metric, differences, group_runs, read_baselines
-from sinkroute.lab.study.table import describe, result_table, run_tag
+from sinkroute.lab.study.metric import capital, dig
+from sinkroute.lab.study.results import Results
+from sinkroute.lab.study.runs import Run, differences
+from sinkroute.lab.study.table import all_tables, describe, sentences
 
-__all__ = ["write_picture", "write_report"]
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+__all__ = ["write_page", "write_picture"]
+
+_FORESTS = 4  # metrics beside the headline that get a separate figure of differences
+_DRAWN = 20  # methods whose curves are drawn in one figure
+_METHOD = ("label", "seed", "name", "router.")
 
 
-def write_report(
-    runs: Sequence[Run],
-    path: str | Path,
-    baselines: Mapping[str, Any] | str | Path | None = None,
-    title: str = "sinkroute demo",
-) -> Path:
-    """Write the HTML report of some runs.
+def write_page(found: Results, path: str | Path) -> Path:
+    """Write the page.
 
     Args:
-        runs: as `read_runs` returns them; unfinished ones are shown as interrupted.
-        path: where the page goes; its folder is made if need be. A page that is already there is replaced at once, by a
+        found: what there is; unfinished runs are shown as interrupted.
+        path: where it goes; its folder is made if need be. A page that is already there is replaced at once, by a
             rename, so that a reader never sees half of one.
-        baselines: content of `baselines.json`, or its path; with None the file beside the runs is read, if it is there.
-        title: the page's title.
-
-    Returns:
-        `path`, as a `Path`.
 
     Raises:
-        ValueError: `runs` is empty, or they are of different metrics; `path` is a folder.
+        ValueError: `path` is a folder, or does not end in .html.
         ModuleNotFoundError: matplotlib or jinja2 is missing; `pip install 'sinkroute[lab]'` brings both.
     """
-    path = _target(runs, path, (".html", ".htm"))
-    text = _render(runs, read_baselines(baselines, runs), title)
+    path = _target(path, (".html", ".htm"))
+    text = _render(found)
     return _replace(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def write_picture(
-    runs: Sequence[Run], path: str | Path, baselines: Mapping[str, Any] | str | Path | None = None
-) -> Path:
-    """Write the README's picture, a PNG or an SVG: the metric in validation and MaxVio over training, by method.
+def write_picture(found: Results, path: str | Path) -> Path:
+    """Write the README's picture, a PNG or an SVG: the quality in validation and MaxVio over training, by method.
 
-    Arguments, return value and errors are those of `write_report`; the suffix of `path` says which format.
+    Of several headings the first is drawn. Errors are those of `write_page`; the suffix says which format.
     """
     from sinkroute.lab.study import figures  # matplotlib takes a second to import: only who draws pays for it
 
-    path = _target(runs, path, (".png", ".svg"))
-    groups = group_runs(runs)
-    colours = inks(group.method for group in groups)
-    known = read_baselines(baselines, runs)
-    return _replace(path, lambda part: figures.picture(groups, colours, known, part))
+    path = _target(path, (".png", ".svg"))
+    groups, colours = found.groups(found.sizes[0]), inks(found.routers)
+    return _replace(path, lambda part: figures.picture(groups, colours, found.baselines, part))
 
 
-def _target(runs: Sequence[Run], path: str | Path, suffixes: tuple[str, ...]) -> Path:
+def _target(path: str | Path, suffixes: tuple[str, ...]) -> Path:
     path = Path(path)
-    if not runs:
-        raise ValueError("runs is empty; pass what read_runs(['runs/demo']) returns.")
     if path.is_dir():
         raise ValueError(
             f"path {str(path)!r} is a folder; pass a file name such as {str(path / ('report' + suffixes[0]))!r}."
@@ -93,118 +83,184 @@ def _replace(path: Path, write: Callable[[Path], object]) -> Path:
     return path
 
 
-def _render(runs: Sequence[Run], baselines: Mapping[str, Any], title: str) -> str:
+def _render(found: Results) -> str:
+    from markupsafe import Markup
+
+    from sinkroute.lab.study import figures as drawn
+
+    colours, sizes = inks(found.routers), list(enumerate(found.sizes))
+    forests: dict[str, list[tuple[str, Markup]]] = {}
+    for place, metric in enumerate(found.metrics[: 1 + _FORESTS]):
+        for number, size in sizes:
+            if svg := drawn.forest_figure(found, size, metric, colours, f"forest-{number}-{place}"):
+                forests.setdefault(metric.title, []).append((size, Markup(svg)))
+    pair = [found.headline, *(metric for metric in found.metrics[1:] if metric.key == "train.max_vio")]
+    grids = [
+        (size, grid, Markup(drawn.grid_figure(found, grid, size, pair, f"grid-{number}-{which}")))
+        for number, size in sizes
+        for which, grid in enumerate(drawn.grids(found))
+        if any(found.counts(size, method)[0] for line in grid.lines.values() for _, method in line)
+    ]
+    figures, crowded = _figures(found)
+    trend = Markup(drawn.size_figure(found, colours))
+    there = {"results": True, "differences": forests, "grid": grids, "size": trend, "training": True}
+    there |= dict.fromkeys(("balance", "experts", "serving", "tradeoff"), figures.get("balance"))
+    setups, differing = _setups(found)
+    return render(
+        "study/page.html.j2",
+        found=found,
+        date=today(),
+        said=sentences(found),
+        capital=capital,
+        sections=[
+            (name, capital(name)) for name in (*(name for name, one in there.items() if one), "setup", "glossary")
+        ],
+        inks=colours,
+        tables=all_tables(found),
+        place={method: number for number, method in enumerate(found.methods)},
+        figures=figures,
+        crowded=crowded,
+        most=_DRAWN,
+        forests=forests,
+        grids=grids,
+        trend=trend,
+        alike=_alike(found),
+        facts=_facts(found),
+        provenance=_provenance(found),
+        ngrams=describe(found.baselines),
+        swapped=any(metric.key.startswith("attacked.word-swap") for metric in found.metrics),
+        setups=setups,
+        differing=differing,
+    )
+
+
+def _figures(found: Results) -> tuple[dict[str, list[tuple[str, Markup]]], list[str]]:
+    """The figures of the runs under each heading, by their name, and the headings with too many methods for them."""
     from markupsafe import Markup
 
     from sinkroute.lab.study import figures
 
-    metric = common_metric(runs)
-    groups = group_runs(runs)
-    colours = inks(group.method for group in groups)
-    table = result_table(runs, baselines)
-    place = {group.label: which for which, group in enumerate(groups)}
-    different = differences(runs)
-    if different.get("name") == [run.name for run in runs]:
-        del different["name"]  # the rows are called so already
-    return render(
-        "study/page.html.j2",
-        title=title,
-        date=today(),
-        table=table,
-        metric=metric,
-        capital=capital,
-        attacks=[column.key.partition("@")[0] for column in table.columns],
-        groups=groups,
-        inks=colours,
-        place=place,
-        facts=_facts(runs, metric, baselines),
-        provenance=_provenance(baselines),
-        baselines=describe(baselines),
-        figures={
-            "standing": Markup(figures.standing_figure(groups, colours, baselines)),
-            "training": Markup(figures.training_figure(groups, colours, baselines)),
-            "balance": Markup(figures.balance_figure(groups, colours)),
-            "experts": Markup(figures.experts_figure(groups, colours)),
-            "serving": Markup(figures.serving_figure(groups, colours)),
-            "scatter": Markup(figures.scatter_figure(groups, colours)),
-        },
-        unfinished=not all(run.finished for run in runs),
-        several=any(len(group.runs) > 1 for group in groups),
-        selective=[group.label for group in groups if group.selective],
-        differences=list(different),
-        runs=[
-            {
-                "name": run.name,
-                "label": run.label,
-                "seed": run.seed,
-                "which": place[run.label],
-                "tag": run_tag(run),
-                "different": [_plain(values[index]) for values in different.values()],
-                "config": yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True, width=100),
+    colours, baselines = inks(found.routers), found.baselines
+    out: dict[str, list[tuple[str, Markup]]] = {"standing": [], "training": [], "balance": []}
+    crowded = []
+    for number, size in enumerate(found.sizes):
+        groups = found.groups(size)
+        if not groups:
+            continue
+        drawn = {"standing": figures.standing_figure(groups, colours, baselines)}
+        if len(groups) > _DRAWN:
+            crowded.append(size or f"these {len(groups)}")
+        else:
+            drawn |= {
+                "training": figures.training_figure(groups, colours, baselines),
+                "balance": figures.balance_figure(groups, colours),
+                "experts": figures.experts_figure(groups, colours),
+                "serving": figures.serving_figure(groups, colours),
+                "scatter": figures.scatter_figure(groups, colours),
             }
-            for index, run in enumerate(runs)
-        ],
-    )
+        for name, svg in drawn.items():
+            # Ids of a figure begin with its name, and a page has each id once.
+            own = svg if number == 0 else svg.replace(f'id="{name}-', f'id="{name}{number}-')
+            own = own if number == 0 else own.replace(f"#{name}-", f"#{name}{number}-")
+            out.setdefault(name, []).append((size, Markup(own)))
+    return out, crowded
 
 
-def _facts(runs: Sequence[Run], metric: Metric, baselines: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The numbers below the title: (value, name, detail). What is not known is left out."""
-    first = runs[0]
-    model = first.config.get("model")
-    model = model if isinstance(model, Mapping) else {}
-    groups: list[Group] = group_runs(runs)
-    seeds = sorted({run.seed for run in runs})
-    facts = [
-        (
-            str(len(groups)),
-            "routing method" + "s" * (len(groups) > 1),
-            f"{len(seeds)} seeds each" if len(seeds) > 1 else f"seed {seeds[0]}",
+def _alike(found: Results) -> str:
+    """What is the same under each heading beside router and seed, after looking."""
+    keys: dict[str, None] = {}
+    for size in found.sizes:
+        runs = [run for run in found.runs if run.size == size and run.state.kind != "waiting"]
+        texts = {run.text for run in runs if run.text}
+        keys |= dict.fromkeys(key for key in differences(runs) if not key.startswith(_METHOD))
+        keys |= dict.fromkeys(["data.sha256"] if len(texts) > 1 else [])
+    within = "under each heading " if len(found.sizes) > 1 else ""
+    if keys:
+        return f"{within}the methods differ in {', '.join(keys)} too (see Setup)."
+    return f"{within}all else is the same."
+
+
+def _setups(found: Results) -> tuple[list[dict[str, Any]], list[str]]:
+    """The first run of each method under each heading, and the keys in which these differ."""
+    groups = [(size, group) for size in found.sizes for group in found.groups(size)]
+    first = [group.runs[0] for _, group in groups]
+    different = {key: values for key, values in differences(first).items() if key not in ("label", "seed", "name")}
+    out = []
+    for index, (size, group) in enumerate(groups):
+        seeds = [run.seed for run in group.runs]
+        out.append(
+            {
+                "label": group.label,
+                "name": f"{size} {group.label}".strip(),
+                "folder": first[index].name,
+                "seeds": f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
+                "tags": [run.tag for run in group.runs if run.tag],
+                "different": ["–" if values[index] is None else str(values[index]) for values in different.values()],
+                "config": yaml.safe_dump(dict(first[index].config), sort_keys=False, allow_unicode=True, width=100),
+            }
         )
-    ]
-    total = next((value for run in runs if (value := run.value("parameters", "total"))), None)
-    active = next((value for run in runs if (value := run.value("parameters", "active"))), None)
-    if total:
-        facts.append((_human(total), "parameters", f"{_human(active)} active per {metric.token}" if active else ""))
-    if isinstance(model.get("experts"), int):
-        parts = [f"top-{model['top_k']}"] if "top_k" in model else []
-        parts += [f"{model['layers']} layers"] if "layers" in model else []
-        facts.append((str(model["experts"]), "experts per layer", ", ".join(parts)))
-    steps = first.planned_steps
-    if steps is not None:
-        seconds = [
-            value for run in runs if (value := run.value("train", "seconds")) is not None and math.isfinite(value)
-        ]
-        facts.append(
-            (f"{steps:,}", "training steps", f"about {_duration(sum(seconds) / len(seconds))} a run" if seconds else "")
-        )
-    corpus = baselines.get("corpus")
+    return out, list(different)
+
+
+def _facts(found: Results) -> list[tuple[str, str, str]]:
+    """The numbers below the title: (value, name, detail). What is not known, or not one for all, is left out."""
+    runs = found.runs
+    seeds, done = sorted({run.seed for run in runs}), [run for run in runs if run.finished]
+    several = f"{len(seeds)} seeds each" if len(seeds) > 1 else f"seed {seeds[0]}"
+    facts = [(str(len(found.methods)), f"routing method{'s' * (len(found.methods) > 1)}", several)]
+    if len(found.sizes) > 1:
+        facts.append((str(len(found.sizes)), "headings, each with its table", ""))
+    facts.append((f"{len(done)} of {len(runs)}", "runs are done", ""))
+    if total := _one(done, "parameters.total", results=True):
+        active = _one(done, "parameters.active", results=True)
+        detail = f"{_human(active)} active per {found.quality.token}" if active else ""
+        facts.append((_human(total), "parameters", detail))
+    if experts := _one(runs, "model.experts"):
+        top_k, layers = _one(runs, "model.top_k"), _one(runs, "model.layers")
+        told = [f"top-{top_k}"] * bool(top_k) + [f"{layers} layers"] * bool(layers)
+        facts.append((str(experts), "experts per layer", ", ".join(told)))
+    if steps := _one(runs, "train.steps"):
+        seconds = [value for run in done if (value := run.value("train", "seconds")) is not None]
+        told = [f"about {_duration(sum(seconds) / len(seconds))} a run"] if seconds else []
+        facts.append((f"{steps:,}", "training steps", "".join(told)))
+    corpus = found.baselines.get("corpus")
     if isinstance(corpus, Mapping) and isinstance(corpus.get("train"), int):
         facts.append(
-            (_human(corpus["train"]) + "B", "of training text", f"{corpus.get('valid', 0):,} bytes for validation")
+            (f"{_human(corpus['train'])}B", "of training text", f"{corpus.get('valid', 0):,} bytes for validation")
         )
+    if found.seconds:
+        facts.append((_duration(found.seconds), "of processes' time in all", ""))
     return facts
 
 
-def _provenance(baselines: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Where the text came from and which machine it ran on, as (name, text)."""
-    out = []
-    corpus = baselines.get("corpus")
-    if isinstance(corpus, Mapping):
-        parts = [str(corpus[key]) for key in ("name", "source") if corpus.get(key)]
-        parts += [
-            f"{corpus[key]:,} {key} bytes" for key in ("train", "valid", "test") if isinstance(corpus.get(key), int)
-        ]
-        parts += [f"sha256 {str(corpus['sha256'])[:12]}"] if corpus.get("sha256") else []
-        out.append(("Corpus", " · ".join(parts)))
-    machine = baselines.get("machine")
-    if isinstance(machine, Mapping):
-        parts = [str(machine["cpu"])] if machine.get("cpu") else []
-        parts += [f"{machine['cores']} cores"] if machine.get("cores") else []
-        parts += [str(machine["platform"])] if machine.get("platform") else []
-        out.append(("Machine", " · ".join(parts)))
-        versions = [f"{name} {machine[name]}" for name in ("sinkroute", "torch", "python") if machine.get(name)]
-        out.append(("Versions", " · ".join(versions)))
-    return [(name, text) for name, text in out if text]
+def _one(runs: Sequence[Run], key: str, results: bool = False) -> Any:
+    """The value that all runs have; None where they differ or have none."""
+    values = [dig(run.result if results else run.config, key) for run in runs]
+    return values[0] if values and all(value == values[0] for value in values) else None
+
+
+def _provenance(found: Results) -> list[tuple[str, str]]:
+    """Where the data came from, on which machine and by which code it ran, as (name, text)."""
+    corpus, machine = (found.baselines.get(name) or {} for name in ("corpus", "machine"))
+    begun = [run for run in found.runs if run.state.kind != "waiting"]
+    records: list[Mapping[str, Any]] = [{**run.record, **(dig(run.result, "machine") or {})} for run in begun]
+    records = [record for record in (*records, machine) if record]
+    data = [str(corpus[key]) for key in ("name", "source") if corpus.get(key)]
+    data += [f"{corpus[key]:,} {key} bytes" for key in ("train", "valid", "test") if isinstance(corpus.get(key), int)]
+    data += [f"sha256 {str(corpus['sha256'])[:12]}"] if corpus.get("sha256") else []
+    names = [(dig(run.config, "data.name"), dig(run.config, "data.switch_to")) for run in begun]
+    data = data or sorted({f"{name}, then {then}" if then else str(name) for name, then in names if name})
+    keys = ("cpu", "gpu", "cores", "platform")
+    machines = {tuple(_called(key, record[key]) for key in keys if record.get(key)) for record in records}
+    keys = ("sinkroute", "commit", "torch", "python")
+    versions = {tuple(f"{key} {record[key]}" for key in keys if record.get(key)) for record in records}
+    told = [("Data", data), ("Machine", sorted(map(" · ".join, machines))), ("Code", sorted(map(" · ".join, versions)))]
+    told.append(("Configuration", [] if found.plan is None else [found.plan.path.name]))
+    return [(name, " · ".join(each)) for name, each in told if any(each)]
+
+
+def _called(key: str, value: Any) -> str:
+    return f"{value} cores" if key == "cores" else str(value)
 
 
 def _human(count: float) -> str:
@@ -220,8 +276,10 @@ def _human(count: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
-def _plain(value: Any) -> str:
-    return "–" if value is None else str(value)
+    """
+    >>> _duration(50), _duration(3000), _duration(9000)
+    ('50 s', '50 min', '2.5 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

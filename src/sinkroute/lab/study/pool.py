@@ -1,7 +1,8 @@
 """Workers side by side: who gets which cell, and what happens when one dies.
 
 Each worker is a fresh interpreter with its share of the cores (or one GPU), set before torch is imported. One that dies
-is replaced and its cell continued from its checkpoint, once; the cells of the others never notice.
+is replaced and its cell continued from its checkpoint, once; the cells of the others never notice. (The pools of
+concurrent.futures and of loky fail every cell, running and waiting, when one of their workers is killed.)
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from sinkroute.lab.interrupt import StopRequest
 from sinkroute.lab.study.cells import Cell
 from sinkroute.lab.study.lock import holder
 from sinkroute.lab.study.state import record_failure
+from sinkroute.lab.study.worker import run_cell
 
-__all__ = ["WorkerError", "order_of", "run_cells"]
+__all__ = ["WorkerError", "order_of", "run_cells", "run_here"]
 
 Listen = Callable[[Cell, dict[str, Any]], None]
 _PROGRAM = [sys.executable, "-m", "sinkroute.lab.study.worker"]
@@ -150,6 +152,23 @@ def run_cells(
         for worker in workers:
             worker.process.kill()
             worker.process.wait()
+
+
+def run_here(
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    fresh: bool,
+    about: dict[str, Any],
+    stop: StopRequest,
+    listen: Listen,
+) -> None:
+    """Execute cells in this process, one after another; arguments as those of `run_cells`."""
+    for cell in cells:
+        if stop:
+            return
+        listen(cell, {"kind": "begin"})
+        run_cell(order_of(cell, out, fresh=fresh, about=about), stop, lambda _cell=cell, **event: listen(_cell, event))
 
 
 def order_of(cell: Cell, out: Path, *, fresh: bool, about: dict[str, Any]) -> dict[str, Any]:

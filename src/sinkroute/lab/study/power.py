@@ -28,26 +28,13 @@ from typing import Any
 from rich.table import Table
 
 from sinkroute.lab.study.cells import Plan
-from sinkroute.lab.study.statistics import LEVEL
+from sinkroute.lab.study.statistics import LEVEL, detectable, power, smallest_effect
 
 __all__ = ["Scatter", "Source", "detectable", "power", "power_tables", "read_sources", "seeds_needed", "tost_power"]
 
 POWERS = (0.8, 0.9)
 Power = Callable[[float, int, float], float]  # of an effect or a margin, a number of seeds, a level
 _MOST = 10_000  # seeds; nobody runs more
-
-
-def power(effect: float, n: int, level: float = LEVEL) -> float:
-    """How often a two-sided paired t-test of n differences tells a true difference of `effect` standard deviations.
-
-    >>> round(power(1.0, 10), 3)
-    0.803
-    """
-    from scipy import stats
-
-    edge, shift = stats.t.ppf(1 - level / 2, n - 1), effect * math.sqrt(n)
-    # The lower tail as the upper one of -T: scipy's distribution function is NaN far out.
-    return float(stats.nct.sf(edge, n - 1, shift) + stats.nct.sf(edge, n - 1, -shift))
 
 
 def tost_power(margin: float, n: int, level: float = LEVEL, true: float = 0.0) -> float:
@@ -89,24 +76,6 @@ def seeds_needed(power_of: Callable[[int], float], wanted: float) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if power_of(middle) >= wanted else (middle, high)
     return high
-
-
-def detectable(n: int, level: float = LEVEL, wanted: float = POWERS[0]) -> float:
-    """The difference, in standard deviations, that n seeds tell with the power `wanted`.
-
-    >>> round(detectable(3), 2)
-    3.26
-    """
-    return _smallest(lambda effect: power(effect, n, level), wanted)
-
-
-def _smallest(power_of: Callable[[float], float], wanted: float) -> float:
-    from scipy import optimize
-
-    most = 1.0
-    while power_of(most) < wanted:
-        most *= 2
-    return float(optimize.brentq(lambda size: power_of(size) - wanted, 1e-9, most))
 
 
 @dataclass(frozen=True)
@@ -239,7 +208,7 @@ def power_tables(plan: Plan, sources: Sequence[Source]) -> tuple[list[Table], li
     Raises:
         ValueError: no earlier result has the metric in a pair with two seeds.
     """
-    compare, primary = plan.compare, plan.compare.primary
+    compare, primary = plan.study, plan.study.primary
     against = primary.against or plan.reference
     metric = primary.metric or next(iter(compare.metrics), "") or _headline(sources)
     methods = [primary.method] if primary.method else [name for name in plan.methods if name != against]
@@ -272,7 +241,7 @@ def power_tables(plan: Plan, sources: Sequence[Source]) -> tuple[list[Table], li
         tables.append(_table("Seeds that are needed", "test", "level", "sd", *heads))
     for sd in (pooled.value, high):
         for what, level, of, asked in tests:
-            told = [f"{_smallest(_of_size(of, n, level), wanted) * sd:.3g}" for wanted in POWERS]
+            told = [f"{smallest_effect(_of_size(of, n, level), wanted) * sd:.3g}" for wanted in POWERS]
             tables[1].add_row(what, f"{level:.3g}", f"{sd:.3g}", *told)
             if asked is not None:
                 seeds = [seeds_needed(_of_seeds(of, asked / sd, level), wanted) for wanted in POWERS]

@@ -174,7 +174,7 @@ class Results:
 
     def json(self) -> dict[str, Any]:
         """Everything, as `results.json` holds it."""
-        about = {} if self.plan is None else {"file": self.plan.path.name, "compare": asdict(self.plan.compare),
+        about = {} if self.plan is None else {"file": self.plan.path.name, "compare": asdict(self.plan.study),
                                               "overrides": dict(self.plan.overrides)}  # fmt: skip
         return {
             "title": self.title,
@@ -200,7 +200,7 @@ def gather(plan: Plan) -> Results:
     Raises:
         ValueError: a result is not what its run wrote, or runs were trained on different data.
     """
-    runs, study = planned_runs(plan), plan.compare
+    runs, study = planned_runs(plan), plan.study
     keys = study.metrics or _default_metrics(runs)
     baselines = read_baselines(None, [run for run in runs if run.state.kind != "waiting"])
     return _results(plan.title, study.question, runs, plan.reference, keys, baselines, [], plan)
@@ -256,9 +256,9 @@ def _results(
 
 def _margin(plan: Plan | None, metric: Metric) -> float | None:
     """What the study, or its primary comparison in this metric, names as the margin of equivalence."""
-    if plan is None or plan.compare.equivalence is not None:
-        return None if plan is None else plan.compare.equivalence
-    primary = plan.compare.primary
+    if plan is None or plan.study.equivalence is not None:
+        return None if plan is None else plan.study.equivalence
+    primary = plan.study.primary
     return primary.equivalence if primary.metric in ("", metric.key) else None
 
 

@@ -6,11 +6,10 @@ import os
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -20,67 +19,25 @@ import sinkroute
 from sinkroute.lab.config import parse_scalar, preset_folder
 from sinkroute.lab.files import write_json, write_text
 from sinkroute.lab.interrupt import stop_on_signal
-from sinkroute.lab.study.cells import Cell, Plan, expand, select
-from sinkroute.lab.study.compare_page import write_page
-from sinkroute.lab.study.compare_table import all_tables, markdown
-from sinkroute.lab.study.config import find_comparison, read_comparison
+from sinkroute.lab.study.cells import Cell, Plan, expand, parse_overrides, select
+from sinkroute.lab.study.check import check_cells
+from sinkroute.lab.study.config import find_study, read_study
 from sinkroute.lab.study.display import CompareDisplay
+from sinkroute.lab.study.options import CompareCommand
+from sinkroute.lab.study.page import write_page
 from sinkroute.lab.study.pool import run_cells
-from sinkroute.lab.study.results import gather
+from sinkroute.lab.study.results import Results, gather
 from sinkroute.lab.study.state import State, check_folders, read_state
+from sinkroute.lab.study.table import markdown, print_results
 
-__all__ = ["CompareCommand", "run_compare"]
-
-
-@dataclass
-class CompareCommand:
-    """Methods x sizes x seeds: run what is missing, then a table with intervals and paired tests, a page and a JSON.
-
-    CONFIG is a preset (experiments/compare) or a YAML file. Runs that are finished are read, unfinished ones continued;
-    several calls with one folder share the work.
-    """
-
-    config: tyro.conf.Positional[str]
-    """A preset or a YAML file."""
-    seeds: tuple[int, ...] = ()
-    """These seeds instead of the file's."""
-    only: tuple[str, ...] = ()
-    """Run just these methods; the table shows all that are there."""
-    sizes_only: tuple[str, ...] = ()
-    """Run just these sizes."""
-    set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """Change the configuration of all runs: --set train.steps=50 train.lr=1e-3"""
-    out: str | None = None
-    """The folder of the runs, instead of the file's."""
-    jobs: int | None = None
-    """Runs at a time; by default one per GPU, or one per core."""
-    threads: int | None = None
-    """Threads of each; by default the cores, shared out."""
-    fresh: bool = False
-    """Delete earlier runs, of the methods and sizes that are to run."""
-    retry: bool = False
-    """Run once more what failed."""
-    list: bool = False
-    """Only say how far each run is."""
-    report: bool = False
-    """Only read what is there, and write table, page and JSON."""
-    power: bool = False
-    """Run nothing: how many seeds the primary comparison needs, by the scatter of earlier results."""
-    earlier: tuple[str, ...] = ()
-    """For --power: results.json files, or folders; by default those of the repository's study."""
-    markdown: str | None = None
-    """Also write the table here, to paste it."""
-    submit: str | None = None
-    """Hand the runs to this partition of a Slurm cluster, by submitit, --jobs of them at a time."""
-    submit_options: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """Of the jobs: --submit-options timeout_min=600 gpus_per_node=1 cpus_per_task=8 slurm_account=NAME"""
+__all__ = ["commit", "missing_cells", "run_compare", "tell", "write_plan"]
 
 
 def run_compare(command: CompareCommand, console: Console) -> int:
     """Do it; returns the exit code of the command: 0, 1 if a run failed, or 130 if it was interrupted.
 
     Raises:
-        ValueError: a wrong configuration, or a folder with results of another one.
+        ValueError: a wrong configuration, data that are not there, or a folder with results of another configuration.
         WorkerError: the workers do not start.
     """
     for name in ("jobs", "threads"):
@@ -88,20 +45,14 @@ def run_compare(command: CompareCommand, console: Console) -> int:
             raise ValueError(f"--{name} must be 1 or more, got {value}")
     if command.fresh and (command.list or command.report):
         raise ValueError("--fresh runs everything anew; leave it out to look at what is there")
-    path = find_comparison(command.config)
-    plan = expand(
-        path,
-        read_comparison(path),
-        out=command.out,
-        seeds=command.seeds,
-        overrides=[word for words in command.set for word in words],
-    )
+    path = find_study(command.config)
+    overrides = parse_overrides([word for words in command.set for word in words])
+    plan = expand(path, read_study(path), out=command.out, seeds=command.seeds, overrides=overrides)
     if command.power:
         _power(plan, command.earlier, console)
         return 0
     chosen = select(plan, command.only, command.sizes_only)
-    kept = [cell for cell in plan.cells if not (command.fresh and cell in chosen)]
-    check_folders(kept, plan.out)
+    check_folders([cell for cell in plan.cells if not (command.fresh and cell in chosen)], plan.out)
     if command.list:
         console.print(_listing(plan, chosen))
         return 0
@@ -109,11 +60,12 @@ def run_compare(command: CompareCommand, console: Console) -> int:
         _submit(command, plan, chosen, console)
         return 0
     interrupted = not command.report and _run(command, plan, chosen, console)
-    failed = _report(plan, console, command.markdown)
+    found = gather(plan)
+    tell(found, console, [Path(command.markdown)] if command.markdown else [])
     if interrupted:
         console.print("[yellow]Interrupted[/]: the same command continues from the last checkpoints.", soft_wrap=True)
         return 130
-    return 1 if failed else 0
+    return int(any(run.state.kind == "failed" for run in found.runs))
 
 
 def _power(plan: Plan, earlier: Sequence[str], console: Console) -> None:
@@ -126,30 +78,25 @@ def _power(plan: Plan, earlier: Sequence[str], console: Console) -> None:
         console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _report(plan: Plan, console: Console, target: str | None) -> bool:
-    """Print and write what is there; True if a run failed."""
-    found = gather(plan)
-    for title, table in all_tables(found):
-        console.print(f"[bold]{escape(title)}[/]" if title else "", highlight=False, soft_wrap=True)
-        console.print(table)
-    for note in found.notes:
-        console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
-    if plan.out.is_dir():
-        write_json(found.json(), plan.out / "results.json")
-        for path in [plan.out / "table.md", *([Path(target)] if target else [])]:
+def tell(found: Results, console: Console, targets: Sequence[Path] = ()) -> None:
+    """Print what there is of a plan, and write it into the folder of its runs: JSON, Markdown, page."""
+    print_results(found, console)
+    if found.plan is not None and found.plan.out.is_dir():
+        out = found.plan.out
+        write_json(found.json(), out / "results.json")
+        for path in (out / "table.md", *targets):
             write_text(markdown(found), path)
-        page = write_page(found, plan.out / "report.html")
-        console.print(f"Page: [bold]{escape(str(page))}[/]", highlight=False, soft_wrap=True)
-    return any(run.state.kind == "failed" for run in found.runs)
+        page = write_page(found, out / "report.html")
+        console.print(f"Report: [bold]{escape(str(page))}[/] (open it in a browser)", highlight=False, soft_wrap=True)
 
 
 def _run(command: CompareCommand, plan: Plan, chosen: Sequence[Cell], console: Console) -> bool:
     """Run what is missing; True if it was interrupted."""
-    states, missing = _missing(command, plan, chosen)
+    states, missing = missing_cells(plan, chosen, fresh=command.fresh, retry=command.retry)
     counts = Counter(state.kind for state in states.values())
     gpus = _gpus()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = max(1, min(command.jobs or plan.compare.jobs or len(gpus) or cores, len(missing)))
+    jobs = max(1, min(command.jobs or plan.study.jobs or len(gpus) or cores, len(missing)))
     threads = command.threads or max(1, cores // jobs)
     told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     console.print(
@@ -161,8 +108,9 @@ def _run(command: CompareCommand, plan: Plan, chosen: Sequence[Cell], console: C
     )
     if not missing:
         return False
+    check_cells(missing)
     plan.out.mkdir(parents=True, exist_ok=True)
-    _write_plan(plan)
+    write_plan(plan)
     at = {cell.name: states[cell.name].step for cell in missing}
     with stop_on_signal() as stop, CompareDisplay(console, missing, at) as display:
         run_cells(
@@ -179,10 +127,12 @@ def _run(command: CompareCommand, plan: Plan, chosen: Sequence[Cell], console: C
     return bool(stop)
 
 
-def _missing(command: CompareCommand, plan: Plan, chosen: Sequence[Cell]) -> tuple[dict[str, State], list[Cell]]:
+def missing_cells(
+    plan: Plan, chosen: Sequence[Cell], *, fresh: bool, retry: bool
+) -> tuple[dict[str, State], list[Cell]]:
     """How far each run is, and which are to be run."""
-    states = {cell.name: State("waiting") if command.fresh else read_state(cell, plan.out) for cell in chosen}
-    over = ("done",) if command.retry else ("done", "failed")
+    states = {cell.name: State("waiting") if fresh else read_state(cell, plan.out) for cell in chosen}
+    over = ("done",) if retry else ("done", "failed")
     return states, [cell for cell in chosen if states[cell.name].kind not in over]
 
 
@@ -197,9 +147,9 @@ def _submit(command: CompareCommand, plan: Plan, chosen: Sequence[Cell], console
     options = {name: parse_scalar(value) for name, _, value in words}
     if command.jobs:
         options.setdefault("slurm_array_parallelism", command.jobs)
-    _, missing = _missing(command, plan, chosen)
+    _, missing = missing_cells(plan, chosen, fresh=command.fresh, retry=command.retry)
     plan.out.mkdir(parents=True, exist_ok=True)
-    _write_plan(plan)
+    write_plan(plan)
     about = {"commit": commit(), "jobs": 1}
     ids = submit(missing, plan.out, command.submit or "", options, fresh=command.fresh, about=about) if missing else []
     console.print(
@@ -210,11 +160,11 @@ def _submit(command: CompareCommand, plan: Plan, chosen: Sequence[Cell], console
     )
 
 
-def _write_plan(plan: Plan) -> None:
-    """`compare.json`: the comparison as it was read, and the hash that it demands of each run."""
+def write_plan(plan: Plan) -> None:
+    """`compare.json`: the study as it was read, and the hash that it demands of each run."""
     content = {
         "file": str(plan.path),
-        "compare": asdict(plan.compare),
+        "compare": asdict(plan.study),
         "overrides": dict(plan.overrides),
         "cells": {
             cell.name: {"size": cell.size, "method": cell.method, "seed": cell.seed, "hash": cell.hash}

@@ -30,6 +30,7 @@ __all__ = [
     "group_runs",
     "planned_runs",
     "read_baselines",
+    "read_json",
     "read_run",
     "read_runs",
 ]
@@ -215,7 +216,7 @@ def read_run(folder: str | Path) -> Run:
             f"run folder {str(folder)!r} has no config.yaml; pass a folder that a training run wrote, "
             "or remove this one if it is a leftover."
         )
-    config = _read(folder / "config.yaml", yaml.safe_load)
+    config = read_json(folder / "config.yaml", yaml.safe_load)
     result = _read_result(folder / "result.json") if (folder / "result.json").is_file() else None
     if result is not None and not (folder / "log.jsonl").is_file():
         raise FileNotFoundError(
@@ -225,7 +226,9 @@ def read_run(folder: str | Path) -> Run:
     seed = (result or {}).get("seed", config.get("seed", 0))
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed of run {str(folder)!r} must be a whole number; received {seed!r}.")
-    text, record = (_read(path) if path.is_file() else {} for path in (folder / "corpus.json", folder / "cell.json"))
+    text, record = (
+        read_json(path) if path.is_file() else {} for path in (folder / "corpus.json", folder / "cell.json")
+    )
     state = State("unfinished" if result is None else "done")
     label = str(config.get("label") or method)
     run = Run(folder, method, label, seed, config, result, "", state, record, str(text.get("sha256", "")))
@@ -301,10 +304,10 @@ def read_baselines(given: Mapping[str, Any] | str | Path | None, runs: Sequence[
             raise FileNotFoundError(
                 f"baselines: there is no file {str(path)!r}; pass a baselines.json, a mapping, or None."
             )
-        found = _read(path)
+        found = read_json(path)
     else:
         beside = dict.fromkeys(run.folder.parent / "baselines.json" for run in runs)
-        found = _read(next(iter(beside))) if len(beside) == 1 and next(iter(beside)).is_file() else {}
+        found = read_json(next(iter(beside))) if len(beside) == 1 and next(iter(beside)).is_file() else {}
     text = dig(found, "corpus.sha256")
     if any(run.metric.key != "bits_per_byte" or (text and run.text and run.text != text) for run in runs):
         found = {name: entry for name, entry in found.items() if dig(entry, "bits_per_byte") is None}
@@ -390,7 +393,7 @@ def _run_folders(path: Path) -> list[Path]:
     order: list[str] = []
     for name, key in (("compare.json", "cells"), ("baselines.json", "order")):
         if (path / name).is_file():
-            order += [*(_read(path / name).get(key) or ())]
+            order += [*(read_json(path / name).get(key) or ())]
     place = {name: rank for rank, name in enumerate(dict.fromkeys(map(str, order)))}
     return sorted(found, key=lambda folder: (place.get(folder.name, len(place)), folder.name))
 
@@ -425,7 +428,7 @@ def _read_log(path: Path) -> tuple[tuple[Line, ...], tuple[Line, ...]]:
 
 
 def _read_result(path: Path) -> dict[str, Any]:
-    result = _read(path)
+    result = read_json(path)
     if not isinstance(result.get("method"), str):
         raise ValueError(
             f"{path}: 'method' must be the router's name; received {result.get('method')!r}. Evaluate again."
@@ -440,7 +443,7 @@ def _read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def _read(path: Path, parse: Any = json.loads) -> dict[str, Any]:
+def read_json(path: Path, parse: Any = json.loads) -> dict[str, Any]:
     """A file that holds a mapping."""
     try:
         value = parse(path.read_text(encoding="utf-8"))

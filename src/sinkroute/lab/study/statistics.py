@@ -13,14 +13,13 @@ one-sided t-tests (Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
 __all__ = [
-    "LEVEL", "POWER", "Estimate", "Paired", "Trend", "detectable", "holm", "paired", "power", "sign_flip", "trend",
+    "LEVEL", "POWER", "Estimate", "Paired", "Trend", "detectable", "holm", "paired", "power", "sign_flip", "smallest_effect", "trend",
     "verdict",
 ]  # fmt: skip
 
@@ -185,31 +184,36 @@ def verdict(difference: float, p_corrected: float | None, lower_is_better: bool)
 
 
 def power(effect: float, n: int, level: float = LEVEL) -> float:
-    """How often a two-sided paired t-test at `level` tells a true difference of `effect` standard deviations.
+    """How often a two-sided paired t-test of n differences tells a true difference of `effect` standard deviations.
 
-    >>> round(power(1.0, 10), 2)
-    0.8
+    >>> round(power(1.0, 10), 3)
+    0.803
     """
     from scipy import stats
 
     edge, shift = stats.t.ppf(1 - level / 2, n - 1), effect * math.sqrt(n)
-    return float(stats.nct.sf(edge, n - 1, shift) + stats.nct.cdf(-edge, n - 1, shift))
+    # The lower tail as the upper one of -T: scipy's distribution function is NaN far out.
+    return float(stats.nct.sf(edge, n - 1, shift) + stats.nct.sf(edge, n - 1, -shift))
 
 
-@cache
+@lru_cache(maxsize=None)
 def detectable(n: int, level: float = LEVEL, wanted: float = POWER) -> float:
-    """The true difference, in standard deviations of the pairs, that n seeds tell with the wanted power.
+    """The difference, in standard deviations, that n seeds tell with the power `wanted`.
 
-    >>> round(detectable(10), 3)
-    0.996
+    >>> round(detectable(3), 2)
+    3.26
     """
-    low, high = 0.0, 1.0
-    while power(high, n, level) < wanted:
-        low, high = high, 2 * high
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if power(middle, n, level) < wanted else (low, middle)
-    return high
+    return smallest_effect(lambda effect: power(effect, n, level), wanted)
+
+
+def smallest_effect(power_of: Callable[[float], float], wanted: float) -> float:
+    """Where a power that grows with the effect reaches what is wanted."""
+    from scipy import optimize
+
+    most = 1.0
+    while power_of(most) < wanted:
+        most *= 2
+    return float(optimize.brentq(lambda size: power_of(size) - wanted, 1e-9, most))
 
 
 def trend(x: Sequence[float], gains: Sequence[float]) -> Trend | None:

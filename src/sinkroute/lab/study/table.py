@@ -1,83 +1,43 @@
-"""The one table, and the sentences that say what it shows.
+"""The tables of a comparison, the same cells for the terminal, for Markdown and for the page, and what they say.
 
-Every number and every comparison is computed here, once, from the runs: the terminal and the page print the same cells.
-
-Seeds: with three or more, a cell is mean ± half the 95 % t-interval, `t(0.975, n - 1) · s / √n`; with two it is
-mean ± half the range; with one there is no interval, and the notes say that small differences may be chance.
+A table has the methods of one heading, which differ in nothing else; between tables nothing is ranked.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.measure import Measurement
-from rich.table import Table as RichTable
 from rich.text import Text
 
-from sinkroute.lab.study.metric import Quality as Metric
-from sinkroute.lab.study.metric import capital
-from sinkroute.lab.study.runs import Group, Run, common_metric, differences, group_runs, read_baselines
+from sinkroute.lab import screen
+from sinkroute.lab.study.metric import METRICS, Metric, capital, number_at
+from sinkroute.lab.study.results import BILLION, Against, Entry, Results
+from sinkroute.lab.study.statistics import Estimate
 
-__all__ = ["Cell", "Column", "Row", "Spread", "Table", "describe", "result_table", "run_tag"]
+__all__ = [
+    "Cell", "Column", "Row", "Table", "all_tables", "describe", "markdown", "mode_table", "print_results", "sentences",
+    "size_tables", "trend_table",
+]  # fmt: skip
 
-#: t(0.975, df) for df = 1..30; beyond that the normal value is right to 2 %.
-_T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
-_T975 += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
-
-_VANILLA = ("softmax", "vanilla")
-_BALANCE = ("load-balance",)
 _NOTHING = "–"
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean of `n` seeds and the half width printed behind ±; `half` is None for one seed or non-finite values.
-
-    >>> Spread.of([1.0, 3.0])
-    Spread(mean=2.0, half=1.0, n=2)
-    >>> Spread.of([1.0])
-    Spread(mean=1.0, half=None, n=1)
-    """
-
-    mean: float
-    half: float | None
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        if not values:
-            raise ValueError("values is empty; a spread needs at least one number.")
-        n = len(values)
-        mean = sum(values) / n
-        if n == 1 or not all(map(math.isfinite, values)):
-            return cls(mean, None, n)
-        if n == 2:
-            return cls(mean, (max(values) - min(values)) / 2, n)
-        deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-        t = _T975[n - 2] if n - 2 < len(_T975) else 1.960
-        return cls(mean, t * deviation / math.sqrt(n), n)
-
-    def text(self, digits: int) -> str:
-        if not math.isfinite(self.mean):
-            return str(self.mean)  # "nan" or "inf": a diverged method is shown as such
-        middle = f"{self.mean:.{digits}f}"
-        return middle if self.half is None else f"{middle} ± {self.half:.{digits}f}"
+# Which columns a narrow terminal keeps, by the end of the metric's key.
+_MATTERS = {"max_vio": 5, "ms_per_step": 1, "peak_memory_mb": 0, "dead": 2, "sinkhorn_steps": 1}
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its title, what it means, and whether its lowest value is the best one."""
+    """A column: its title, what it means, whether its lowest value is the best one, and how much it matters."""
 
     key: str
     title: str
     help: str
     lower_is_better: bool = False
+    matters: int = 3
 
 
 @dataclass(frozen=True)
@@ -95,29 +55,27 @@ class Cell:
 
     @property
     def detail(self) -> str:
-        """What stands behind `main`: "± 0.004", "(p=0.1)" or nothing."""
+        """What stands behind `main`: "± 0.004", "(load 0.9 to 1.2)" or nothing."""
         return self.text[len(self.main) :].strip()
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row; `kind` is "method" or "baseline", `tags` say what is special about it (interrupted, diverged)."""
+    """A row; `kind` is "method" or "baseline", `tags` say what is special about it (failed, interrupted, diverged)."""
 
     label: str
     kind: str
     cells: tuple[Cell, ...]
     tags: tuple[str, ...] = ()
-    seeds: int = 0
 
 
 @dataclass(frozen=True)
 class Table:
-    """The result table. `headline` says what won and where SSR stands; `notes` say how to read the numbers."""
+    """A table; `notes` say how to read it. A rich console prints it, and leaves out columns where it is narrow."""
 
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
-    headline: tuple[str, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def cell(self, label: str, key: str) -> Cell:
         """The cell of a row and a column, by label and column key.
@@ -133,96 +91,151 @@ class Table:
                 return row.cells[keys.index(key)]
         raise KeyError(f"no row {label!r}; known: {', '.join(row.label for row in self.rows)}")
 
-    def rich(self, title: str | None = None) -> RichTable:
-        """The table for a terminal; best values are green and bold, headline and notes stand below.
-
-        Cells are `Text`, never markup, so a label with square brackets is printed as it is. To print on a terminal that
-        may be narrow, hand the `Table` itself to a rich console: it stacks the columns in as many tables as it takes.
-        """
-        return self._rich(range(len(self.columns)), title, said=True)
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        unlimited = options.update(max_width=10_000)
-        left = list(range(len(self.columns)))
-        while left:
-            take = len(left)
-            while take > 1 and self._width(left[:take], console, unlimited) > options.max_width:
-                take -= 1
-            yield self._rich(left[:take], None, said=False)
-            left = left[take:]
-        yield self._said()
-
-    def _said(self) -> Text:
-        return Text("\n".join((*self.headline, *self.notes)), style="dim", justify="left")
-
-    def _width(self, which: Sequence[int], console: Console, unlimited: ConsoleOptions) -> int:
-        """The width at which no cell of these columns has to break."""
-        return Measurement.get(console, unlimited, self._rich(which, None, said=False)).maximum
-
-    def _rich(self, which: Sequence[int], title: str | None, said: bool) -> RichTable:
-        # A baseline has nothing to say in a stack without its one column.
-        shown = [row for row in self.rows if row.kind == "method" or any(row.cells[c].value is not None for c in which)]
-        table = RichTable(
-            title=None if title is None else Text(title),
-            box=box.SIMPLE_HEAD,
-            caption=self._said() if said else None,
-            caption_justify="left",
-            padding=(0, 1, 0, 0),
+        columns = [screen.Column(column.title, column.matters) for column in self.columns]
+        out = screen.ScreenTable(
+            [screen.Column("method", words=True), *columns], below=self.notes, elsewhere="the page"
         )
-        labels = []
-        for row in shown:
+        for row in self.rows:
             label = Text(row.label, style="italic" if row.kind == "baseline" else "")
             for tag in row.tags:
                 label.append(f"\n{tag}", style="yellow")
-            labels.append(label)
-        table.add_column(Text("method"), min_width=min(22, max(len(row.label) for row in self.rows)))
-        for c in which:
-            texts = [self.columns[c].title, *(f"{row.cells[c].main}\n{row.cells[c].detail}" for row in shown)]
-            width = max(len(line) for text in texts for line in text.split("\n"))
-            table.add_column(Text(self.columns[c].title), justify="right", min_width=width)
-        for row, label in zip(shown, labels, strict=True):
-            cells = [row.cells[c] for c in which]
-            table.add_row(label, *map(_printed, cells))
-        return table
+            out.add(label, *map(_printed, row.cells))
+        yield out
+
+    def markdown(self, title: str = "") -> list[str]:
+        """Lines to paste into a document."""
+
+        def line(cells: Sequence[str]) -> str:
+            return "| " + " | ".join(map(_plain, cells)) + " |"
+
+        rows = [line([", ".join([row.label, *row.tags]), *(cell.text for cell in row.cells)]) for row in self.rows]
+        head = line(["method", *(column.title for column in self.columns)])
+        above = [f"**{_plain(title)}**", ""] if title else []
+        return [*above, head, "|---" * (len(self.columns) + 1) + "|", *rows, ""]
 
 
-def _printed(cell: Cell) -> Text:
-    text = Text(cell.main, style="bold green" if cell.best else "")
-    if cell.detail:
-        text.append(f"\n{cell.detail}", style="not bold dim")
-    return text
+def all_tables(found: Results) -> list[tuple[str, Table]]:
+    """Every table that there is, with its title, which is empty where there is one heading only."""
+    out = size_tables(found)
+    if (modes := mode_table(found)) is not None:
+        out.append(("Served otherwise: the same models by noisy top-k, by the plan, or by both", modes))
+    if (trends := trend_table(found)) is not None:
+        title = f"Gain in {found.headline.title} over {found.reference}, by size (positive is better)"
+        out.append((title, trends))
+    return out
 
 
-def result_table(runs: Sequence[Run], baselines: Mapping[str, Any] | None = None) -> Table:
-    """The table of all methods, with the sentences that go with it.
+def size_tables(found: Results) -> list[tuple[str, Table]]:
+    """A table for each heading under which something has been run."""
+    return [(_title(found, size), table) for size in found.sizes if (table := _size_table(found, size)) is not None]
 
-    Args:
-        runs: as `read_runs` returns them; those that share a label are one row.
-        baselines: content of `baselines.json`; with None the file beside the runs is read, if it is there.
 
-    Raises:
-        ValueError: no runs, or runs of different metrics.
-    """
-    metric = common_metric(runs)
-    groups = group_runs(runs)
-    known = read_baselines(baselines, runs)
-    columns, makers = _columns(groups, metric, known)
-    rows = [
-        Row(
-            label=group.label,
-            kind="method",
-            cells=tuple(make(group) for make in makers),
-            tags=_group_tags(group),
-            seeds=len(group.finished),
-        )
-        for group in groups
+def _size_table(found: Results, size: str) -> Table | None:
+    methods = [method for method in found.methods if _begun(found, size, method)]
+    if not methods:
+        return None
+    head = found.headline
+    alone = all(found.counts(size, method) == (1, 1) for method in methods)
+    columns = [] if alone else [Column("n", "n", "Seeds that are done.", matters=6)]
+    columns += [
+        Column("headline", head.title, _help(found, head), head.lower_is_better and head.ranked, 10),
     ]
-    rows = _mark_best(columns, rows)
-    for name, bits in describe(known):
-        blank = [Cell(_NOTHING)] * len(columns)
-        blank[0] = Cell(metric.text(bits), bits)
-        rows.append(Row(label=name, kind="baseline", cells=tuple(blank)))
-    return Table(tuple(columns), tuple(rows), tuple(_headline(groups, metric, known)), tuple(_notes(groups)))
+    told = [found.entries[size, method, head.key].against for method in methods]
+    if any(told):
+        words = f"Difference of runs that share a seed with one of {found.reference}."
+        columns.append(Column("against", f"against\n{found.reference}", words, matters=9))
+    if any(each is not None and each.p_corrected is not None for each in told):
+        columns += _TESTS
+        if found.margin is not None:
+            words = f"Of the hypothesis that the difference is {found.margin:g} or more, corrected as p is."
+            columns.append(Column("equivalent", f"p (TOST,\n±{found.margin:g})", words, matters=6))
+    for metric in found.metrics[1:]:
+        if metric.timed and _times(found):
+            continue  # only what was measured in turn can be compared
+        best = metric.lower_is_better and metric.ranked
+        matters = _MATTERS.get(metric.key.rpartition(".")[2], 3)
+        columns.append(Column(metric.key, metric.title, _help(found, metric), best, matters))
+    if times := _times(found):
+        words = f"A training step, timed in turn with the other methods', relative to {times['baseline']}; median."
+        columns.append(Column("ratio", "time of\na step", words, True, 3))
+    rows = [_row(found, size, method, columns) for method in methods]
+    for name, bits in describe(found.baselines):
+        cells = [Cell(f"{bits:.3f}", bits) if column.key == "headline" else Cell(_NOTHING) for column in columns]
+        rows.append(Row(name, "baseline", tuple(cells)))
+    return Table(tuple(columns), tuple(_mark_best(columns, rows)))
+
+
+_TESTS = [
+    Column("p", "p (Holm)", "Of the paired t-test, corrected for all methods and sizes.", matters=8),
+    Column("flip", "p (sign\nflips)", "Of the sign-flip test, which assumes no normal distribution; not corrected."),
+    Column("detectable", "detectable\n(80 %)", "The true difference that one test finds in four of five studies."),
+    Column("verdict", "verdict", "By the corrected p.", matters=7),
+]
+
+
+def mode_table(found: Results) -> Table | None:
+    """Other ways of serving against plain top-k of the same models; None without any."""
+    if not found.modes:
+        return None
+    digits = found.headline.digits
+    columns = (
+        Column("value", found.headline.title, "Served in this way.", matters=10),
+        Column("against", "against\nplain top-k", "Of the same trained models.", matters=9),
+        *_TESTS,
+        Column("max_vio", "serving MaxVio", "In this way of serving."),
+    )
+    rows = []
+    for each in found.modes:
+        cells = _tests(each.against, digits, found.headline)
+        cells |= {"value": _estimate(each.value, digits), "max_vio": _estimate(each.max_vio, 2)}
+        label = f"{each.size} {each.method}, {each.mode}".strip()
+        rows.append(Row(label, "method", tuple(cells.get(column.key, Cell(_NOTHING)) for column in columns)))
+    return Table(columns, tuple(rows))
+
+
+def trend_table(found: Results) -> Table | None:
+    """Gain per doubling of the active parameters, and where the line would be at 10⁹; None for one size."""
+    if not found.trends:
+        return None
+    columns = (
+        Column("pairs", "pairs", "Pairs of runs that share size and seed."),
+        Column("slope", "gain per\ndoubling", "Slope of the line over log2 of the active parameters.", matters=9),
+        Column("p", "p (slope)", "Of no trend; not corrected.", matters=8),
+        Column("line", "at 10⁹ active:\nthe line", "With its 95 % interval, as far as the line holds."),
+        Column("pair", "at 10⁹ active:\na new pair", "With its 95 % prediction interval."),
+    )
+    rows = []
+    for each in found.trends:
+        line, digits = each.line, found.headline.digits
+        value, of_line, of_pair = line.at(math.log2(BILLION))
+        texts = (
+            str(line.n),
+            line.slope.text(digits + 1, sign=True),
+            _chance(line.p),
+            Estimate(value, of_line, line.n).text(digits, sign=True),
+            Estimate(value, of_pair, line.n).text(digits, sign=True),
+        )
+        rows.append(Row(each.method, "method", tuple(map(Cell, texts))))
+    return Table(columns, tuple(rows))
+
+
+def markdown(found: Results) -> str:
+    """Tables and notes, to paste into a document."""
+    lines = [line for title, table in all_tables(found) for line in table.markdown(title)]
+    return "\n".join([*lines, *(f"- {_plain(note)}" for note in found.notes)]) + "\n"
+
+
+def print_results(found: Results, console: Console) -> None:
+    """Tables, what they say, and the notes."""
+    for title, table in all_tables(found):
+        if title:
+            console.print(Text(title, style="bold"), soft_wrap=True)
+        console.print(table)
+    for sentence in sentences(found):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    for note in found.notes:
+        console.print(f"- {note}", style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def describe(baselines: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -231,142 +244,167 @@ def describe(baselines: Mapping[str, Any]) -> list[tuple[str, float]]:
     >>> describe({"bigram": {"bits_per_byte": 3.9}, "corpus": {"name": "wikipedia"}})
     [('bigram', 3.9)]
     """
-    found = []
-    for name, entry in baselines.items():
-        bits = entry.get("bits_per_byte") if isinstance(entry, Mapping) else None
-        if isinstance(bits, (int, float)) and not isinstance(bits, bool):
-            found.append((str(name), float(bits)))
-    return found
+    found = [(str(name), number_at(entry, "bits_per_byte")) for name, entry in baselines.items()]
+    return [(name, bits) for name, bits in found if bits is not None]
 
 
-def run_tag(run: Run) -> str:
-    """What is special about a run: interrupted, diverged, or an empty string."""
-    parts = []
-    if not run.finished:
-        of = "" if run.planned_steps is None else f" of {run.planned_steps}"
-        parts.append(f"interrupted at step {run.last_step}{of}")
-    if run.diverged_at is not None:
-        parts.append(f"diverged: loss not finite at step {run.diverged_at}")
-    return "; ".join(parts)
-
-
-_Maker = Callable[[Group], Cell]
-
-
-def _columns(
-    groups: Sequence[Group], metric: Metric, baselines: Mapping[str, Any]
-) -> tuple[list[Column], list[_Maker]]:
-    attacks = _attacks(groups)
-    if not attacks and metric.key == "bits_per_byte":
-        attacks = {"word-swap": {}}
-
-    def number(*keys: str, digits: int) -> _Maker:
-        def make(group: Group) -> Cell:
-            values = group.values(*keys)
-            if not values:
-                return Cell(_NOTHING)
-            spread = Spread.of(values)
-            return Cell(spread.text(digits), spread.mean)
-
-        return make
-
-    def dead(group: Group) -> Cell:
-        values, experts = group.values("serving", "dead"), group.values("serving", "experts")
-        if not values:
-            return Cell(_NOTHING)
-        mean = sum(values) / len(values)
-        of = f"/{experts[0]:.0f}" if experts else ""
-        return Cell(f"{mean:.0f}{of}" if mean == round(mean) else f"{mean:.1f}{of}", mean)
-
-    def sinkhorn(group: Group) -> Cell:
-        values, chances = group.values("sinkhorn_steps"), group.values("probability")
-        if not values:
-            return Cell(_NOTHING)
-        mean = sum(values) / len(values)
-        return Cell(f"{mean:.0f}" + (f" (p={chances[0]:g})" if chances else ""), mean)
-
-    times = baselines.get("step_times")
-    times = times if isinstance(times, Mapping) else {}
-
-    def ratio(group: Group) -> Cell:
-        values = times["ratios"].get(group.label)
-        if not values:
-            return Cell(_NOTHING)
-        value = statistics.median(values)
-        if group.label == times["baseline"]:
-            return Cell(f"{times['milliseconds']:.0f} ms", value)
-        return Cell(f"{value:.2f}×", value)
-
-    plan: list[tuple[Column, _Maker]] = [
-        (
-            Column(
-                "valid",
-                f"valid\n{metric.heading}",
-                f"{capital(metric.name)} over every validation {metric.item}.",
-                True,
-            ),
-            number("valid", metric.key, digits=metric.digits),
-        ),
-    ]
-    if metric.key == "bits_per_byte":
-        plan.append(
-            (
-                Column("perplexity", "perplexity\nper byte", "2 to the power of the bits per byte.", True),
-                number("valid", "perplexity", digits=2),
-            )
+def sentences(found: Results) -> list[str]:
+    """What came out, in words; nothing is said across headings."""
+    out = []
+    if found.plan is None and len(found.sizes) > 1:
+        out.append(
+            f"These runs differ in more than router and seed, so they stand in {len(found.sizes)} tables by what "
+            "differs, and none is compared across them."
         )
-    for attack, options in attacks.items():
-        kind = attack.partition("@")[0]  # "fgsm@2" is an "fgsm" under another name
-        what = f"{capital(metric.name)} on {'images' if metric.item == 'image' else 'text'} under the {kind} attack"
-        plan.append(
-            (
-                Column(attack, f"{attack}\n{metric.heading}", f"{what}{_how(options)}.", True),
-                number("attacked", attack, metric.key, digits=metric.digits),
-            )
-        )
-    plan += [
-        (
-            Column("max_vio_train", "MaxVio\ntraining", "Mean over steps and layers, last quarter of training.", True),
-            number("train", "max_vio", digits=2),
-        ),
-        (
-            Column("max_vio_serving", "MaxVio\nserving", "Over the whole validation set, mean over layers.", True),
-            number("serving", "max_vio", digits=2),
-        ),
-        (Column("dead", "dead\nexperts", "Experts with under 1 % of a fair share in serving.", True), dead),
-        (
-            Column("sinkhorn_steps", "Sinkhorn\nsteps", "Training steps that ran Sinkhorn; p is the chance per step."),
-            sinkhorn,
-        ),
+    for size in found.sizes:
+        told = _said(found, size)
+        out += [f"{size}: {told[0]}", *told[1:]] if size and told else told
+    return out or ["No run has finished yet, so there is nothing to compare."]
+
+
+def _said(found: Results, size: str) -> list[str]:
+    head = found.headline
+    entries = [found.entries[size, method, head.key] for method in found.methods if _begun(found, size, method)]
+    means = {entry.method: entry.estimate.mean for entry in entries if entry.estimate is not None}
+    if not means:
+        if any(found.counts(size, entry.method)[0] for entry in entries):
+            return [f"Every finished run diverged: no {head.title} is finite."]
+        return []
+    out = []
+    printed = {method: f"{mean:.{head.digits}f}" for method, mean in means.items()}
+    best = printed[(min if head.lower_is_better else max)(means, key=lambda method: means[method])]
+    first = [method for method, text in printed.items() if text == best]
+    if len(means) == 1:
+        out.append(f"Only {first[0]} has finished: {head.title} {best}.")
+    elif head.ranked:
+        has = "has" if len(first) == 1 else "have"
+        out.append(f"{_join(first)} {has} the {'lowest' if head.lower_is_better else 'highest'} {head.title}: {best}.")
+    against = [entry for entry in entries if entry.against is not None]
+    tested = [entry for entry in against if entry.against is not None and entry.against.p_corrected is not None]
+    if tested and head.ranked:
+        by: dict[str, list[str]] = {}
+        for entry in tested:
+            by.setdefault(entry.against.verdict, []).append(entry.method)  # type: ignore[union-attr]
+        parts = [f"{verdict}: {_join(by[verdict])}" for verdict in sorted(by)]
+        out.append(f"Against {found.reference}, paired by seed and corrected: {'; '.join(parts)}.")
+    elif against and head.ranked:
+        parts = [
+            f"{entry.method} {entry.against.paired.difference.text(head.digits, sign=True)}"
+            for entry in against
+            if entry.against is not None
+        ]
+        out.append(f"Against {found.reference}: {', '.join(parts)}.")
+    even = {
+        entry.method: entry.estimate.mean
+        for (place, _, key), entry in found.entries.items()
+        if (place, key) == (size, "serving.max_vio") and entry.estimate is not None
+    }
+    if len(even) > 1 and head.key != "serving.max_vio":
+        low = min(even, key=lambda method: even[method])
+        out.append(f"{low} serves with the most even load (MaxVio {even[low]:.2f}).")
+    for name, bits in describe(found.baselines)[-1:]:  # the strongest n-gram comes last
+        below = sum(mean < bits for mean in means.values())
+        many = {0: "No method is", len(means): "Every finished method is"}.get(below, f"{below} of {len(means)} are")
+        out.append(f"{many} below the {name} model ({bits:.3f}).")
+    return out
+
+
+def _row(found: Results, size: str, method: str, columns: Sequence[Column]) -> Row:
+    done, planned = found.counts(size, method)
+    entry, head = found.entries[size, method, found.headline.key], found.headline
+    cells = {"n": Cell(f"{done}" if done == planned else f"{done} of {planned}")}
+    cells["headline"] = _estimate(entry.estimate, head.digits)
+    if method == found.reference:
+        cells |= {column.key: Cell("") for column in _TESTS} | {"against": Cell("reference"), "equivalent": Cell("")}
+    elif entry.against is not None:
+        cells |= _tests(entry.against, head.digits, head)
+    for metric in found.metrics[1:]:
+        cells[metric.key] = _metric_cell(found, found.entries[size, method, metric.key])
+    if times := _times(found):
+        ratios = times["ratios"].get(method)
+        if ratios:
+            value = statistics.median(ratios)
+            first = f"{times['milliseconds']:.0f} ms"
+            cells["ratio"] = Cell(first if method == times["baseline"] else f"{value:.2f}×", value)
+    runs = [run for run in found.runs if (run.size, run.label) == (size, method)]
+    failed = sum(run.state.kind == "failed" for run in runs)
+    tags = [f"{failed} failed"] if failed else []
+    tags += [
+        f"seed {run.seed} {run.tag}" if len(runs) > 1 else run.tag
+        for run in runs
+        if run.tag and run.state.kind != "failed" and (found.plan is None or run.diverged_at is not None)
     ]
-    if times:  # only what was measured in turn can be compared
-        what = f"A training step, timed in turn with the other methods', relative to {times['baseline']}; median."
-        plan.append((Column("ratio", "time of\na step", what, True), ratio))
-    else:
-        what = "Wall time of a training step. Runs were made one after another: differences may be the machine's."
-        plan.append((Column("ms_per_step", "ms/step\n(wall)", what), number("train", "ms_per_step", digits=1)))
-    plan += [
-        (
-            Column("peak_memory", "peak\nMB", "Peak memory while training.", True),
-            number("train", "peak_memory_mb", digits=0),
-        ),
-    ]
-    return [column for column, _ in plan], [make for _, make in plan]
+    return Row(method, "method", tuple(cells.get(column.key, Cell(_NOTHING)) for column in columns), tuple(tags))
 
 
-def _attacks(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
-    """The attacks of all finished runs, in the order in which they first appear, with their options.
+def _tests(against: Against, digits: int, metric: Metric) -> dict[str, Cell]:
+    """The cells about a difference."""
+    test, better = against.paired, against.verdict == "better" and metric.ranked
+    return {
+        "against": Cell(test.difference.text(digits, sign=True), test.difference.mean, better),
+        "p": Cell(_chance(against.p_corrected)),
+        "flip": Cell(_chance(test.p_flip)),
+        "detectable": Cell(_NOTHING if test.detectable is None else f"{test.detectable:.{digits}f}"),
+        "equivalent": Cell(_chance(against.p_equivalent)),
+        "verdict": Cell(against.verdict if metric.ranked else "not compared", best=better),
+    }
 
-    Options are what an attack's entry has beside the numbers of a clean evaluation.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for group in groups:
-        for run in group.finished:
-            result = run.result or {}
-            for name, entry in (result.get("attacked") or {}).items():
-                options = {key: value for key, value in entry.items() if key not in result["valid"]}
-                found[str(name)] = found.get(str(name)) or options
-    return found
+
+def _metric_cell(found: Results, entry: Entry) -> Cell:
+    cell = _estimate(entry.estimate, entry.metric.digits)
+    runs = [run for run in found.runs if (run.size, run.label) == (entry.size, entry.method) and run.finished]
+    last = entry.metric.key.rpartition(".")[2]
+    if last == "dead" and runs and (experts := runs[0].value("serving", "experts")):
+        return replace(cell, text=f"{cell.text} (of {experts:.0f})") if entry.estimate else cell
+    if last == "sinkhorn_steps" and runs and (chance := runs[0].value("probability")) is not None:
+        return replace(cell, text=f"{cell.text} (p={chance:g})")
+    loads = [load for run in runs for load in run.load_average or ()]
+    if entry.metric.timed and loads:
+        return replace(cell, text=f"{cell.text} (load {min(loads):.1f} to {max(loads):.1f})")
+    return cell
+
+
+def _estimate(estimate: Estimate | None, digits: int) -> Cell:
+    return Cell(_NOTHING) if estimate is None else Cell(estimate.text(digits), estimate.mean)
+
+
+def _chance(p: float | None) -> str:
+    return _NOTHING if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _times(found: Results) -> Mapping[str, Any]:
+    times = found.baselines.get("step_times")
+    return times if isinstance(times, Mapping) else {}
+
+
+def _begun(found: Results, size: str, method: str) -> bool:
+    """Whether it has a row; what is not begun is counted in the notes."""
+    runs = [run for run in found.runs if (run.size, run.label) == (size, method)]
+    return any(run.finished or run.state.kind == "failed" or found.plan is None for run in runs)
+
+
+def _help(found: Results, metric: Metric) -> str:
+    """What a column means; of an attack with its options."""
+    where, _, last = metric.key.rpartition(".")
+    if last not in METRICS or where not in ("valid", *(f"attacked.{name}" for name in _attacks(found))):
+        return metric.about
+    quality = METRICS[last]
+    if where == "valid":
+        return f"{capital(quality.name)} over every validation {quality.item}."
+    attack = where.removeprefix("attacked.")
+    what = "images" if quality.item == "image" else "text"
+    kind = attack.partition("@")[0]  # "fgsm@2" is an "fgsm" under another name
+    return f"{capital(quality.name)} on {what} under the {kind} attack{_how(_attacks(found)[attack])}."
+
+
+def _attacks(found: Results) -> dict[str, dict[str, Any]]:
+    """The attacks of all finished runs with their options: what an entry has beside the numbers of a clean one."""
+    out: dict[str, dict[str, Any]] = {}
+    for run in found.runs:
+        for name, entry in ((run.result or {}).get("attacked") or {}).items():
+            clean = (run.result or {}).get("valid") or {}
+            out[name] = out.get(name) or {key: value for key, value in entry.items() if key not in clean}
+    return out
 
 
 def _how(options: Mapping[str, Any]) -> str:
@@ -384,159 +422,40 @@ def _mark_best(columns: Sequence[Column], rows: Sequence[Row]) -> list[Row]:
     """Mark the lowest value of each column; values that print alike are best together, and if all do, none is."""
     best: set[tuple[int, int]] = set()
     for c, column in enumerate(columns):
-        if not column.lower_is_better:
+        values = {r: value for r, row in enumerate(rows) if (value := row.cells[c].value) is not None}
+        if not column.lower_is_better or len(values) < 2:
             continue
-        finite = {r: row.cells[c].value for r, row in enumerate(rows)}
-        values = {r: value for r, value in finite.items() if value is not None and math.isfinite(value)}
-        if len(values) < 2:
-            continue
-        middles = {r: rows[r].cells[c].main for r in values}
-        winner = middles[min(values, key=lambda r: values[r])]
-        winners = [r for r in values if middles[r] == winner]
+        lowest = rows[min(values, key=lambda r: values[r])].cells[c].main
+        winners = [r for r in values if rows[r].cells[c].main == lowest]
         if len(winners) < len(values):
             best |= {(r, c) for r in winners}
     return [
-        replace(row, cells=tuple(replace(cell, best=(r, c) in best) for c, cell in enumerate(row.cells)))
+        replace(row, cells=tuple(replace(cell, best=cell.best or (r, c) in best) for c, cell in enumerate(row.cells)))
         for r, row in enumerate(rows)
     ]
 
 
-def _group_tags(group: Group) -> tuple[str, ...]:
-    several = len(group.runs) > 1
-    return tuple(
-        f"seed {run.seed} {tag}" if several else tag for run, tag in ((run, run_tag(run)) for run in group.runs) if tag
-    )
+def _title(found: Results, size: str) -> str:
+    if not size:
+        return ""
+    active, total = found.parameters(size), found.parameters(size, "total")
+    return f"{size}: {total:,} parameters, {active:,} active" if active and total else size
 
 
-def _headline(groups: Sequence[Group], metric: Metric, baselines: Mapping[str, Any]) -> list[str]:
-    spreads = {group.label: Spread.of(values) for group in groups if (values := group.qualities)}
-    finite = {label: spread for label, spread in spreads.items() if math.isfinite(spread.mean)}
-    if not spreads:
-        return ["No run has finished yet, so there is nothing to compare."]
-    if not finite:
-        return ["Every finished run diverged: no validation value is finite."]
-
-    lowest = min(finite.values(), key=lambda spread: spread.mean).mean
-    winners = [group for group in groups if group.label in finite and _same(finite[group.label].mean, lowest, metric)]
-    names = _join([group.label for group in winners])
-    number = metric.text(lowest) + metric.sign
-    out = []
-    if len(finite) == 1:
-        out.append(f"Only {names} has finished, with {f'{number} validation {metric.name}'}.")
-    elif len(winners) == 1:
-        out.append(f"{names} has the lowest validation {metric.name} at this size: {number}.")
-    else:
-        out.append(f"{names} share the lowest validation {metric.name} at this size: {number}.")
-    variants = [group for group in groups if group.method.startswith("ssr") and group.label in finite]
-    if variants and len(finite) > len(variants) and not any(group in variants for group in winners):
-        out.append("SSR does not win at this size.")
-    if len(finite) > 1 and len(winners) == 1:
-        out += _certainty(winners[0], [group for group in groups if group.label in finite])
-
-    # Each variant is compared by itself: picking the better of two after the fact would flatter it.
-    rivals = [group for group in groups if group.method in _VANILLA and group.label in finite]
-    rivals += [group for group in groups if group.method in _BALANCE and group.label in finite]
-    compared = []
-    for variant in variants:
-        own = finite[variant.label].mean
-        against = [
-            _against(own, finite[rival.label].mean, rival.label, _paired(variant, rival), metric) for rival in rivals
-        ]
-        if against:
-            compared.append(f"{variant.label} is {_join(against)}")
-    if compared:
-        out.append("; ".join(compared) + ".")
-
-    balanced = {group.label: values for group in groups if (values := group.values("serving", "max_vio"))}
-    means = {label: sum(v) / len(v) for label, v in balanced.items() if all(map(math.isfinite, v))}
-    if len(means) > 1:
-        label = min(means, key=lambda name: means[name])
-        out.append(f"{label} serves with the most even load (MaxVio {means[label]:.2f}).")
-
-    for name, bits in describe(baselines)[-1:]:  # the strongest n-gram comes last
-        below = sum(spread.mean < bits for spread in finite.values())
-        if below == 0:
-            out.append(f"No method is below the {name} model ({bits:.3f}) yet.")
-        elif below < len(finite):
-            out.append(f"{below} of {len(finite)} methods are below the {name} model ({bits:.3f}).")
-        else:
-            out.append(f"Every finished method is below the {name} model ({bits:.3f}).")
-    return out
+def _printed(cell: Cell) -> Text:
+    text = Text(cell.main, style="bold green" if cell.best else "")
+    if cell.detail:
+        text.append(f"\n{cell.detail}", style="not bold dim")
+    return text
 
 
-def _certainty(winner: Group, groups: Sequence[Group]) -> list[str]:
-    """From which methods the winner can be told, by the differences of runs that share a seed.
+def _plain(text: str) -> str:
+    """Text that Markdown does not read as anything else.
 
-    Runs of a seed share data order and initial weights, so their difference varies less than either; overlap of two
-    separate intervals would say too little.
+    >>> _plain("a|b")
+    'a\\\\|b'
     """
-    told: list[str] = []
-    level: list[str] = []
-    for group in groups:
-        difference = _paired(group, winner)
-        if group is winner or difference is None or difference.half is None:
-            continue
-        (told if difference.n >= 3 and difference.mean > difference.half else level).append(group.label)
-    if not told and not level:
-        return []  # one seed: the notes say what that means
-    out = []
-    if told:
-        out.append(
-            f"Paired by seed {winner.label} is below {_join(told)} by more than the 95 % interval of the difference"
-        )
-    if level:
-        out.append(f"{'from' if told else f'Paired by seed {winner.label} cannot be told from'} {_join(level)}")
-        if told:
-            out[-1] += " it cannot be told"
-    count = len(told) + len(level)
-    return ["; ".join(out) + f" ({count} comparison{'s' if count > 1 else ''}, not corrected for their number)."]
-
-
-def _paired(one: Group, other: Group) -> Spread | None:
-    """The difference of two methods in validation, over the seeds that both have; None without any."""
-    by_seed = [
-        {run.seed: value for run in group.finished if (value := run.quality) is not None} for group in (one, other)
-    ]
-    common = [seed for seed in by_seed[0] if seed in by_seed[1]]
-    return Spread.of([by_seed[0][seed] - by_seed[1][seed] for seed in common]) if common else None
-
-
-def _notes(groups: Sequence[Group]) -> list[str]:
-    counts = {len(group.finished) for group in groups if group.finished}
-    out = []
-    if not counts:
-        return ["Unfinished runs have curves but no row of numbers."]
-    if 1 in counts:
-        who = "1 seed" if counts == {1} else "1 seed for some methods"
-        out.append(f"{who}: differences of this size may be chance.")
-    if 2 in counts:
-        out.append("± is half the range of n = 2 seeds; two seeds say little about chance.")
-    many = sorted(count for count in counts if count >= 3)
-    if many:
-        n = f"{many[0]}" if len(many) == 1 else f"{many[0]} to {many[-1]}"
-        out.append(f"± is half the 95 % t-interval of the mean over n = {n} seeds.")
-    if any(not run.finished for group in groups for run in group.runs):
-        out.append("Interrupted runs have no numbers here; the table averages finished runs only.")
-    for group in groups:
-        other = [key for key in differences(group.runs) if key not in ("seed", "name")]
-        if other:
-            out.append(f"The runs of {group.label} differ in more than their seed: {', '.join(other)}.")
-    return out
-
-
-def _against(own: float, other: float, name: str, paired: Spread | None, metric: Metric) -> str:
-    if _same(own, other, metric):
-        return f"level with {name}"
-    # From the printed values, so that a reader who subtracts two cells gets the same number.
-    by = metric.text(abs(round(own, metric.digits) - round(other, metric.digits))) + metric.sign
-    half = metric.text(paired.half) if paired is not None and paired.n >= 3 and paired.half else ""
-    interval = f" (± {half} paired)" if half else ""
-    return f"{by}{interval} {'below' if own < other else 'above'} {name}"
-
-
-def _same(a: float, b: float, metric: Metric) -> bool:
-    """Whether two values print alike: a difference that no cell shows is not called one."""
-    return metric.text(a) == metric.text(b)
+    return "".join(f"\\{letter}" if letter in "|`*_<[]\\" else letter for letter in text.replace("\n", " "))
 
 
 def _join(parts: Sequence[str]) -> str:

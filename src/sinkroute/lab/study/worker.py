@@ -49,11 +49,10 @@ def run_cell(order: dict[str, Any], stop: StopRequest | None, say: Say) -> None:
         except Interrupted as error:
             say(kind="interrupted", note=str(error))
         except Exception as error:  # of one cell: the others go on
-            traceback.print_exc()
             message = f"{type(error).__name__}: {error}"
             with suppress(OSError):  # a full disk may be what failed
                 record_failure(folder, order["hash"], message)
-            say(kind="failed", note=message)
+            say(kind="failed", note=message, trace=traceback.format_exc())
         else:
             say(kind="done")
 
@@ -111,6 +110,7 @@ def main() -> int:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def say(**event: Any) -> None:
+        sys.stderr.write(event.pop("trace", ""))
         with suppress(BrokenPipeError):  # the comparison is dead; the cell is still saved
             channel.write(json.dumps(event) + "\n")
 
