@@ -104,18 +104,20 @@ def make_run(
     loss: float | None = None,
     options: dict[str, Any] | None = None,
     result: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
 ) -> Path:
     folder = root / name
     folder.mkdir(parents=True)
-    config = {
+    written = {
         "label": label,
         "seed": seed,
         "data": {"name": "wikipedia", "length": 8},
         "model": {"layers": LAYERS, "experts": EXPERTS, "top_k": 2},
         "router": {"name": method, "options": options or {}},
         "train": {"steps": STEPS, "lr": 0.003},
+        **(config or {}),
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    (folder / "config.yaml").write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
     log = []
     for i in range(1, lines + 1):
         step = i * EVERY

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sinkroute.lab.config import Config, EvalConfig, TrainConfig
-from sinkroute.lab.study.cells import Plan, configuration_hash, expand, select
+from sinkroute.lab.study.cells import Plan, configuration_hash, expand, parse_overrides, select
 from sinkroute.lab.study.config import read_study
 
 Planner = Callable[..., Plan]
@@ -78,7 +78,9 @@ def test_the_hash_is_of_what_decides_the_numbers() -> None:
 def test_overrides_go_over_everything(write: Callable[..., Path]) -> None:
     method = {"train": {"steps": 6, "lr": 0.1}, "grid": {"train.steps": [8]}}
     path = write(config={"train": {"steps": 5}}, methods={"a": method})
-    found = expand(path, read_study(path), overrides=["train.steps=7", "eval.attacks.word-swap.rate=0.5"])
+    found = expand(
+        path, read_study(path), overrides=parse_overrides(["train.steps=7", "eval.attacks.word-swap.rate=0.5"])
+    )
     assert (found.cells[0].config.train.steps, found.cells[0].config.train.lr) == (7, 0.1)
     assert found.cells[0].config.eval.attacks == {"word-swap": {"rate": 0.5}}
 
@@ -96,7 +98,7 @@ def test_overrides_go_over_everything(write: Callable[..., Path]) -> None:
 def test_a_wrong_override_is_refused(write: Callable[..., Path], override: str, message: str) -> None:
     path = write(methods=TWO)
     with pytest.raises(ValueError, match=message):
-        expand(path, read_study(path), overrides=[override])
+        expand(path, read_study(path), overrides=parse_overrides([override]))
 
 
 @pytest.mark.parametrize(

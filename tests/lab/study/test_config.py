@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sinkroute.lab.study.config import find_study, merged, read_base, read_study
+from sinkroute.lab.study.config import common_config, find_study, merged, read_base, read_study
 
 Write = Callable[..., Path]
+FOLDER = Path(__file__).parents[3] / "experiments"
 
 
 def test_a_file_changes_what_it_extends_entry_by_entry(write: Write) -> None:
@@ -66,6 +67,7 @@ def test_a_ring_of_files_is_refused(write: Write) -> None:
         ({"methods": {}}, "methods is empty"),
         ({"methods": {"a": {}}, "seeds": []}, "seeds is empty"),
         ({"methods": {"a": {}}, "seeds": [1, 1]}, "seeds must differ"),
+        ({"methods": {"a": {}}, "equivalence": 0}, "equivalence must be a finite number above 0, got 0"),
         ({"methods": {"a": {}}, "jobs": 0}, "jobs must be 1 or more, got 0"),
         ({"methods": {"a": {}}, "primary": {"effect": 0.1}}, "primary.method is empty"),
         (
@@ -94,8 +96,25 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_misspelt_preset_is_answered_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"unknown comparison.*'paper-lmm'; did you mean 'paper-lm'"):
+    with pytest.raises(ValueError, match=r"unknown study.*'paper-lmm'; did you mean 'paper-lm'"):
         read_study(find_study("paper-lmm"))
+
+
+def test_a_name_that_is_none_is_answered_with_all_that_can_be_taken() -> None:
+    with pytest.raises(ValueError, match=r"neither a preset nor a file.*Known: .*demo, .*paper-lm, .*study/dual, "):
+        read_study(find_study("nosuch"))
+
+
+def test_a_configuration_of_one_run_is_told_from_a_study() -> None:
+    with pytest.raises(ValueError, match="has no methods to compare: it is a configuration of `sinkroute train`"):
+        read_study(FOLDER / "wikipedia-ssr.yaml")
+
+
+def test_the_demo_is_a_study_like_the_others() -> None:
+    study = read_study(find_study("demo"))
+    assert study.methods["ssr-l"] == {"router": {"name": "ssr-l", "options": {"probability": 0.08}}}
+    config = common_config(study, find_study("demo"))
+    assert (config.train.steps, config.model.layers, config.data.name) == (1000, 4, "wikipedia")
 
 
 def test_a_name_is_a_preset_and_a_path_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

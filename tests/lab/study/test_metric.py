@@ -13,21 +13,23 @@ import pytest
 import yaml
 
 from sinkroute.lab.page.palette import inks
-from sinkroute.lab.study import (
-    figures,
-    group_runs,
-    read_baselines,
-    read_runs,
-    result_table,
-    write_picture,
-    write_report,
-)
-from sinkroute.lab.study.figures.history import evaluations
+from sinkroute.lab.study import curves as figures
 from sinkroute.lab.study.metric import METRICS
+from sinkroute.lab.study.page import write_page
+from sinkroute.lab.study.results import compare_runs
+from sinkroute.lab.study.runs import group_runs, read_baselines, read_runs
+from sinkroute.lab.study.table import Table, sentences, size_tables
 
 MakeRun = Callable[..., Path]
 WORDS = {"vocab": 50_000, "name": "stream"}
 VIT = {"name": "vit"}
+
+
+def told(folder: Path, baselines: dict[str, Any] | None = None) -> tuple[Table, list[str]]:
+    """The one table of these runs, and what it says in words."""
+    found = compare_runs(read_runs(folder), baselines=baselines)
+    ((_, table),) = size_tables(found)
+    return table, sentences(found)
 
 
 def model_of(folder: Path, model: dict[str, Any]) -> None:
@@ -100,50 +102,47 @@ def test_a_result_whose_metric_is_unknown_or_missing_is_refused(
 def test_the_table_of_words_shows_perplexity_and_no_columns_of_bytes(make_run: MakeRun, tmp_path: Path) -> None:
     words(make_run, tmp_path, "Vanilla", 24.5, method="softmax")
     words(make_run, tmp_path, "SSR-L", 23.25, method="ssr-l", probability=0.1)
-    table = result_table(read_runs(tmp_path), {"bigram": {"bits_per_byte": 3.9}})
+    table, said = told(tmp_path, {"bigram": {"bits_per_byte": 3.9}})
     titles = {column.key: (column.title, column.help) for column in table.columns}
-    assert titles["valid"] == ("valid\nperplexity", "Perplexity over every validation word.")
-    assert titles["word-swap@5%"] == (
-        "word-swap@5%\nperplexity",
+    assert titles["headline"] == ("valid perplexity", "Perplexity over every validation word.")
+    assert titles["attacked.word-swap@5%.perplexity"] == (
+        "word-swap@5% perplexity",
         "Perplexity on text under the word-swap attack (5.0% of the words).",
     )
-    assert "perplexity" not in titles and [row.label for row in table.rows] == ["SSR-L", "Vanilla"]
-    assert table.cell("SSR-L", "valid").text == "23.25" and table.cell("SSR-L", "word-swap@5%").text == "69.75"
-    assert table.headline[0] == "SSR-L has the lowest validation perplexity at this size: 23.25."
-    assert "SSR-L is 1.25 below Vanilla." in table.headline
+    assert "valid.perplexity" not in titles and [row.label for row in table.rows] == ["SSR-L", "Vanilla"]
+    assert table.cell("SSR-L", "headline").text == "23.25"
+    assert table.cell("SSR-L", "attacked.word-swap@5%.perplexity").text == "69.75"
+    assert said[:2] == ["SSR-L has the lowest valid perplexity: 23.25.", "Against Vanilla: SSR-L -1.25."]
 
 
 def test_the_table_of_images_shows_errors_in_per_cent_and_their_attacks(make_run: MakeRun, tmp_path: Path) -> None:
     images(make_run, tmp_path, "Vanilla", 8.0, method="softmax")
     images(make_run, tmp_path, "SSR-L", 8.5, method="ssr-l", probability=0.1)
-    table = result_table(read_runs(tmp_path))
+    table, said = told(tmp_path)
     titles = {column.key: (column.title, column.help) for column in table.columns}
-    assert titles["valid"] == ("valid\nerror %", "Error over every validation image.")
-    assert titles["fgsm@2"] == ("fgsm@2\nerror %", "Error on images under the fgsm attack (epsilon=2).")
-    assert titles["pgd"][1] == "Error on images under the pgd attack (epsilon=2, steps=10)."
-    assert "perplexity" not in titles and "word-swap" not in titles
-    assert table.cell("SSR-L", "fgsm@2").text == "34.00"
-    assert table.headline[0] == "Vanilla has the lowest validation error at this size: 8.00 %."
-    assert "SSR-L is 0.50 % above Vanilla." in table.headline
+    assert titles["headline"] == ("valid error %", "Error over every validation image.")
+    assert titles["attacked.fgsm@2.error"] == ("fgsm@2 error %", "Error on images under the fgsm attack (epsilon=2).")
+    assert titles["attacked.pgd.error"][1] == "Error on images under the pgd attack (epsilon=2, steps=10)."
+    assert not any("perplexity" in key or "word-swap" in key for key in titles)
+    assert table.cell("SSR-L", "attacked.fgsm@2.error").text == "34.00"
+    assert said[:2] == ["Vanilla has the lowest valid error %: 8.00.", "Against Vanilla: SSR-L +0.50."]
 
 
 @pytest.mark.parametrize(
     ("make", "sentence"),
-    [(words, "with 8.25 validation perplexity."), (images, "with 8.25 % validation error.")],
+    [(words, "valid perplexity 8.25."), (images, "valid error % 8.25.")],
 )
 def test_a_run_alone_is_told_in_its_metric(
     make_run: MakeRun, tmp_path: Path, make: Callable[..., Path], sentence: str
 ) -> None:
     make(make_run, tmp_path, "Vanilla", 8.25)
-    assert result_table(read_runs(tmp_path)).headline[0] == f"Only Vanilla has finished, {sentence}"
+    assert told(tmp_path)[1][0] == f"Only Vanilla has finished: {sentence}"
 
 
 def test_differences_that_do_not_print_in_the_digits_of_the_metric_are_none(make_run: MakeRun, tmp_path: Path) -> None:
     words(make_run, tmp_path, "Vanilla", 24.501)
     words(make_run, tmp_path, "SSR-L", 24.504, method="ssr-l")
-    headline = result_table(read_runs(tmp_path)).headline
-    assert headline[0] == "SSR-L and Vanilla share the lowest validation perplexity at this size: 24.50."
-    assert "SSR-L is level with Vanilla." in headline
+    assert told(tmp_path)[1][0] == "SSR-L and Vanilla have the lowest valid perplexity: 24.50."
 
 
 def test_the_training_curve_of_words_is_a_perplexity_and_that_of_images_the_loss(
@@ -161,8 +160,8 @@ def test_values_measured_on_the_way_are_drawn_where_the_curve_shows_the_same(mak
         folder = make(make_run, tmp_path / name, "Vanilla", 20.0)
         log = (folder / "log.jsonl").read_text().replace('"bits_per_byte"', f'"{key}"')
         (folder / "log.jsonl").write_text(log)
-    assert len(evaluations(read_runs(tmp_path / "w"))) == 4
-    assert evaluations(read_runs(tmp_path / "i")) == []
+    assert len(figures._evals(read_runs(tmp_path / "w"))) == 4
+    assert figures._evals(read_runs(tmp_path / "i")) == []
 
 
 @pytest.mark.parametrize(
@@ -170,13 +169,13 @@ def test_values_measured_on_the_way_are_drawn_where_the_curve_shows_the_same(mak
     [
         (
             words,
-            ["One small word-level language model", "predict the next word", "Validation perplexity, further left",
+            ["One word-level language model", "predict the next word", "Validation perplexity, further left",
              "Training perplexity; each", "perplexity, logarithmic", "the perplexity rises", "active per word"],
             ["bits per byte", "Bits per byte", "n-gram", "bigram"],
         ),
         (
             images,
-            ["One small image classifier", "Learning the images", "Validation error in %, further left",
+            ["One image classifier", "Learning the images", "Validation error in %, further left",
              "Training loss in nats; each", "training loss in nats, magnified", "fgsm@2", "active per patch"],
             ["bits per byte", "Bits per byte", "erplexity", "Word-swap", "language model", "n-gram"],
         ),
@@ -188,7 +187,8 @@ def test_the_page_speaks_of_what_the_runs_are_measured_in(
     make(make_run, tmp_path, "Vanilla", 24.5)
     make(make_run, tmp_path, "SSR-L", 23.25, method="ssr-l", finished=True)
     baselines = {"bigram": {"bits_per_byte": 3.9}, "corpus": {"name": "somewhere"}}
-    text = write_report(read_runs(tmp_path), tmp_path / "r.html", baselines).read_text(encoding="utf-8")
+    found = compare_runs(read_runs(tmp_path), baselines=baselines)
+    text = write_page(found, tmp_path / "r.html").read_text(encoding="utf-8")
     assert [words for words in shown if words not in text] == []
     assert [words for words in absent if words in text] == []
     assert "somewhere" in text
@@ -216,14 +216,8 @@ def test_runs_of_different_metrics_are_refused_by_name(make_run: MakeRun, tmp_pa
     images(make_run, tmp_path / "all", "of-images", 8.0)
     runs = read_runs(tmp_path / "all")
     message = r"not measured alike, of-images in error; of-words in perplexity: .*Report the runs of each kind by them"
-    for call in (
-        lambda: result_table(runs),
-        lambda: write_report(runs, tmp_path / "r.html"),
-        lambda: write_picture(runs, tmp_path / "p.png"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
-    assert not (tmp_path / "r.html").exists() and not (tmp_path / "p.png").exists()
+    with pytest.raises(ValueError, match=message):
+        compare_runs(runs)
 
 
 def test_images_that_were_not_attacked_have_no_column_for_it(make_run: MakeRun, tmp_path: Path) -> None:
@@ -231,4 +225,4 @@ def test_images_that_were_not_attacked_have_no_column_for_it(make_run: MakeRun, 
     result = json.loads((folder / "result.json").read_text())
     result["attacked"] = {}
     (folder / "result.json").write_text(json.dumps(result))
-    assert [column.key for column in result_table(read_runs(folder)).columns][:2] == ["valid", "max_vio_train"]
+    assert [column.key for column in told(folder)[0].columns][:2] == ["headline", "serving.max_vio"]

@@ -1,3 +1,5 @@
+"""The page and the picture of a comparison, of a plan and of runs that somebody names."""
+
 from __future__ import annotations
 
 import json
@@ -5,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +15,15 @@ from typing import Any
 
 import pytest
 
-from sinkroute.lab.study import page, read_runs, write_picture, write_report
+from sinkroute.lab.study import page
+from sinkroute.lab.study.cells import Plan
+from sinkroute.lab.study.forest import grids
+from sinkroute.lab.study.page import write_page, write_picture
+from sinkroute.lab.study.results import Results, compare_runs, gather
+from sinkroute.lab.study.runs import read_runs
+from sinkroute.lab.study.state import record_failure
+
+from .conftest import finish
 
 MakeRun = Callable[..., Path]
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -54,8 +65,12 @@ def outline(text: str) -> Outline:
     return parser
 
 
+def compared(folder: Path) -> Results:
+    return compare_runs(read_runs(folder))
+
+
 def test_the_page_is_self_contained_and_well_formed(demo: Path, tmp_path: Path) -> None:
-    path = write_report(read_runs(demo), tmp_path / "out" / "report.html")
+    path = write_page(compared(demo), tmp_path / "out" / "report.html")
     text = path.read_text(encoding="utf-8")
     found = outline(text)
     assert path == tmp_path / "out" / "report.html"
@@ -67,11 +82,11 @@ def test_the_page_is_self_contained_and_well_formed(demo: Path, tmp_path: Path) 
 
 
 def test_the_page_shows_the_numbers_and_the_headline_of_the_table(demo: Path, tmp_path: Path) -> None:
-    text = write_report(read_runs(demo), tmp_path / "r.html").read_text(encoding="utf-8")
+    text = write_page(compared(demo), tmp_path / "r.html").read_text(encoding="utf-8")
     assert '<b class="best">3.020</b>' in text
     assert "<td>3.060</td>" in text
-    assert "SSR-S has the lowest validation bits per byte at this size: 3.020." in text
-    assert "1 seed: differences of this size may be chance." in text
+    assert "SSR-S has the lowest valid bits/byte: 3.020." in text
+    assert "With one seed there is neither interval nor test" in text
     assert "0123456789ab" in text and "0123456789abc" not in text  # the checksum, shortened
     assert "5,480,771 train bytes" in text and "torch 2.13.0" in text
     assert "4<small>(p=0.1)</small>" in text
@@ -86,15 +101,16 @@ def test_every_text_of_a_run_is_escaped(make_run: MakeRun, tmp_path: Path) -> No
         "corpus": {"name": evil, "sha256": evil, "train": 10},
         "machine": {"cpu": evil, "torch": evil},
     }
-    text = write_report(read_runs(tmp_path), tmp_path / "r.html", baselines, title=evil).read_text(encoding="utf-8")
-    found = outline(text)
-    assert "script" not in found.tags and "<script" not in text.lower()
+    text = write_page(compare_runs(read_runs(tmp_path), evil, baselines), tmp_path / "r.html").read_text(
+        encoding="utf-8"
+    )
+    assert "script" not in outline(text).tags and "<script" not in text.lower()
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
 
 
 def test_configurations_are_shown_and_their_differences_listed(demo: Path, tmp_path: Path) -> None:
-    text = write_report(read_runs(demo), tmp_path / "r.html").read_text(encoding="utf-8")
-    assert text.count("<details>") == 4
+    text = write_page(compared(demo), tmp_path / "r.html").read_text(encoding="utf-8")
+    assert text.count("<details>") == 4  # of each method the first run
     assert "name: wikipedia" in text
     assert '<th scope="col">router.name</th>' in text
     assert '<th scope="col">train.lr</th>' not in text
@@ -102,47 +118,47 @@ def test_configurations_are_shown_and_their_differences_listed(demo: Path, tmp_p
 
 def test_an_interrupted_run_is_tagged_on_the_page(demo: Path, make_run: MakeRun, tmp_path: Path) -> None:
     make_run(demo, "z", "z-loss", "Z-loss", finished=False, lines=3)
-    text = write_report(read_runs(demo), tmp_path / "r.html").read_text(encoding="utf-8")
+    text = write_page(compared(demo), tmp_path / "r.html").read_text(encoding="utf-8")
     assert '<span class="tag">interrupted at step 30 of 40</span>' in text
 
 
 def test_a_report_without_any_finished_run_is_written(make_run: MakeRun, tmp_path: Path) -> None:
     make_run(tmp_path, "a", "softmax", "Vanilla", finished=False, lines=0)
     make_run(tmp_path, "b", "ssr-s", "SSR-S", finished=False, lines=1)
-    text = write_report(read_runs(tmp_path), tmp_path / "r.html").read_text(encoding="utf-8")
+    text = write_page(compared(tmp_path), tmp_path / "r.html").read_text(encoding="utf-8")
     assert "No run has finished yet" in text and "interrupted at step 0 of 40" in text
-    write_picture(read_runs(tmp_path), tmp_path / "p.png")
+    write_picture(compared(tmp_path), tmp_path / "p.png")
 
 
 def test_a_diverged_run_shows_nan(demo: Path, make_run: MakeRun, tmp_path: Path) -> None:
     make_run(demo, "z", "z-loss", "Z-loss", bits=math.nan, loss=math.nan)
-    text = write_report(read_runs(demo), tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "<td>nan</td>" in text and "diverged: loss not finite at step 10" in text
+    text = write_page(compared(demo), tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "diverged: loss not finite at step 10" in text
 
 
 def test_seeds_are_averaged_on_the_page(make_run: MakeRun, tmp_path: Path) -> None:
     for seed in range(3):
         make_run(tmp_path, f"r{seed}", "softmax", "Vanilla", seed=seed, bits=3.0 + 0.1 * seed)
-    text = write_report(read_runs(tmp_path), tmp_path / "r.html").read_text(encoding="utf-8")
+    text = write_page(compared(tmp_path), tmp_path / "r.html").read_text(encoding="utf-8")
     assert "3.100<small>± 0.248</small>" in text and "3 seeds each" in text
 
 
 def test_the_same_runs_write_the_same_bytes(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
-    runs = read_runs(demo)
-    first = write_report(runs, tmp_path / "a.html").read_bytes()
-    assert first == write_report(runs, tmp_path / "b.html").read_bytes()
+    found = compared(demo)
+    first = write_page(found, tmp_path / "a.html").read_bytes()
+    assert first == write_page(found, tmp_path / "b.html").read_bytes()
     assert b"1 January 1970" in first
     for suffix in (".png", ".svg"):
-        one = write_picture(runs, tmp_path / f"a{suffix}").read_bytes()
-        assert one == write_picture(runs, tmp_path / f"b{suffix}").read_bytes()
+        one = write_picture(found, tmp_path / f"a{suffix}").read_bytes()
+        assert one == write_picture(found, tmp_path / f"b{suffix}").read_bytes()
 
 
 def test_a_page_that_fails_leaves_the_old_one_and_no_leftovers(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    path = write_report(read_runs(demo), out / "r.html")
+    path = write_page(compared(demo), out / "r.html")
     before = path.read_bytes()
 
     def fail(*_: object) -> None:
@@ -150,25 +166,23 @@ def test_a_page_that_fails_leaves_the_old_one_and_no_leftovers(
 
     monkeypatch.setattr(page.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_report(read_runs(demo), path, title="new")
+        write_page(compared(demo), path)
     assert path.read_bytes() == before and list(out.iterdir()) == [path]
 
 
 def test_pictures_are_png_and_svg_and_no_other_format(demo: Path, tmp_path: Path) -> None:
-    runs = read_runs(demo)
-    assert write_picture(runs, tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in write_picture(runs, tmp_path / "p.svg").read_text(encoding="utf-8")
+    found = compared(demo)
+    assert write_picture(found, tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in write_picture(found, tmp_path / "p.svg").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match=r"must end in \.png or \.svg; it ends in '\.jpg'"):
-        write_picture(runs, tmp_path / "p.jpg")
+        write_picture(found, tmp_path / "p.jpg")
 
 
 def test_bad_arguments_say_what_to_pass(demo: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="runs is empty"):
-        write_report([], tmp_path / "r.html")
     with pytest.raises(ValueError, match="is a folder"):
-        write_report(read_runs(demo), tmp_path)
+        write_page(compared(demo), tmp_path)
     with pytest.raises(ValueError, match=r"must end in \.html"):
-        write_report(read_runs(demo), tmp_path / "r.pdf")
+        write_page(compared(demo), tmp_path / "r.pdf")
 
 
 def test_a_full_demo_stays_small(make_run: MakeRun, tmp_path: Path) -> None:
@@ -186,7 +200,7 @@ def test_a_full_demo_stays_small(make_run: MakeRun, tmp_path: Path) -> None:
             for n in range(1, 41)
         ]
         (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    path = write_report(read_runs(tmp_path), tmp_path / "r.html")
+    path = write_page(compared(tmp_path), tmp_path / "r.html")
     assert path.stat().st_size < 1_000_000
     assert len(re.findall("data:image/png", path.read_text(encoding="utf-8"))) == 6 * 4 + 1
 
@@ -196,3 +210,90 @@ def test_importing_the_report_does_not_import_matplotlib() -> None:
     path = str(Path(page.__file__).parents[3])
     done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": path, "PATH": ""}, check=False)
     assert done.returncode == 0
+
+
+def test_the_page_says_that_all_else_is_the_same_only_after_it_has_looked(
+    demo: Path, make_run: MakeRun, tmp_path: Path
+) -> None:
+    alike = write_page(compared(demo), tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "per routing method; all else is the same." in alike
+    make_run(demo, "wider", "softmax", "Wider", config={"model": {"layers": 2, "experts": 4, "top_k": 3}})
+    apart = write_page(compared(demo), tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "per routing method; under each heading all else is the same." in apart
+    assert "<h3>top_k=2: 1,234,567 parameters, 345,678 active</h3>" in apart
+    assert "headings, each with its table" in apart
+
+
+def test_what_methods_of_a_plan_differ_in_beside_the_router_is_said(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    methods = {"vanilla": {"router": {"name": "softmax"}}, "wide": {"model": {"d_hidden": 99}}}
+    found = plan(methods=methods, seeds=[0], reference="vanilla")
+    for cell in found.cells:
+        finish(cell, found.out, 3.0)
+    text = write_page(gather(found), tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "the methods differ in model.d_hidden too" in text and "all else is the same" not in text
+
+
+def test_figures_of_one_page_share_no_id(demo: Path, make_run: MakeRun, tmp_path: Path) -> None:
+    make_run(demo, "longer", "softmax", "Vanilla", config={"train": {"steps": 80, "lr": 0.003}})
+    found = outline(write_page(compared(demo), tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert len(found.ids) == len(set(found.ids))
+    assert {target[1:] for target in found.fetched if target.startswith("#")} <= set(found.ids)
+
+
+# -- of a plan ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full(plan: Callable[..., Plan]) -> Results:
+    """Two sizes, a grid, a failure, and words that want to be markup."""
+    methods = {
+        "vanilla": {"router": {"name": "softmax"}},
+        "<b>x</b> & $y$": {"router": {"name": "ssr-l"}},
+        "ssr-s": {
+            "router": {"name": "ssr-s"},
+            "grid": {"router.options.noise": [0.1, 1, 10], "router.options.draw": ["step", "layer"]},
+        },
+    }
+    sizes = {"s": {}, "t": {"model": {"d_model": 64}}}
+    found = plan(title="<script>alert(1)</script>", methods=methods, sizes=sizes, seeds=[0, 1, 2], reference="vanilla")
+    for index, cell in enumerate(found.cells):
+        if index == 5:
+            record_failure(found.out / cell.name, cell.hash, "<img src=x>")
+        else:
+            active = 1000 * (1 + (cell.size == "t"))
+            finish(cell, found.out, 3 + 0.01 * (index % 7), parameters={"total": 3000, "active": active})
+    return gather(found)
+
+
+def test_the_page_of_a_plan_is_whole_self_contained_and_escaped(full: Results, tmp_path: Path) -> None:
+    text = write_page(full, tmp_path / "page.html").read_text(encoding="utf-8")
+    found = outline(text)
+    assert not {"script", "img", "link", "iframe"} & found.tags
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "&lt;img src=x&gt;" in text
+    assert "<b>x</b>" not in text
+    assert all(target.startswith(("#", "data:image/png;base64,")) for target in found.fetched)
+    figures = re.findall(r"<svg.*?</svg>", text, flags=re.S)
+    # Differences: 2 sizes × 5 metrics; grids: 2 sizes; gains over size: 1; of the runs: 2 sizes × 6.
+    assert len(figures) == 25
+    for figure in figures:
+        ET.fromstring(figure)
+    assert "$y$" in "".join(figures)
+
+
+def test_a_page_before_the_first_run_is_done_says_so(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    text = write_page(gather(plan()), tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "No run is done yet" in text
+    assert "<svg" not in text
+
+
+def test_a_grid_has_its_longest_numeric_axis_and_a_line_for_all_else(full: Results) -> None:
+    (grid,) = grids(full)
+    assert (grid.family, grid.key) == ("ssr-s", "router.options.noise")
+    assert set(grid.lines) == {"draw=step", "draw=layer"}
+    assert [value for value, _ in grid.lines["draw=step"]] == [0.1, 1, 10]
+
+
+def test_a_grid_of_words_has_no_axis(plan: Callable[..., Plan]) -> None:
+    methods = {"a": {"router": {"name": "ssr-l"}, "grid": {"router.options.draw": ["step", "layer"]}}}
+    assert grids(gather(plan(methods=methods))) == []

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sinkroute.lab.study import group_runs, read_baselines, read_runs
-from sinkroute.lab.study.runs import differences
+from sinkroute.lab.study.runs import differences, group_runs, read_baselines, read_runs
 
 MakeRun = Callable[..., Path]
 

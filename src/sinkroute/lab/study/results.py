@@ -238,7 +238,8 @@ def _results(
         if (value := number_at(run.result, metric.key)) is not None and math.isfinite(value)
     ]
     frame = pd.DataFrame(rows, columns=["size", "method", "seed", "metric", "value"])
-    pairs = list(dict.fromkeys((run.size, run.label) for run in runs))
+    sizes, methods = dict.fromkeys(run.size for run in runs), dict.fromkeys(run.label for run in runs)
+    pairs = [(size, method) for size in sizes for method in methods]
     entries: dict[tuple[str, str, str], Entry] = {}
     for metric in metrics:
         own = frame[frame.metric == metric.key]

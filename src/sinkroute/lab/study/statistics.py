@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 __all__ = [
-    "LEVEL", "POWER", "Estimate", "Paired", "Trend", "detectable", "holm", "paired", "power", "sign_flip", "smallest_effect", "trend",
-    "verdict",
+    "LEVEL", "POWER", "Estimate", "Paired", "Trend", "detectable", "holm", "paired", "power", "sign_flip",
+    "smallest_effect", "trend", "verdict",
 ]  # fmt: skip
 
 LEVEL = 0.05
@@ -196,7 +197,7 @@ def power(effect: float, n: int, level: float = LEVEL) -> float:
     return float(stats.nct.sf(edge, n - 1, shift) + stats.nct.sf(edge, n - 1, -shift))
 
 
-@lru_cache(maxsize=None)
+@cache
 def detectable(n: int, level: float = LEVEL, wanted: float = POWER) -> float:
     """The difference, in standard deviations, that n seeds tell with the power `wanted`.
 
