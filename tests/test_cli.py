@@ -180,7 +180,7 @@ def test_words_are_trained_evaluated_and_reported_in_perplexity_and_not_exported
     assert "perplexity" in out and "bits per symbol" in out and "word-swap@half" in out
     page = tmp_path / "p.html"
     assert sinkroute(capsys, "report", run, "--out", page)[0] == 0
-    assert "has finished, with a validation perplexity of" in page.read_text()
+    assert "has finished: valid perplexity" in page.read_text()
     other = tmp_path / "decoder"
     assert sinkroute(capsys, "train", small, "--out", other, *data, "--model.vocab", "302")[0] == 0
     code, _, err = sinkroute(capsys, "export", other, "--output", tmp_path / "hf")
