@@ -17,8 +17,8 @@ def test_without_a_terminal_each_end_is_a_line_with_the_time_that_is_left(plan: 
     with CompareDisplay(
         Console(file=out, width=60), cells, {cells[0].name: 2, cells[1].name: 0, cells[2].name: 0}
     ) as shown:
-        shown.started -= 10
         shown.listen(cells[0], {"kind": "begin"})
+        shown.started -= 10
         shown.listen(cells[0], {"kind": "progress", "step": 4, "loss": 1.0, "max_vio": 0.5})
         shown.listen(cells[0], {"kind": "done"})
         shown.listen(cells[1], {"kind": "begin"})

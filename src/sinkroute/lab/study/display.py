@@ -68,13 +68,13 @@ class CompareDisplay:
             return
         if kind == "progress":
             self.steps_done += event["step"] - self.at[name]
-            tenths = 10 * event["step"] // event["steps"]
-            new, self.at[name] = tenths > 10 * self.at[name] // event["steps"], event["step"]
+            tenths = 10 * event["step"] // cell.config.train.steps
+            new, self.at[name] = tenths > 10 * self.at[name] // cell.config.train.steps, event["step"]
             note = f"loss {event['loss']:.3f}  MaxVio {event['max_vio']:.2f}"
             self._update(name, completed=event["step"], note=note)
             self.bars.update(self.all, note=self._left())
             if self.lines and new and not self.console.is_terminal:
-                self.say(f"{name} step {event['step']}/{event['steps']}  {note}  {self._left()}".rstrip())
+                self.say(f"{name} step {event['step']}/{cell.config.train.steps}  {note}  {self._left()}".rstrip())
             return
         if kind == "status":
             self._update(name, note=event["note"])
