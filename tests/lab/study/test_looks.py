@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from sinkroute.lab.study import read_runs, write_report
 from sinkroute.lab.study.cells import Plan
-from sinkroute.lab.study.compare_page import write_page
-from sinkroute.lab.study.results import gather
+from sinkroute.lab.study.page import write_page
+from sinkroute.lab.study.results import compare_runs, gather
+from sinkroute.lab.study.runs import read_runs
 from sinkroute.lab.study.state import record_failure
 
 from ..browser import Browser
@@ -52,7 +52,7 @@ def test_the_report(
             ]
             (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     make_run(root, "stopped", "loss-free", "Loss-free", finished=False, lines=2)
-    write_report(read_runs(root), tmp_path / "report.html", baselines)
+    write_page(compare_runs(read_runs(root), baselines=baselines), tmp_path / "report.html")
     assert chromium.look(tmp_path / "report.html") == ""
 
 
@@ -60,7 +60,7 @@ def test_the_report_before_any_run_is_finished(
     chromium: Browser, make_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     make_run(tmp_path, "a", "softmax", "Vanilla", finished=False, lines=0)
-    write_report(read_runs(tmp_path), tmp_path / "report.html")
+    write_page(compare_runs(read_runs(tmp_path)), tmp_path / "report.html")
     assert chromium.look(tmp_path / "report.html") == ""
 
 

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from sinkroute.lab.page.palette import inks
-from sinkroute.lab.study import curves as figures
+from sinkroute.lab.study import figures
+from sinkroute.lab.study.figures.history import evaluations
 from sinkroute.lab.study.metric import METRICS
 from sinkroute.lab.study.page import write_page
 from sinkroute.lab.study.results import compare_runs
@@ -160,8 +161,8 @@ def test_values_measured_on_the_way_are_drawn_where_the_curve_shows_the_same(mak
         folder = make(make_run, tmp_path / name, "Vanilla", 20.0)
         log = (folder / "log.jsonl").read_text().replace('"bits_per_byte"', f'"{key}"')
         (folder / "log.jsonl").write_text(log)
-    assert len(figures._evals(read_runs(tmp_path / "w"))) == 4
-    assert figures._evals(read_runs(tmp_path / "i")) == []
+    assert len(evaluations(read_runs(tmp_path / "w"))) == 4
+    assert evaluations(read_runs(tmp_path / "i")) == []
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 
 from sinkroute.lab.study import page
 from sinkroute.lab.study.cells import Plan
-from sinkroute.lab.study.forest import grids
+from sinkroute.lab.study.figures import grids
 from sinkroute.lab.study.page import write_page, write_picture
 from sinkroute.lab.study.results import Results, compare_runs, gather
 from sinkroute.lab.study.runs import read_runs

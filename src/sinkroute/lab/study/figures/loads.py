@@ -121,7 +121,7 @@ def _panels(
 
     for row, (group, more) in enumerate(named):
         y = (foot + (lines - deep * row - 0.5) * each) / height
-        fig.text(_LEFT - 0.014, y + 0.005 * bool(more), short(group.label, 20), ha="right", fontweight="bold",
+        fig.text(_LEFT - 0.014, y + 0.005 * bool(more), short(group.label, 18), ha="right", fontweight="bold",
                  va="bottom" if more else "center", color=theme.words[group.place], fontsize=10,
                  gid=f"m m{group.place}")  # fmt: skip
         fig.text(_LEFT - 0.014, y - 0.002, more, ha="right", va="top", color=theme.muted, fontsize=9)
