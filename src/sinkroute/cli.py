@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UsageError(f"unknown command {command!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         return load(command)(rest, console)
     except UsageError as error:
-        errors.print(f"[red]error:[/] {escape(str(error))}\nTry: sinkroute --help", highlight=False, soft_wrap=True)
+        known = f" {command}" if command in COMMANDS else ""
+        words = f"[red]error:[/] {escape(str(error))}\nTry: sinkroute{known} --help"
+        errors.print(words, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         cure = " The same command continues from the last checkpoint." if COMMANDS[command].continues else ""

@@ -41,7 +41,7 @@ COMMANDS = {
     "compare": Command(
         "CONFIG", "methods × sizes × seeds in parallel, with intervals and paired tests", continues=True
     ),
-    "watch": Command("RUN...", "follow training: loss, balance, loads, plans, time left; --serve: as a page"),
+    "watch": Command("RUN...", "follow training in the terminal, or with --serve as a page"),
     "evaluate": Command("RUN", "measure a run's last checkpoint"),
     "export": Command("RUN", "a run's model as a Hugging Face checkpoint"),
     "inspect": Command("MODEL --text FILE", "the expert load of a Hugging Face checkpoint on a text"),

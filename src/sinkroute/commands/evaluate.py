@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -26,7 +26,7 @@ class EvaluateCommand:
     --shifted, on ImageNet-A, -C, -O or -R.
     """
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     split: Literal["valid", "test"] = "valid"
     """Which part of the text."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -21,7 +22,7 @@ class ExportCommand:
     Models that no architecture of transformers computes are refused, with the reason.
     """
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     output: str
     """The folder to write: new, empty, or an earlier export, which is replaced."""

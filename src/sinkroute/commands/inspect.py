@@ -6,7 +6,7 @@ import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -26,7 +26,7 @@ class InspectCommand:
     Nothing is trained or changed. Weights are read from safetensors, and no code of the checkpoint's is run.
     """
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """The checkpoint's folder, or its id on the Hugging Face hub, from where it is then downloaded."""
     text: str | None = None
     """A text in UTF-8; its head is used. A run of `sinkroute train` on images takes no text: its validation images."""

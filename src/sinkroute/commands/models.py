@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -19,7 +20,7 @@ class ModelsCommand:
     Nothing is trained: models are built on the meta device, without memory.
     """
 
-    names: tyro.conf.Positional[tuple[str, ...]] = field(default_factory=tuple)
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")] = ()
     """Presets or YAML files; by default all presets."""
     json: bool = False
     """Print JSON instead of a table."""

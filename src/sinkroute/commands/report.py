@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +19,7 @@ __all__ = ["run"]
 class ReportCommand:
     """Write one self-contained HTML page about runs, finished or not, and print their table."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]] = field(default_factory=tuple)
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
     """Folders of runs, or folders that hold such folders."""
     out: str | None = None
     """The page; by default report.html in the first folder."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -16,7 +17,7 @@ __all__ = ["run"]
 class RoutersCommand:
     """The ways of routing, or what one of them can be told."""
 
-    name: tyro.conf.Positional[str | None] = None
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]")] = None
     """A router: its options, with their defaults and what they mean."""
 
 

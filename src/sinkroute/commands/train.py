@@ -15,7 +15,8 @@ __all__ = ["run"]
 
 
 def run(arguments: list[str], console: Console) -> int:
-    from sinkroute.lab.config import Config, find_preset, read_yaml
+    from sinkroute.lab.config import Config, read_yaml
+    from sinkroute.lab.presets import find_configuration
     from sinkroute.lab.settings import settings
 
     @settings()
@@ -33,7 +34,7 @@ def run(arguments: list[str], console: Console) -> int:
     asks_help = bool(arguments) and arguments[0] in ("-h", "--help")
     if not arguments or (arguments[0].startswith("-") and not asks_help):
         raise UsageError("train needs a CONFIG: sinkroute train CONFIG [--train.lr 1e-3 ...]")
-    path = find_preset(arguments[0])
+    path = Path() if asks_help else find_configuration(arguments[0])
     preset = Config() if asks_help else read_yaml(Config, path)
     options, rest = _router_options(arguments if asks_help else arguments[1:])
     default = TrainCommand(**vars(preset))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -23,7 +24,7 @@ class WatchCommand:
     watch, not the runs.
     """
 
-    runs: tyro.conf.Positional[tuple[str, ...]] = field(default_factory=tuple)
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
     """Folders of runs, folders that hold such folders, or .jsonl files."""
     serve: int | None = None
     """Show a page that follows, on this machine's loopback address (http://127.0.0.1) alone, at this port; --serve
