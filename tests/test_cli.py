@@ -256,6 +256,14 @@ def test_another_router_does_not_inherit_the_presets_options(
         (["train", "CONFIG", "--data.name", "enwik9"], 1, "did you mean 'enwik8'"),
         (["train", "CONFIG", "--data.length", "30000"], 1, "length"),
         (["train", "/none.yaml"], 1, "no configuration at /none.yaml"),
+        (["train", "nosuch"], 1, "pass a YAML file or a preset: digits-vit, enwik8-medium"),
+        (["train", "demo"], 1, "demo is a comparison of several methods, not one run: sinkroute demo. Presets of one"),
+        (["train", "demo-paper"], 1, "not one run: sinkroute demo demo-paper. Presets of one run: digits-vit"),
+        (["train", "study/dual"], 1, "not one run: sinkroute compare study/dual. Presets of one run: digits-vit"),
+        (["train", "paper-lm"], 1, "not one run: sinkroute compare paper-lm."),
+        (["models", "demo"], 1, "demo is a comparison of several methods, not one run: sinkroute demo."),
+        (["models", "wikipedia-srr"], 1, "did you mean 'wikipedia-ssr'?"),
+        (["train", "CONFIG", "--data.name", "wikipedia-srr"], 1, "unknown corpus 'wikipedia-srr'; did you mean"),
         (["train", "wikipedia-srr"], 1, "no configuration at wikipedia-srr; did you mean 'wikipedia-ssr'? Pass a YAML"),
         (["compare", "study/dul"], 1, "did you mean 'study/dual'?"),
         (["evaluate", "/none"], 1, "is no run"),
@@ -277,6 +285,27 @@ def test_errors_name_the_value_and_the_cure_without_a_traceback(
     assert got == code, err
     assert message in out + err
     assert "Traceback" not in out + err
+
+
+def test_a_folder_of_runs_is_answered_with_the_runs_in_it(
+    capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        assert sinkroute(capsys, "train", small, "--out", f"runs/{name}", "--train.steps", "2")[0] == 0
+    for words in (("evaluate", "runs"), ("export", "runs", "--output", "hf")):
+        code, _, err = sinkroute(capsys, *words)
+        assert (code, "runs is no run but holds 2; pass one of them: runs/one, runs/two" in err) == (1, True)
+    code, _, err = sinkroute(capsys, "train", "runs/one")
+    assert code == 1
+    assert "runs/one is a run; its configuration is runs/one/config.yaml, and --out runs/one continues it" in err
+    assert "it is a file" in sinkroute(capsys, "evaluate", small)[2]
+    assert sinkroute(capsys, "train", "runs/one/config.yaml", "--out", "runs/one")[0] == 0
+
+
+def test_a_wrong_command_line_says_whose_help_to_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sinkroute(capsys, "report")[2].endswith("Try: sinkroute report --help")
+    assert sinkroute(capsys, "nosuch")[2].endswith("Try: sinkroute --help")
 
 
 def test_bench_prints_a_table_and_keeps_what_is_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -318,6 +347,7 @@ def test_a_signal_stops_train_with_130_and_the_same_command_continues(
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "continues from there" in " ".join(out.split())
+    assert out.count(f"step {max(int(path.name[5:]) for path in (run / 'checkpoints').iterdir())}") == 1, "said once"
     kept = max(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         lines = (run / "log.jsonl").read_text().count("\n")

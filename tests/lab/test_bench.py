@@ -310,6 +310,28 @@ def test_a_size_that_is_in_the_file_is_not_measured_again(tmp_path: Path) -> Non
     assert content_of(more)["sizes"]["64x4x2"] != first
 
 
+def test_routers_of_several_calls_come_together_in_one_file(tmp_path: Path) -> None:
+    bench = tiny(tmp_path / "b.json", routers=("load-balance",))
+    run_bench(bench, Console(quiet=True))
+    first = content_of(bench)
+    run_bench(tiny(tmp_path / "b.json", routers=("ssr-l", "load-balance"), repeats=3), Console(quiet=True))
+    both = content_of(bench)
+    assert both["settings"] == first["settings"] | {"routers": ["load-balance", "ssr-l"], "repeats": 3}
+    before, after = first["sizes"]["64x4x2"], both["sizes"]["64x4x2"]
+    assert set(after["extra_mb"]) == set(variants_of(["load-balance", "ssr-l"]))
+    for name in ("load-balance", AGAIN):  # nothing is measured twice
+        assert after["ratios"][name] == before["ratios"][name]
+    assert after["softmax_ms"] == before["softmax_ms"]
+    assert "ssr-l, p = 0.01" in after["ratios"]
+    text = shown(size_table(Size(64, 4, 2), both))
+    assert "load-balance" in text and "ssr-l, Sinkhorn step" in text
+
+
+def test_a_folder_is_no_place_for_the_figures(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--out .* is a folder; give a file, such as .*routing.json"):
+        run_bench(tiny(tmp_path), Console(quiet=True))
+
+
 def test_figures_of_other_settings_or_another_machine_are_not_mixed(tmp_path: Path) -> None:
     path = tmp_path / "b.json"
     run_bench(tiny(path), Console(quiet=True))

@@ -44,7 +44,7 @@ class Mixture:
 class Bench:
     """Time and memory of every router's forward and backward pass, relative to plain top-k (softmax).
 
-    Sizes that are in the file already are not measured again.
+    What is in the file already is not measured again: routers and sizes of several calls come together in one file.
     """
 
     sizes: tuple[str, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,13 @@ from sinkroute.routing import list_routers
 __all__ = ["begin", "run_bench", "settings_of"]
 
 
+# Settings that all figures of a file share. Each figure is relative to softmax in its own turns, so that routers may be
+# measured one call after another; `seconds` and `repeats` say how exactly that is known.
+_SHARED = ("logits", "threads", "clock", "seed")
+
+
 def settings_of(bench: Bench) -> dict[str, Any]:
-    """What figures must have in common to stand in one file."""
+    """How a call measures, as its file records it."""
     return {
         "logits": "unit-variance Gaussian + a Gaussian offset per expert",
         "routers": list(bench.routers or list_routers()),
@@ -41,26 +47,32 @@ def settings_of(bench: Bench) -> dict[str, Any]:
 def begin(path: Path, settings: dict[str, Any], *, fresh: bool) -> dict[str, Any]:
     """What the file holds, if it was measured here and in the same way; else an empty record.
 
+    Its settings then name the routers of both calls, and the smaller `seconds` and `repeats`.
+
     Raises:
-        ValueError: it was measured on another machine or with other settings.
+        ValueError: it was measured on another machine or with other settings, or it is something else.
     """
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder; give a file, such as {path / 'routing.json'}")
     content = {"machine": machine(), "settings": settings, "sizes": {}}
     if fresh or not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         return content
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        parts = {part: before[part] for part in content}
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+        known = {part: dict(before[part]) for part in content}
+        least = {name: min(settings[name], known["settings"][name]) for name in ("seconds", "repeats")}
+        routers = list(dict.fromkeys([*known["settings"]["routers"], *settings["routers"]]))
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path} is no file of this benchmark; give another --out, or --fresh to replace it") from None
-    for part in ("machine", "settings"):
-        for key, value in content[part].items():
-            if parts[part].get(key) != value:
+    for part, keys in (("machine", content["machine"]), ("settings", _SHARED)):
+        for key in keys:
+            if known[part].get(key) != (value := content[part][key]):
                 raise ValueError(
-                    f"{path} was measured with {part} {key}={parts[part].get(key)!r}, now it is {value!r}; "
-                    "give another --out, or --fresh to begin anew"
+                    f"{path} was measured with {part} {key}={known[part].get(key)!r}, now it is {value!r}; give "
+                    "another --out, or --fresh to begin anew"
                 )
-    return dict(before)
+    return before | {"settings": settings | least | {"routers": routers}}
 
 
 def run_bench(bench: Bench, console: Console) -> int:
@@ -79,9 +91,12 @@ def run_bench(bench: Bench, console: Console) -> int:
     try:
         with stop_on_signal() as stop, Bar(console, len(sizes)) as bar:
             for size in sizes:
-                if str(size) not in content["sizes"]:
-                    bar.tell(str(size), f"{len(variants)} variants")
-                    content["sizes"][str(size)] = _rounded(measure(size, variants, settings, stop))
+                known = content["sizes"].get(str(size), {})
+                missing = {name: one for name, one in variants.items() if name not in _names(known)}
+                if missing:
+                    bar.tell(str(size), f"{len(missing)} variants")
+                    found = measure(size, {BASELINE: variants[BASELINE], **missing}, settings, stop)
+                    content["sizes"][str(size)] = merged(known, _rounded(found))
                     write_json(content, path)
                 bar.advance(str(size))
     except (Interrupted, KeyboardInterrupt):
@@ -93,6 +108,30 @@ def run_bench(bench: Bench, console: Console) -> int:
         console.print("[yellow]Interrupted.[/] The same command measures what is left.", highlight=False)
     console.print(f"Figures: [bold]{path}[/]", highlight=False, soft_wrap=True)
     return code
+
+
+def _names(figures: Mapping[str, Any]) -> set[str]:
+    """The variants that were measured, or that refused."""
+    return {*figures.get("ratios", ()), *figures.get("refused", ())}
+
+
+def merged(known: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a size from two calls; what is known stays, and of turns and repeats the fewest are told.
+
+    >>> known = {"turns": 9, "softmax_ms": 2.0, "ratios": {"softmax": [1.0, 1.0]}, "extra_mb": {"softmax": 1.0},
+    ...          "refused": {}}
+    >>> new = {"turns": 5, "softmax_ms": 2.2, "ratios": {"softmax": [1.0], "base": [3.0]},
+    ...        "extra_mb": {"softmax": 1.0, "base": 4.0}, "refused": {}}
+    >>> both = merged(known, new)
+    >>> both["turns"], both["softmax_ms"], both["ratios"]
+    (5, 2.0, {'softmax': [1.0], 'base': [3.0]})
+    """
+    if not known:
+        return dict(new)
+    parts = {part: {**new[part], **known[part]} for part in ("extra_mb", "refused")}
+    ratios = {**known["ratios"], **{name: new["ratios"][name] for name in new["ratios"] if name not in known["ratios"]}}
+    ratios[BASELINE] = min(known["ratios"][BASELINE], new["ratios"][BASELINE], key=len)
+    return {**known, **parts, "ratios": ratios, "turns": min(known["turns"], new["turns"])}
 
 
 def measure(
