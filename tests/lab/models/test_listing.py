@@ -61,6 +61,51 @@ def test_two_heads_are_as_large_as_the_plain_mixture_and_change_nothing_else(mod
     assert heads == plain
 
 
+def stream_parameters(config: Config) -> int:
+    """By hand: embedding, output and its bias; positions; of a block attention, three norms, mixture and its norm."""
+    model = config.model
+    d, heads, experts, hidden = model.d_model, model.sub_tokens, model.experts, model.d_hidden
+    width = d // heads
+    mixture = experts * (2 * width * hidden + hidden + width) + experts * (width + 1)
+    mixture += 2 * (d * d + d) if heads > 1 else 0  # split and merge
+    outside = 2 * model.vocab * d + model.vocab + d // model.heads * model.span
+    dense = 4 * d * d + 3 * 2 * d + 2 * (d * d + d) if model.dense_blocks else 0
+    return outside + model.layers * (4 * d * d + 3 * 2 * d + mixture + 2 * d + dense)
+
+
+HEADS = [(name, heads) for name in FAMILY for heads in (4, 6, 8) if heads != 6 or name == "enwik8-small"]
+
+
+@pytest.mark.parametrize(("name", "heads"), HEADS, ids=[f"{name}-{heads}h" for name, heads in HEADS])
+def test_more_heads_are_as_large_as_a_whole_number_makes_them_and_change_nothing_else(
+    models: dict, name: str, heads: int
+) -> None:
+    plain, many = preset(name), preset(f"{name}-{heads}h")
+    listed = models[f"{name}-{heads}h"]
+    assert listed.total == stream_parameters(many)
+    one_more = (many.model.d_model // heads * 2 + 1) * 16  # 16 experts, each a number wider
+    assert abs(listed.per_moe - models[name].per_moe) <= one_more / 2
+    assert abs(listed.per_moe / models[name].per_moe - 1) < 6e-4
+    many.model.d_hidden, many.model.sub_tokens = plain.model.d_hidden, 1
+    assert many == plain
+    assert stream_parameters(plain) == models[name].total
+
+
+def test_six_heads_exist_where_they_divide_the_width() -> None:
+    assert [name for name in FAMILY if preset(name).model.d_model % 6 == 0] == ["enwik8-small"]
+
+
+@pytest.mark.parametrize(("sizes", "total"), [("14x640", 550_072_759), ("12x672", 555_811_671)])
+def test_two_readings_of_550m_are_the_large_model_in_another_size(models: dict, sizes: str, total: int) -> None:
+    large, reading = preset("wikitext103-large"), preset(f"wikitext103-550m-{sizes}")
+    assert models[f"wikitext103-550m-{sizes}"].total == stream_parameters(reading) == total
+    layers, width = map(int, sizes.split("x"))
+    assert (reading.model.layers, reading.model.d_model, reading.model.d_hidden) == (layers, width, width)
+    for key in ("layers", "d_model", "d_hidden"):
+        setattr(reading.model, key, getattr(large.model, key))
+    assert reading == large
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_family_trains_as_published(name: str) -> None:
     config = preset(name)
@@ -101,7 +146,9 @@ def test_every_preset_is_built_without_memory_and_listed(models: dict) -> None:
             model = make_model(config)
         assert all(parameter.is_meta for parameter in model.parameters())
         assert listed.total == sum(parameter.numel() for parameter in model.parameters())
-        assert listed.active < listed.total
+        # Eight heads of two choices may meet all of 16 experts.
+        everything = listed.sub_tokens * listed.top_k >= listed.experts
+        assert listed.active == listed.total if everything else listed.active < listed.total
         assert listed.steps == config.train.steps
 
 
