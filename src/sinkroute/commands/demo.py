@@ -41,7 +41,7 @@ def run(arguments: list[str], console: Console) -> int:
     from sinkroute.lab.study.cells import expand, flat
     from sinkroute.lab.study.demo import run_demo
 
-    overrides = {}
+    overrides: dict[str, Any] = {}
     for name in sections:
         new = flat(to_mapping(getattr(asked, name)), f"{name}.")
         old = flat(to_mapping(getattr(common, name)), f"{name}.")

@@ -36,7 +36,7 @@ def run(arguments: list[str], console: Console) -> int:
     from sinkroute.lab.study.page import write_page, write_picture
     from sinkroute.lab.study.results import compare_runs
     from sinkroute.lab.study.runs import read_runs
-    from sinkroute.lab.study.table import print_results
+    from sinkroute.lab.study.tables import print_results
 
     found = compare_runs(read_runs(command.runs), command.title)
     print_results(found, console)

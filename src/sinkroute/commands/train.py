@@ -80,7 +80,7 @@ def run(arguments: list[str], console: Console) -> int:
 
     from sinkroute.lab.study.results import compare_runs
     from sinkroute.lab.study.runs import read_runs
-    from sinkroute.lab.study.table import print_results
+    from sinkroute.lab.study.tables import print_results
 
     print_results(compare_runs(read_runs([folder])), console)
     shown = escape(str(folder))

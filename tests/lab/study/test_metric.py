@@ -14,12 +14,14 @@ import yaml
 
 from sinkroute.lab.page.palette import inks
 from sinkroute.lab.study import figures
+from sinkroute.lab.study.arrange import read_baselines
 from sinkroute.lab.study.figures.history import evaluations
 from sinkroute.lab.study.metric import METRICS
 from sinkroute.lab.study.page import write_page
 from sinkroute.lab.study.results import compare_runs
-from sinkroute.lab.study.runs import group_runs, read_baselines, read_runs
-from sinkroute.lab.study.table import Table, sentences, size_tables
+from sinkroute.lab.study.runs import group_runs, read_runs
+from sinkroute.lab.study.table import Table
+from sinkroute.lab.study.tables import sentences, size_tables
 
 MakeRun = Callable[..., Path]
 WORDS = {"vocab": 50_000, "name": "stream"}

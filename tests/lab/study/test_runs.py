@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sinkroute.lab.study.runs import differences, group_runs, read_baselines, read_runs
+from sinkroute.lab.study.arrange import differences, read_baselines
+from sinkroute.lab.study.runs import group_runs, read_runs
 
 MakeRun = Callable[..., Path]
 

@@ -16,7 +16,8 @@ from sinkroute.lab.study.cells import Plan
 from sinkroute.lab.study.results import Results, compare_runs, gather
 from sinkroute.lab.study.runs import read_runs
 from sinkroute.lab.study.state import record_failure
-from sinkroute.lab.study.table import Table, all_tables, markdown, print_results, sentences, size_tables
+from sinkroute.lab.study.table import Table
+from sinkroute.lab.study.tables import all_tables, markdown, print_results, sentences, size_tables
 
 from .conftest import SMALL, finish
 

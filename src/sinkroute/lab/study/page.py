@@ -16,10 +16,11 @@ import yaml
 
 from sinkroute.lab.page import render, today
 from sinkroute.lab.page.palette import inks
+from sinkroute.lab.study.arrange import describe, differences
 from sinkroute.lab.study.metric import capital, dig
 from sinkroute.lab.study.results import Results
-from sinkroute.lab.study.runs import Run, differences
-from sinkroute.lab.study.table import all_tables, describe, sentences
+from sinkroute.lab.study.runs import Run
+from sinkroute.lab.study.tables import all_tables, sentences
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import pandas as pd
 
 from sinkroute.lab.machine import machine
+from sinkroute.lab.study.arrange import arrange, read_baselines
 from sinkroute.lab.study.cells import Plan
 from sinkroute.lab.study.metric import Metric, Quality, dig, number_at
-from sinkroute.lab.study.runs import Group, Run, arrange, common_metric, group_runs, planned_runs, read_baselines
+from sinkroute.lab.study.notes import notes_of
+from sinkroute.lab.study.runs import Group, Run, common_metric, group_runs, planned_runs
 from sinkroute.lab.study.statistics import LEVEL, Estimate, Paired, Trend, holm, paired, trend, verdict
 
 __all__ = [
@@ -245,14 +247,14 @@ def _results(
         own = frame[frame.metric == metric.key]
         entries |= _compare(own, metric, pairs, reference, _margin(plan, metric) if metric is metrics[0] else None)
     # In the order of sizes and methods, as before there was a frame: `results.json` is read by people too.
-    entries = {(*pair, metric.key): entries[(*pair, metric.key)] for pair in pairs for metric in metrics}
-    tests = [entries[(*pair, metrics[0].key)].against for pair in pairs]
+    entries = {key: entries[key] for size, method in pairs for key in ((size, method, each.key) for each in metrics)}
+    tests = [entries[size, method, metrics[0].key].against for size, method in pairs]
     family = sum(each is not None and each.p_corrected is not None for each in tests)
     modes, trends = _modes(runs, metrics[0]), _trends(runs, entries, reference, metrics[0])
     found = Results(
         title, question, tuple(runs), reference, metrics, frame, entries, family, modes, trends, baselines, plan
     )
-    return Results(**{**_fields(found), "notes": (*notes, *_notes(found))})
+    return replace(found, notes=(*notes, *notes_of(found)))
 
 
 def _margin(plan: Plan | None, metric: Metric) -> float | None:
@@ -263,10 +265,6 @@ def _margin(plan: Plan | None, metric: Metric) -> float | None:
     return primary.equivalence if primary.metric in ("", metric.key) else None
 
 
-def _fields(found: Results) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in Results.__dataclass_fields__}
-
-
 def _compare(
     frame: pd.DataFrame, metric: Metric, pairs: Sequence[tuple[str, str]], reference: str, margin: float | None
 ) -> dict[tuple[str, str, str], Entry]:
@@ -275,7 +273,7 @@ def _compare(
     out, tests = {}, {}
     for size, method in pairs:
         values = wide.loc[size, method].dropna() if (size, method) in wide.index else pd.Series(dtype=float)
-        own = {int(seed): float(value) for seed, value in values.items()}  # type: ignore[call-overload]
+        own = {int(seed): float(value) for seed, value in values.items()}
         estimate = Estimate.of(list(own.values())) if own else None
         out[size, method, metric.key] = Entry(size, method, metric, own, estimate)
         if method != reference and (size, reference) in wide.index:
@@ -283,7 +281,7 @@ def _compare(
             if len(apart):
                 tests[size, method, metric.key] = paired(apart.tolist(), margin)
     for key, against in _corrected(tests, metric).items():
-        out[key] = Entry(**{**vars(out[key]), "against": against})
+        out[key] = replace(out[key], against=against)
     return out
 
 
@@ -334,9 +332,8 @@ def _modes(runs: Sequence[Run], metric: Metric) -> tuple[Mode, ...]:
     told = _corrected({key: paired(each["apart"].tolist()) for key, each in of.items()}, metric)
     out = []
     for (size, method, mode), each in of.items():
-        loads = each["max_vio"].dropna().tolist()
-        value = Estimate.of(each["value"].tolist())
-        out.append(Mode(size, method, mode, value, Estimate.of(loads) if loads else None, told[size, method, mode]))
+        loads, served = each["max_vio"].dropna().tolist(), Estimate.of(each["value"].tolist())
+        out.append(Mode(size, method, mode, served, Estimate.of(loads) if loads else None, told[size, method, mode]))
     return tuple(out)
 
 
@@ -359,93 +356,6 @@ def _trends(
         for method, own in points.items()
     }
     return tuple(SizeTrend(method, tuple(points[method]), line) for method, line in lines.items() if line is not None)
-
-
-def _notes(found: Results) -> list[str]:
-    if not any(run.finished for run in found.runs):
-        return ["No run is done yet, so there is nothing to compare.", *_failed(found)]
-    against = [
-        entry.against for (_, _, key), entry in found.entries.items() if key == found.headline.key and entry.against
-    ]
-    pairs = [each.paired.difference.n for each in against]
-    out = []
-    if any(entry.estimate is not None and entry.estimate.n > 1 for entry in found.entries.values()):
-        out.append(
-            f"± is half of the 95 % t-interval over the seeds that are done. Differences to {found.reference} are of "
-            "runs that share a seed (data order, initial weights)."
-        )
-    if found.family:
-        sizes = " at all sizes" if len(found.sizes) > 1 else ""
-        out.append(
-            f"p is of the paired t-test, two-sided, corrected by Holm for the {found.family} "
-            f"comparison{'s' * (found.family > 1)} of a metric (all methods{sizes}); better or worse: p < {LEVEL}. "
-            "Intervals of differences are not corrected."
-        )
-        out.append(
-            "Detectable is the true difference that one such test, uncorrected, finds in four of five studies with as "
-            "many seeds and as much scatter: a smaller one is missed more often."
-        )
-    if found.margin is not None and found.family:
-        out.append(
-            f"Equivalent: two one-sided t-tests place the difference within ±{found.margin:g}, p < {LEVEL} corrected "
-            "by Holm."
-        )
-    if few := sorted({n for n in pairs if 2 <= n <= 5}):
-        least = ", ".join(f"{2 / 2**n:g} with {n} seeds" for n in few)
-        out.append(
-            f"The exact sign-flip test, which assumes no normal distribution, cannot get below p = {least}: with so "
-            "few seeds what is told apart rests on the t-test's assumption."
-        )
-    if 1 in pairs:
-        out.append("With one seed there is neither interval nor test: differences may be chance.")
-    return [*out, *_missing(found), *_mixed(found)]
-
-
-def _failed(found: Results) -> list[str]:
-    failed = [run for run in found.runs if run.state.kind == "failed"]
-    return [f"{run.name} failed and is not in the numbers: {run.state.note}" for run in failed]
-
-
-def _missing(found: Results) -> list[str]:
-    """Which runs are not in the numbers, and why."""
-    out = _failed(found)
-    waiting = sum(not run.finished and run.state.kind != "failed" for run in found.runs)
-    if waiting:
-        out.append(f"{waiting} of {len(found.runs)} runs are not done yet; n counts those that are.")
-    for (size, method, key), entry in found.entries.items():
-        done, _ = found.counts(size, method)
-        if key == found.headline.key and len(entry.values) < done:
-            who, gone = f"{size} {method}".strip(), done - len(entry.values)
-            out.append(f"{who}: {gone} of {done} runs have no finite {entry.metric.title}.")
-    return out
-
-
-def _mixed(found: Results) -> list[str]:
-    """In what the runs differ beside what is compared."""
-    out = []
-    done = [run.record | (dig(run.result, "machine") or {}) for run in found.runs if run.finished]  # type: ignore[operator]
-
-    def several(*keys: str) -> list[str]:
-        told = {tuple(str(record.get(key)) for key in keys) for record in done if any(key in record for key in keys)}
-        return sorted(map(" ".join, told))
-
-    if len(versions := several("sinkroute", "commit")) > 1:
-        out.append(f"The runs come from different versions of the code: {', '.join(versions)}.")
-    if len(machines := several("cpu", "gpu", "torch")) > 1:
-        out.append(f"The runs come from different machines or versions of torch: {', '.join(machines)}.")
-    if not any(metric.timed for metric in found.metrics):
-        return out
-    loads = several("jobs", "threads")
-    if len(loads) > 1 or any(record.get("jobs", 1) != 1 for record in done):
-        told = ", ".join("{} at a time with {} threads".format(*load.split()) for load in loads)
-        out.append(f"Times per step were measured while other runs shared the machine ({told}): they say little.")
-    busy = [load for run in found.runs if (load := run.load_average) is not None]
-    if busy:
-        low, high = min(map(min, busy)), max(map(max, busy))
-        cores = sorted({str(record["cores"]) for record in done if record.get("cores")})
-        told = f"{low:.1f} to {high:.1f} processes wanted one of its {' or '.join(cores) or 'several'} cores"
-        out.append(f"Times per step are wall times, and are not compared: while the runs began and ended {told}.")
-    return out
 
 
 def _cell(found: Results, run: Run) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from sinkroute.lab.study.page import write_page
 from sinkroute.lab.study.pool import run_cells
 from sinkroute.lab.study.results import Results, gather
 from sinkroute.lab.study.state import State, check_folders, read_state
-from sinkroute.lab.study.table import markdown, print_results
+from sinkroute.lab.study.tables import markdown, print_results
 
 __all__ = ["commit", "missing_cells", "run_compare", "tell", "write_plan"]
 

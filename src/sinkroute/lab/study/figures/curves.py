@@ -12,11 +12,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from sinkroute.lab.page.drawing import WIDTH, Theme, heading, inline, page_theme, settings, short, style
 from sinkroute.lab.page.palette import Ink
+from sinkroute.lab.study.arrange import describe
 from sinkroute.lab.study.figures.history import Curve, curve, evaluations, sinkhorn_share
 from sinkroute.lab.study.figures.marks import GAP, end_labels, fit, muted, no_data, round_ticks
 from sinkroute.lab.study.metric import capital
 from sinkroute.lab.study.runs import Group, common_metric
-from sinkroute.lab.study.table import describe
 
 __all__ = ["balance_figure", "balance_panel", "training_figure"]
 

@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 
 from sinkroute.lab.page.drawing import WIDTH, Theme, heading, inline, page_theme, paper_theme, settings, short, style
 from sinkroute.lab.page.palette import Ink
+from sinkroute.lab.study.arrange import describe
 from sinkroute.lab.study.figures.curves import balance_panel
 from sinkroute.lab.study.figures.marks import fit, interval, muted, near_labels, no_data, round_ticks, rows
 from sinkroute.lab.study.metric import Quality
 from sinkroute.lab.study.runs import Group, common_metric
 from sinkroute.lab.study.statistics import Estimate
-from sinkroute.lab.study.table import describe
 
 __all__ = ["picture", "scatter_figure", "standing_figure"]
 
