@@ -26,7 +26,8 @@ from sinkroute.lab.data.corpus import encoded_corpus
 from sinkroute.lab.files import write_json
 from sinkroute.lab.machine import machine
 from sinkroute.lab.memory import peak_memory_mb, reset_peak_memory
-from sinkroute.lab.training import prepare_folder, train
+from sinkroute.lab.run_folder import prepare_folder
+from sinkroute.lab.training import train
 
 
 @dataclass

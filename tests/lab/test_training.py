@@ -21,6 +21,7 @@ from sinkroute.lab.config import Config, TrainConfig, from_mapping, read_yaml, w
 from sinkroute.lab.data import Corpus, load_corpus
 from sinkroute.lab.interrupt import Interrupted, StopRequest
 from sinkroute.lab.models import make_model
+from sinkroute.lab.run_folder import prepare_folder
 from sinkroute.lab.trained import load_run
 from sinkroute.lab.training import (
     Diverged,
@@ -28,7 +29,6 @@ from sinkroute.lab.training import (
     _key_dropout,
     _parameter_groups,
     learning_rate,
-    prepare_folder,
     train,
 )
 from sinkroute.routing.registry import router_options

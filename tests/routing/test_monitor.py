@@ -248,6 +248,8 @@ def slow(calls, experts, top_k, score):
     return found | {
         "plan_error_max": max(mean["plan_error"], default=None),
         **dict.fromkeys(("collectives", "messages", "bytes"), 0.0),
+        "branches": dict(collections.Counter(routes.branch for _, _, routes in calls)),
+        "plans": len(mean["plan_error"]),
         "tokens": len(mean["router_entropy"]),
         "passes": len(calls),
         "load": load.astype(int).tolist(),
@@ -372,8 +374,53 @@ def test_an_idle_layer_is_balanced_and_a_mean_of_nothing_is_none():
     metrics = sinkroute.LoadMonitor(make(), "detailed").metrics()["router"]
     balanced = {"max_vio": 0.0, "max_vio_global": 0.0, "entropy": 1.0, "cv": 0.0, "dead": 0, "dead_share": 0.0}
     assert balanced.items() <= metrics.items()
-    assert {"tokens": 0, "passes": 0, "load": [0, 0, 0, 0]}.items() <= metrics.items()
-    assert all(metrics[name] is None for name in set(metrics) - {*balanced, "tokens", "passes", "load"})
+    nothing = {"tokens": 0, "passes": 0, "plans": 0, "branches": {}, "load": [0, 0, 0, 0]}
+    assert nothing.items() <= metrics.items()
+    assert all(metrics[name] is None for name in set(metrics) - {*balanced, *nothing})
+
+
+def test_the_load_of_a_step_is_that_of_all_its_micro_batches():
+    model = nn.ModuleDict({"small": make(top_k=1), "large": make(experts=6, top_k=1)})
+    with sinkroute.LoadMonitor(model) as monitor:
+        for step in range(2):
+            sinkroute.set_step(model, step)
+            for wanted in ((0, 0), (1, 1 + step)):
+                model["small"](wanting(*wanted))
+                model["large"](wanting(*wanted, width=6))
+            loads = monitor.end_step()
+            assert loads["small"].tolist() == [[2, 2, 0, 0], [2, 1, 1, 0]][step]
+            assert loads["large"].tolist() == [[2, 2, 0, 0, 0, 0], [2, 1, 1, 0, 0, 0]][step]
+    found = monitor.metrics(reset=True)
+    assert [found[name]["max_vio_step"] for name in model] == [1.0, 2.0]  # 2 of 4 tokens; fair is 1, or 2/3
+    assert (found["small"]["max_vio"], found["small"]["load"]) == ((3 + 3 + 3 + 1) / 4, [4, 3, 1, 0])
+    assert monitor.steps() == {"steps": 0, "sinkhorn_steps": 0}
+    assert monitor.metrics()["small"]["max_vio_step"] is None
+
+
+def test_steps_of_evaluation_are_apart_and_a_reset_forgets_a_step_that_has_begun():
+    router = make(top_k=1)
+    with sinkroute.LoadMonitor(router) as monitor:
+        router(wanting(3, 3))
+        monitor.reset("train")
+        router(wanting(0, 1))
+        router.eval()(wanting(2))
+        assert monitor.end_step("eval")["router"].tolist() == [0, 0, 1, 0]
+        assert monitor.end_step()["router"].tolist() == [1, 1, 0, 0]
+        assert monitor.end_step()["router"].tolist() == [0, 0, 0, 0]  # nothing since
+    assert (monitor.steps("train")["steps"], monitor.steps("eval")["steps"]) == (2, 1)
+    assert monitor.metrics()["router"]["max_vio_step"] == 0.5  # 1 and, of nothing, 0
+
+
+def test_a_step_is_a_sinkhorn_step_if_one_layer_had_a_plan():
+    model = nn.ModuleDict({"plain": make(), "planned": make("sinkhorn")})
+    with sinkroute.LoadMonitor(model) as monitor:
+        for step, names in enumerate([("plain",), ("plain", "planned"), ("planned", "planned"), ()]):
+            sinkroute.set_step(model, step)
+            for name in names:
+                model[name](random(6, 4))
+            monitor.end_step()
+    assert monitor.steps() == {"steps": 4, "sinkhorn_steps": 2}
+    assert monitor.metrics()["planned"]["branches"] == {"sinkhorn": 3}
 
 
 def test_padding_counts_nowhere_however_the_mask_is_given():

@@ -52,10 +52,10 @@ def run(arguments: list[str], console: Console) -> int:
 
     from sinkroute.lab.files import write_json
     from sinkroute.lab.run import evaluate_split
+    from sinkroute.lab.run_folder import check_data
     from sinkroute.lab.screen import Column, ScreenTable
     from sinkroute.lab.tasks import load_data, make_task
     from sinkroute.lab.trained import load_run
-    from sinkroute.lab.training import check_data
     from sinkroute.routing import set_inference
 
     run = load_run(folder)

@@ -14,7 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from sinkroute.lab.data import evaluation_windows
 from sinkroute.lab.models import SparseModel
-from sinkroute.routing import Router
+from sinkroute.routing import LoadMonitor
+from sinkroute.routing.attached import named_routers
 from sinkroute.routing.metrics import load_metrics, max_violation
 
 __all__ = ["Evaluation", "Score", "evaluate_text", "serving_mode"]
@@ -67,22 +68,24 @@ class Evaluation:
 
 
 class serving_mode:
-    """A model as it serves, inside a `with`: no gradients, `eval()`, and its routers told which pass it is.
+    """A model as it serves, inside a `with`: no gradients, `eval()`, its routers watched and told which pass it is.
 
     A router that is noisy when serving must not repeat itself, nor depend on what was evaluated before.
     """
 
     def __init__(self, model: SparseModel) -> None:
         self.model, self.was_training, self.no_grad = model, model.training, torch.no_grad()
-        self.routers = [module for module in model.modules() if isinstance(module, Router)]
+        self.routers = list(named_routers(model).values())
 
     def __enter__(self) -> serving_mode:
+        self.monitor = LoadMonitor(self.model)
         self.model.eval()
         self.no_grad.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.no_grad.__exit__(*error)
+        self.monitor.remove()
         self.model.train(self.was_training)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
@@ -91,6 +94,10 @@ class serving_mode:
     def begin_pass(self, number: int) -> None:
         for router in self.routers:
             router.clock.micro_batch = number
+
+    def loads(self) -> Tensor:
+        """(L, E) int64 on the CPU: the choices in the passes since the last call."""
+        return torch.stack(list(self.monitor.end_step("eval").values())).cpu()
 
 
 @dataclass
@@ -111,9 +118,8 @@ class Score:
         self.nats += F.cross_entropy(rows_TV, targets_T, reduction="none").double().sum().item()
         self.wrong += int((rows_TV.argmax(-1) != targets_T).sum())
 
-    def add_load(self, model: SparseModel) -> None:
-        """The load of the pass that the model has just made."""
-        loads_LE = torch.stack([layer.routes.load for layer in model.moe_layers if layer.routes is not None]).cpu()
+    def add_loads(self, loads_LE: Tensor) -> None:
+        """What `serving_mode.loads` tells of the pass that the model has just made."""
         self.load_LE = self.load_LE + loads_LE
         self.violations.append(max_violation(loads_LE).mean().item())
 
@@ -155,7 +161,7 @@ def evaluate_text(
             targets_BL = torch.from_numpy(targets[rows].astype(np.int64)).to(device)
             mask_BL = None if mask[rows].all() else torch.from_numpy(mask[rows]).to(device)
             score.add(model(symbols_BL, mask_BL), targets_BL, mask_BL)
-            score.add_load(model)
+            score.add_loads(serving.loads())
             if on_batch is not None:
                 on_batch(min(start + batch, len(inputs)), len(inputs))
     return score.found()

@@ -22,8 +22,9 @@ from sinkroute.lab.machine import machine
 from sinkroute.lab.memory import peak_memory_mb, reset_peak_memory
 from sinkroute.lab.models import SparseModel, make_model
 from sinkroute.lab.peers import Peers, join
+from sinkroute.lab.run_folder import prepare_folder
 from sinkroute.lab.tasks import Task, make_task
-from sinkroute.lab.training import Diverged, Progress, prepare_folder, train
+from sinkroute.lab.training import Diverged, Progress, train
 from sinkroute.routing import Router, set_inference
 
 __all__ = ["evaluate_split", "execute", "kind_of", "require_modes"]

@@ -7,15 +7,13 @@ generator is saved.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,32 +23,20 @@ from torch.utils.data import DataLoader, Subset
 
 from sinkroute._errors import NonFiniteLogits, SinkrouteError
 from sinkroute.lab.average import RunningAverage
-from sinkroute.lab.checkpoint import gather, latest_checkpoint, list_checkpoints
-from sinkroute.lab.config import Config, TrainConfig, differences, read_yaml, write_yaml
+from sinkroute.lab.checkpoint import gather, list_checkpoints
+from sinkroute.lab.config import Config, TrainConfig
 from sinkroute.lab.engine import holds_a_part, make_accelerator, shard_like
-from sinkroute.lab.files import write_json
 from sinkroute.lab.interrupt import Interrupted, StopRequest
 from sinkroute.lab.log import RunLog
 from sinkroute.lab.models import SparseModel, make_model
-from sinkroute.lab.peers import Peers, join, shared
+from sinkroute.lab.peers import join, shared
 from sinkroute.lab.resume import restore
 from sinkroute.lab.shards import write_shards
 from sinkroute.lab.tally import State, Tally
 from sinkroute.lab.tasks import make_task
 from sinkroute.routing import end_step, set_step
 
-__all__ = ["Data", "Diverged", "Progress", "check_data", "learning_rate", "prepare_folder", "train"]
-
-
-class Data(Protocol):
-    """What identifies a text or a set of images."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def sha256(self) -> str: ...
+__all__ = ["Diverged", "Progress", "Trainer", "learning_rate", "train"]
 
 
 class Diverged(SinkrouteError):
@@ -84,75 +70,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-# What a run writes; --fresh deletes these and nothing else.
-_OWN_FILES = ("config.yaml", "corpus.json", "log.jsonl", "result.json", "evaluation-*.json", "checkpoints", "sinkroute")
-
-# What may change between two calls of a run: it decides what is shown and kept, not which numbers come out of training.
-FREE_KEYS = (
-    "label", "eval.", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.trackers",
-    "train.timeout_minutes", "train.sharded_checkpoints",
-)  # fmt: skip
-
-
-def prepare_folder(config: Config, data: Data, folder: Path, fresh: bool = False) -> None:
-    """Make a run's folder, or check that the one there belongs to this configuration and these data.
-
-    A folder in which nothing was trained yet (the run failed at once, say of a misspelt option) is taken over; what
-    does not change the trained model, such as `eval`, may differ and is written anew.
-
-    Raises:
-        ValueError: the folder holds a run with another configuration or of other data, or something else.
-    """
-    written = folder / "config.yaml"
-    if written.exists():
-        try:
-            earlier = read_yaml(Config, written)
-        except ValueError as error:
-            raise ValueError(f"{folder} holds something else than a run ({error}); choose another --out") from None
-        if fresh:
-            for pattern in _OWN_FILES:
-                for path in folder.glob(pattern):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif _begun(folder):
-            lines = differences(earlier, config)
-            changed = [line for line in lines if not line.startswith(FREE_KEYS)]
-            if changed:
-                raise ValueError(
-                    f"{folder} holds a run with another configuration ({'; '.join(changed)}); "
-                    "choose another --out, or --fresh to delete it and start anew"
-                )
-            check_data(data, folder)
-            if any(line.startswith("eval.") for line in lines):
-                (folder / "result.json").unlink(missing_ok=True)  # it answers other questions; training is not repeated
-    folder.mkdir(parents=True, exist_ok=True)
-    write_yaml(config, written)
-    about = {"name": data.name, "source": data.source, "sha256": data.sha256}
-    write_json(about, folder / "corpus.json")
-
-
-def _begun(folder: Path) -> bool:
-    log = folder / "log.jsonl"
-    logged = log.exists() and log.stat().st_size > 0
-    return logged or (folder / "result.json").exists() or latest_checkpoint(folder / "checkpoints") is not None
-
-
-def check_data(data: Data, folder: Path) -> None:
-    """Check that a run was trained on this very data: others would be split elsewhere, training examples in the test.
-
-    Raises:
-        ValueError: the data have changed since.
-    """
-    try:
-        known = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'corpus.json'} cannot be read ({error!r}); --fresh starts the run anew") from None
-    if known != data.sha256:
-        raise ValueError(
-            f"{folder} was trained on other data: SHA-256 {known[:12]}…, now {data.sha256[:12]}… "
-            f"({data.source}); restore it, or --fresh to start anew"
-        )
-
-
 def train(
     config: Config,
     data: Any,
@@ -161,175 +78,232 @@ def train(
     stop: StopRequest | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> SparseModel:
-    """Train a model, from its latest checkpoint if there is one, and leave the last checkpoint in `folder/checkpoints`.
+    """Train, or continue, the run of a folder: see `Trainer`, which tells what it takes, returns and raises."""
+    return Trainer(config, data, folder, stop=stop, on_progress=on_progress).run()
+
+
+class Trainer:
+    """One training run: it prepares, restores what an earlier call left, and takes steps until all are done.
 
     Args:
-        config: of the run; `prepare_folder` has checked that `folder` belongs to it.
-        data: the text or the images, as `load_data` gives them.
-        folder: for `log.jsonl` and `checkpoints/`.
-        stop: when it turns true, a checkpoint is written and `Interrupted` raised.
+        config: with as many sequences or images in `train.batch` as processes can share.
+        data: a `Corpus` or `ImageData`, as `load_data` gives it.
+        folder: of the run, with `prepare_folder` behind it.
+        stop: looked at after every step; once true, a checkpoint is written and `Interrupted` raised.
         on_progress: called at each line of the log.
-
-    Returns:
-        The trained model, unwrapped; with `train.average`, the average of its weights over the steps.
-
-    Raises:
-        Interrupted: as asked; the same call continues.
-        Diverged: loss or scores are not finite any more.
-        CheckpointError: a checkpoint is damaged or cannot be written.
-        PeerFailed, RankLost: another process of the run failed, or is gone; the same call continues.
-        ValueError: a configuration that does not fit the machine or the data.
     """
-    peers = join(config.train.timeout_minutes, stop)
-    with peers.guard():
-        return _train(config, data, folder, peers, stop, on_progress)
 
+    def __init__(
+        self,
+        config: Config,
+        data: Any,
+        folder: Path,
+        *,
+        stop: StopRequest | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.config, self.settings, self.data, self.folder = config, config.train, data, folder
+        self.stop, self.on_progress = stop, on_progress
+        self.peers = join(config.train.timeout_minutes, stop)
+        self.checkpoints = folder / "checkpoints"
+        self.state = State()
 
-def _train(
-    config: Config,
-    data: Any,
-    folder: Path,
-    peers: Peers,
-    stop: StopRequest | None,
-    on_progress: Callable[[Progress], None] | None,
-) -> SparseModel:
-    settings = config.train
-    accelerator = make_accelerator(settings, folder)
-    model = make_model(config)
-    # Fused: one pass over memory for all parameters, on a CPU too.
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(model, settings.weight_decay), lr=settings.lr, betas=(0.9, settings.beta2), fused=True
-    )
-    wrapped, prepared = accelerator.prepare(model, optimizer)
-    in_parts = holds_a_part(model)
-    task = make_task(config, data)
-    average = None
-    if settings.average is not None and in_parts:
-        average = RunningAverage(settings.average, shard_like(model, make_model(config), accelerator))
-    elif settings.average is not None:
-        average = RunningAverage.of(model, settings.average)
-    averaged = None if average is None else average.module
-    state = State()
-    checkpoints = folder / "checkpoints"
-    peers.cure = "Nothing is saved yet: the same command starts anew."
-    if (found := restore(peers, checkpoints, model, optimizer, averaged, accelerator.device)) is not None:
-        state = State(**found[0])
-        task.carry_on(_own_rows(found[1], accelerator))
-        if average is not None:
-            average.count = state.step
-        peers.cure = _cure(state.step)
-    remaining = Subset(task.items, range(state.step * settings.batch, settings.steps * settings.batch))
-    loader = accelerator.prepare(
-        DataLoader(
-            remaining, batch_size=settings.batch // settings.accumulation, drop_last=True, num_workers=settings.workers
+    def run(self) -> SparseModel:
+        """Train to the last step.
+
+        Returns:
+            The trained model, unwrapped; with `train.average`, the average of its weights over the steps.
+
+        Raises:
+            Interrupted: as asked; the same call continues.
+            Diverged: loss or scores are not finite any more.
+            CheckpointError: a checkpoint is damaged or cannot be written.
+            PeerFailed, RankLost: another process of the run failed, or is gone; the same call continues.
+            ValueError: a configuration that does not fit the machine or the data.
+        """
+        with self.peers.guard():
+            self.prepare()
+            self.restore()
+            self.open()
+            try:
+                self.take_steps()
+            except NonFiniteLogits as error:
+                raise self._diverged(str(error)) from error
+            finally:
+                self.close()
+            if self.average is not None:
+                self.model.load_state_dict(self.average.module.state_dict())
+            return self.model
+
+    def prepare(self) -> None:
+        """Model, optimiser and task, laid out over the processes."""
+        settings = self.settings
+        self.accelerator = make_accelerator(settings, self.folder)
+        self.model = make_model(self.config)
+        # Fused: one pass over memory for all parameters, on a CPU too.
+        self.optimizer = torch.optim.AdamW(
+            _parameter_groups(self.model, settings.weight_decay),
+            lr=settings.lr,
+            betas=(0.9, settings.beta2),
+            fused=True,
         )
-    )
-    step_size = settings.batch * task.items_each
-    if settings.trackers:
-        accelerator.init_trackers("sinkroute")
-    tally = Tally()
-    log = RunLog(folder / "log.jsonl", last_step=state.step, enabled=accelerator.is_main_process)
-    wrapped.train()
-    started = time.perf_counter() - state.seconds
+        self.wrapped, self.prepared = self.accelerator.prepare(self.model, self.optimizer)
+        self.in_parts = holds_a_part(self.model)
+        self.task = make_task(self.config, self.data)
+        self.average: RunningAverage | None = None
+        if settings.average is not None and self.in_parts:
+            twin = shard_like(self.model, make_model(self.config), self.accelerator)
+            self.average = RunningAverage(settings.average, twin)
+        elif settings.average is not None:
+            self.average = RunningAverage.of(self.model, settings.average)
 
-    def evaluate() -> None:
-        quality = task.quality(task.evaluate(model, "valid"))
-        log.write({"kind": "eval", "step": state.step, "split": "valid", task.metric: quality[task.metric]})
-
-    def save() -> None:
-        carried = {name: accelerator.gather(tensor.contiguous()) for name, tensor in task.carried().items()}
-        peers.at(f"saving step {state.step}")
-        if settings.sharded_checkpoints:
-            steps, keep = state.step, settings.keep_checkpoints
-            more: Any = {"carried": carried, "average": averaged}
-            write_shards(peers, checkpoints, steps, model, optimizer, asdict(state), keep, **more)
-            peers.cure = _cure(state.step)
+    def restore(self) -> None:
+        """Continue from the latest checkpoint, if there is one."""
+        self.peers.cure = "Nothing is saved yet: the same command starts anew."
+        averaged = None if self.average is None else self.average.module
+        found = restore(self.peers, self.checkpoints, self.model, self.optimizer, averaged, self.accelerator.device)
+        if found is None:
             return
-        snapshot = gather(model, optimizer, carried=carried, average=averaged)
+        self.state = State(**found[0])
+        self.task.carry_on(_own_rows(found[1], self.accelerator))
+        if self.average is not None:
+            self.average.count = self.state.step
+        self.peers.cure = _cure(self.state.step)
 
-        def write() -> None:
-            snapshot.write(checkpoints, state.step, asdict(state), settings.keep_checkpoints)
-
-        peers.on_main(f"writing the checkpoint of step {state.step}", write)
-        peers.cure = _cure(state.step)
-
-    def write_line() -> None:
-        if not tally.steps:
-            return
-        seconds = time.perf_counter() - started
-        rate = learning_rate(state.step - 1, settings)
-        line = tally.line(accelerator, state, seconds, rate, step_size, each_step=config.data.switch_to is not None)
-        tally.clear()
-        log.write(line)
+    def open(self) -> None:
+        """The data that are left, the log and the trackers."""
+        settings, state = self.settings, self.state
+        left = Subset(self.task.items, range(state.step * settings.batch, settings.steps * settings.batch))
+        micro_batch = settings.batch // settings.accumulation
+        self.loader = self.accelerator.prepare(
+            DataLoader(left, batch_size=micro_batch, drop_last=True, num_workers=settings.workers)
+        )
         if settings.trackers:
-            accelerator.log(_flat(line), step=state.step)
+            self.accelerator.init_trackers("sinkroute")
+        self.tally = Tally(self.model, each_step=self.config.data.switch_to is not None)
+        self.lines = RunLog(self.folder / "log.jsonl", state.step, enabled=self.accelerator.is_main_process)
+        self.wrapped.train()
+        self.started = time.perf_counter() - state.seconds
+
+    def close(self) -> None:
+        self.tally.close()
+        self.lines.close()
+        if self.settings.trackers:
+            self.accelerator.end_training()
+
+    def take_steps(self) -> None:
+        """All that are left, with what is due between them."""
+        settings, state, every = self.settings, self.state, self.config.eval.every
+        batches = iter(self.loader)
+        with torch.random.fork_rng():
+            while state.step < settings.steps:
+                self.step(batches)
+                asked = _agreed(self.stop, self.accelerator)
+                due = asked or state.step % settings.checkpoint_every == 0 or state.step == settings.steps
+                if due or state.step % settings.log_every == 0:
+                    self.log()
+                paused = time.perf_counter()
+                if every and state.step % every == 0:
+                    self.evaluate()
+                if due:
+                    self.save()
+                # Neither evaluation nor a checkpoint is training time.
+                pause = time.perf_counter() - paused
+                self.started, self.tally.since = self.started + pause, self.tally.since + pause
+                if asked and state.step < settings.steps:
+                    words = f"stopped at step {state.step} of {settings.steps}; the same command continues from there"
+                    raise shared(Interrupted(words))
+
+    def step(self, batches: Iterator[Any]) -> None:
+        """One optimiser step."""
+        state, settings = self.state, self.settings
+        self.peers.at(f"training step {state.step + 1}")
+        for group in self.prepared.param_groups:
+            group["lr"] = learning_rate(state.step, settings)
+        for part in range(settings.accumulation):
+            set_step(self.model, state.step, part, total_steps=settings.steps)
+            batch = next(batches)
+            _key_dropout(self.config.seed, state.step, part, self.accelerator.process_index)
+            with self.accelerator.accumulate(self.wrapped):
+                self._micro_batch(batch, part)
+        end_step(self.model)  # now, not when the next begins: what is evaluated or saved next has learnt from this step
+        if self.average is not None:
+            self.average.update(self.model)
+        state.step += 1
+        self.tally.end_step()
+
+    def _micro_batch(self, batch: Any, part: int) -> None:
+        accelerator, settings = self.accelerator, self.settings
+        # Accelerate puts autocast into the model, but not into one that FSDP2 holds in parts.
+        with accelerator.autocast() if self.in_parts else nullcontext():
+            loss = self.task.loss(self.wrapped, batch, self.state.step, part)
+        auxiliary = self.model.auxiliary_loss()
+        accelerator.backward(loss if auxiliary is None else loss + auxiliary)
+        self.tally.add_micro_batch(loss, auxiliary, settings.accumulation)
+        if accelerator.sync_gradients:
+            norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), settings.clip or math.inf)
+            assert norm is not None  # it is None with DeepSpeed's own clipping only
+            self.tally.grad_norm = norm
+        self.prepared.step()
+        self.prepared.zero_grad()
+
+    def log(self) -> None:
+        """A line of what happened since the last one."""
+        state, settings = self.state, self.settings
+        seconds = time.perf_counter() - self.started
+        rate = learning_rate(state.step - 1, settings)
+        line = self.tally.line(self.accelerator, state, seconds, rate, settings.batch * self.task.items_each)
+        self.tally.clear()
+        self.lines.write(line)
+        if settings.trackers:
+            self.accelerator.log(_flat(line), step=state.step)
         for name in ("loss", "grad_norm"):
             # The gradient too: with it the weights are lost, a step before the loss shows it, and would be saved.
             if not math.isfinite(line[name]):
-                raise shared(Diverged(_diverged(state.step, f"{name} is {line[name]}", checkpoints)))
+                raise shared(self._diverged(f"{name} is {line[name]}"))
         state.seconds = seconds
-        if on_progress is not None:
+        if self.on_progress is not None:
             mean_vio = sum(line["max_vio"]) / len(line["max_vio"])
-            on_progress(Progress(state.step, settings.steps, line["loss"], line["tokens_per_second"], mean_vio))
+            self.on_progress(Progress(state.step, settings.steps, line["loss"], line["tokens_per_second"], mean_vio))
 
-    batches = iter(loader)
-    own_generator = torch.random.fork_rng()
-    own_generator.__enter__()
-    try:
-        while state.step < settings.steps:
-            peers.at(f"training step {state.step + 1}")
-            for group in prepared.param_groups:
-                group["lr"] = learning_rate(state.step, settings)
-            for part in range(settings.accumulation):
-                set_step(model, state.step, part, total_steps=settings.steps)
-                batch = next(batches)
-                _key_dropout(config.seed, state.step, part, accelerator.process_index)
-                with accelerator.accumulate(wrapped):
-                    # Accelerate puts autocast into the model, but not into one that FSDP2 holds in parts.
-                    with accelerator.autocast() if in_parts else nullcontext():
-                        loss = task.loss(wrapped, batch, state.step, part)
-                    auxiliary = model.auxiliary_loss()
-                    accelerator.backward(loss if auxiliary is None else loss + auxiliary)
-                    tally.add_micro_batch(model, loss, auxiliary, settings.accumulation)
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip or math.inf)
-                        assert norm is not None  # it is None with DeepSpeed's own clipping only
-                        tally.grad_norm = norm
-                    prepared.step()
-                    prepared.zero_grad()
-            end_step(model)  # now, not when the next begins: what is evaluated or saved below has learnt from this step
-            if average is not None:
-                average.update(model)
-            state.step += 1
-            tally.end_step(accelerator)
-            asked = _agreed(stop, accelerator)
-            due = asked or state.step % settings.checkpoint_every == 0 or state.step == settings.steps
-            if due or state.step % settings.log_every == 0:
-                write_line()
-            paused = time.perf_counter()
-            if config.eval.every and state.step % config.eval.every == 0:
-                if in_parts:
-                    evaluate()
-                else:
-                    peers.on_main(f"evaluating at step {state.step}", evaluate)
-            if due:
-                save()
-            # Neither evaluation nor a checkpoint is training time.
-            pause = time.perf_counter() - paused
-            started, tally.since = started + pause, tally.since + pause
-            if asked and state.step < settings.steps:
-                words = f"stopped at step {state.step} of {settings.steps}; the same command continues from there"
-                raise shared(Interrupted(words))
-    except NonFiniteLogits as error:
-        raise Diverged(_diverged(state.step, str(error), checkpoints)) from error
-    finally:
-        own_generator.__exit__(None, None, None)
-        log.close()
-        if settings.trackers:
-            accelerator.end_training()
-    if averaged is not None:
-        model.load_state_dict(averaged.state_dict())
-    return model
+    def evaluate(self) -> None:
+        """Quality on the validation split, as a line of the log; of a model in parts by all processes together."""
+
+        def write() -> None:
+            quality = self.task.quality(self.task.evaluate(self.model, "valid"))
+            metric = self.task.metric
+            self.lines.write({"kind": "eval", "step": self.state.step, "split": "valid", metric: quality[metric]})
+
+        if self.in_parts:
+            write()
+        else:
+            self.peers.on_main(f"evaluating at step {self.state.step}", write)
+
+    def save(self) -> None:
+        """A checkpoint."""
+        step, settings, gathered = self.state.step, self.settings, self.accelerator.gather
+        carried = {name: gathered(tensor.contiguous()) for name, tensor in self.task.carried().items()}
+        more: Any = {"carried": carried, "average": None if self.average is None else self.average.module}
+        state, keep = asdict(self.state), settings.keep_checkpoints
+        self.peers.at(f"saving step {step}")
+        if settings.sharded_checkpoints:
+            write_shards(self.peers, self.checkpoints, step, self.model, self.optimizer, state, keep, **more)
+        else:
+            snapshot = gather(self.model, self.optimizer, **more)
+
+            def write() -> None:
+                snapshot.write(self.checkpoints, step, state, keep)
+
+            self.peers.on_main(f"writing the checkpoint of step {step}", write)
+        self.peers.cure = _cure(step)
+
+    def _diverged(self, what: str) -> Diverged:
+        kept = [path.name for path in list_checkpoints(self.checkpoints)]
+        return Diverged(
+            f"training diverged at step {self.state.step}: {what}. Lower train.lr or train.clip and start anew"
+            + (f"; {self.checkpoints} still holds {', '.join(kept)}" if kept else "")
+            + "."
+        )
 
 
 def _cure(step: int) -> str:
@@ -374,12 +348,3 @@ def _flat(line: dict[str, Any]) -> dict[str, float]:
         f"train/{name}": value for name, value in line.items() if isinstance(value, (int, float)) and name != "step"
     }
     return scalars | {f"max_vio/layer-{i}": value for i, value in enumerate(line["max_vio"])}
-
-
-def _diverged(step: int, what: str, checkpoints: Path) -> str:
-    kept = [path.name for path in list_checkpoints(checkpoints)]
-    return (
-        f"training diverged at step {step}: {what}. Lower train.lr or train.clip and start anew"
-        + (f"; {checkpoints} still holds {', '.join(kept)}" if kept else "")
-        + "."
-    )

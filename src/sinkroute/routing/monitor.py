@@ -36,6 +36,7 @@ from sinkroute.routing.routes import Routes
 from sinkroute.routing.step import STEP_ENDS
 from sinkroute.routing.text_table import text_table
 from sinkroute.routing.watch import Mode, Tier, Watch, called_with
+from sinkroute.routing.whole_steps import WholeSteps
 
 __all__ = ["LoadMonitor"]
 
@@ -79,6 +80,9 @@ class LoadMonitor:
         device = torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device
         self._routers = _watchable(model)
         self._watches = {name: Watch(router, tier, device) for name, router in self._routers.items()}
+        self._steps = {
+            mode: WholeSteps([watch.counts[mode] for watch in self._watches.values()]) for mode in get_args(Mode)
+        }
         self._handles: list[RemovableHandle] = []
         self._ends = STEP_ENDS.now()
         self.attach()
@@ -125,11 +129,12 @@ class LoadMonitor:
         `load` (list of E counts), `tokens`, `passes`; `max_vio` (mean over passes) and, of the summed load,
         `max_vio_global`, `entropy`, `cv`, `dead` and `dead_share` (under 1 % of the mean load); `drop_rate`, the share
         of the places for experts that tokens were offered (K each) and no expert took; `aux_loss`, mean over passes
-        that had one; `sinkhorn_share` and `assigned_share` of passes, and means over such: `plan_error`,
-        `plan_error_max`, `plan_passes` of plans, `max_vio_assigned`. An assigned pass is one whose branch is not
-        `"softmax"`: a Sinkhorn step, a linear assignment, expert choice. `collectives`, `messages` and `bytes`: what a
-        rank sends in a pass to those that it plans with, mean over passes (see `sinkroute.transport.collectives` for
-        the words, and `step_ends` for what is sent between passes).
+        that had one; `sinkhorn_share` and `assigned_share` of passes, `branches`, the passes of each, and `plans`, how
+        many told of a plan; means over such: `plan_error`, `plan_error_max`, `plan_passes` of plans,
+        `max_vio_assigned`. An assigned pass is one whose branch is not `"softmax"`: a Sinkhorn step, a linear
+        assignment, expert choice. `collectives`, `messages` and `bytes`: what a rank sends in a pass to those that it
+        plans with, mean over passes (see `sinkroute.transport.collectives` for the words, and `step_ends` for what is
+        sent between passes). `max_vio_step` is the MaxVio of whole steps, mean over those that `end_step` closed.
 
         Detailed also `router_entropy`, mean over tokens of H(p) in nats, and over assigned passes: `disagreement`, the
         share of tokens whose set of experts is not that of plain top-k; `max_vio_topk` of plain top-k; and `gap`,
@@ -148,9 +153,44 @@ class LoadMonitor:
             found = self._gathered(mode, Ranks(process_group))
         except RankLost as lost:
             raise lost.during("LoadMonitor.metrics") from lost.__cause__
+        whole = self._steps[mode].max_vio()
+        metrics = {
+            name: watch.describe(found[name]) | {"max_vio_step": of_steps}
+            for (name, watch), of_steps in zip(self._watches.items(), whole, strict=True)
+        }
         if reset:
             self.reset(mode)
-        return {name: watch.describe(found[name]) for name, watch in self._watches.items()}
+        return metrics
+
+    def end_step(self, mode: Mode = "train", *, process_group: Group = None) -> dict[str, Tensor]:
+        """Close a step: layer → (E,) int64, the load of all its passes, on the device of the counts.
+
+        A step's load is that of its whole batch, over micro-batches and ranks, which single passes do not show. From
+        then on `metrics` has `max_vio_step`. Call it once per optimiser step; in evaluation, once per batch.
+
+        Args:
+            mode: whose passes.
+            process_group: sum over these ranks: a collective call, once per step on each. None: this rank alone.
+
+        >>> import sinkroute
+        >>> router = sinkroute.create_router("softmax", num_experts=2, top_k=1)
+        >>> with LoadMonitor(router) as monitor:
+        ...     for logits_TE in (torch.tensor([[1.0, 0], [1, 0]]), torch.tensor([[0, 1.0], [0, 1]])):
+        ...         _ = router(logits_TE)  # two micro-batches
+        >>> monitor.end_step()["router"].tolist()
+        [2, 2]
+        >>> found = monitor.metrics()["router"]
+        >>> found["max_vio"], found["max_vio_step"]
+        (1.0, 0.0)
+        """
+        _check_mode(mode)
+        return dict(zip(self._watches, self._steps[mode].end(Ranks(process_group)), strict=True))
+
+    def steps(self, mode: Mode = "train") -> dict[str, int]:
+        """Of the steps that `end_step` closed since the last reset: `steps`, and `sinkhorn_steps`, in which a layer of
+        this rank had a pass by the Sinkhorn branch."""
+        _check_mode(mode)
+        return {"steps": self._steps[mode].number, "sinkhorn_steps": int(self._steps[mode].sinkhorn)}
 
     def step_ends(self) -> dict[str, Any]:
         """What this process sent at the ends of steps, where routers are brought up to date: all layers in one call.
@@ -182,6 +222,9 @@ class LoadMonitor:
             for name, counts in watch.counts.items():
                 if mode in (None, name):
                     counts.all_N.zero_()
+        for name, steps in self._steps.items():
+            if mode in (None, name):
+                steps.begin()
 
     def _gathered(self, mode: Mode, ranks: Ranks) -> dict[str, Tensor]:
         """Layer → what each rank counted, (ranks, N), on the CPU. One transfer, one collective call."""

@@ -18,11 +18,12 @@ from sinkroute.routing.router import Router
 from sinkroute.routing.routes import Routes
 from sinkroute.routing.state import recomputing
 
-__all__ = ["Mode", "Tier", "Watch", "called_with"]
+__all__ = ["Counts", "Mode", "Tier", "Watch", "called_with"]
 
 Tier = Literal["brief", "detailed"]
 Mode = Literal["train", "eval"]
 
+_BRANCHES = ("softmax", "sinkhorn", "assignment", "expert-choice", "other")
 _SUMS = (
     "tokens",  # real ones
     "passes",
@@ -31,9 +32,8 @@ _SUMS = (
     "max_vio",
     "losses",  # passes with an auxiliary loss
     "aux_loss",
-    "sinkhorn_passes",
-    "assigned_passes",  # whose branch is not "softmax"
-    "assigned_tokens",
+    *_BRANCHES,  # passes by it
+    "assigned_tokens",  # of passes whose branch is not "softmax"
     "max_vio_assigned",
     "plans",  # passes that told of a plan
     "plan_error",
@@ -52,7 +52,7 @@ def called_with(
     return logits_TE, token_mask
 
 
-class _Counts:
+class Counts:
     """What one router did in one mode: one float64 vector on its device, which holds counts exactly up to 2^53.
 
     Attributes:
@@ -87,7 +87,7 @@ class Watch:
     def __init__(self, router: Router, tier: Tier, device: torch.device) -> None:
         self.num_experts, self.detailed, self.paused = router.num_experts, tier == "detailed", False
         names = _SUMS + (_DETAILED_SUMS if self.detailed else ())
-        self.counts = {mode: _Counts(router.num_experts, names, device) for mode in get_args(Mode)}
+        self.counts = {mode: Counts(router.num_experts, names, device) for mode in get_args(Mode)}
         self.skip_sent(router)
 
     def __call__(self, router: Router, args: tuple[Any, ...], kwargs: dict[str, Any], routes: Routes) -> None:
@@ -125,7 +125,7 @@ class Watch:
     @uncached  # a repetition does nothing of this
     @torch.no_grad()
     def _note(
-        self, counts: _Counts, router: Router, logits_TE: Tensor, token_mask: Tensor | None, routes: Routes
+        self, counts: Counts, router: Router, logits_TE: Tensor, token_mask: Tensor | None, routes: Routes
     ) -> None:
         if len(logits_TE) == 0:
             return
@@ -147,10 +147,8 @@ class Watch:
         if routes.aux_loss is not None:
             sums["losses"].add_(busy)
             sums["aux_loss"].add_(routes.aux_loss)
-        if routes.branch == "sinkhorn":
-            sums["sinkhorn_passes"].add_(busy)
+        sums[routes.branch if routes.branch in _BRANCHES else "other"].add_(busy)
         if routes.branch != "softmax":
-            sums["assigned_passes"].add_(busy)
             sums["assigned_tokens"].add_(tokens)
             sums["max_vio_assigned"].add_(max_vio)
         if routes.plan_error is not None and routes.plan_passes is not None:
@@ -187,7 +185,8 @@ class Watch:
         totals = by_rank[:, self.num_experts : -1].sum(0).tolist()
         sums = dict(zip(self.counts["train"].names, totals, strict=True))
         of_load = load_metrics(load_E)
-        passes, assigned, plans = sums["passes"], sums["assigned_passes"], sums["plans"]
+        passes, plans = sums["passes"], sums["plans"]
+        assigned = passes - sums["softmax"]
         kept = int(load_E.sum()) - sums["excess"]
         metrics: dict[str, Any] = {
             "tokens": int(sums["tokens"]),
@@ -198,11 +197,12 @@ class Watch:
             "dead_share": of_load["dead"] / self.num_experts,
             "drop_rate": _mean(sums["places"] - kept, sums["places"]),
             "aux_loss": _mean(sums["aux_loss"], sums["losses"]),
-            "sinkhorn_share": _mean(sums["sinkhorn_passes"], passes),
+            "sinkhorn_share": _mean(sums["sinkhorn"], passes),
             "assigned_share": _mean(assigned, passes),
             "max_vio_assigned": _mean(sums["max_vio_assigned"], assigned),
             "plan_error": _mean(sums["plan_error"], plans),
             "plan_error_max": by_rank[:, -1].amax().item() if plans else None,
+            "plans": int(plans),
             "plan_passes": _mean(sums["plan_passes"], plans),
             "collectives": _mean(sums["collectives"], passes),
             "messages": _mean(sums["messages"], passes),
@@ -213,6 +213,7 @@ class Watch:
             metrics["disagreement"] = _mean(sums["moved_tokens"], sums["assigned_tokens"])
             metrics["max_vio_topk"] = _mean(sums["max_vio_topk"], assigned)
             metrics["gap"] = _mean(sums["max_vio_topk"] - sums["max_vio_assigned"], assigned)
+        metrics["branches"] = {name: int(sums[name]) for name in _BRANCHES if sums[name]}
         metrics["load"] = load_E.tolist()
         return metrics
 

@@ -19,7 +19,8 @@ from sinkroute.lab.config import Config, from_mapping
 from sinkroute.lab.data import Corpus, Vocabulary
 from sinkroute.lab.data.corpus import encoded_corpus
 from sinkroute.lab.interrupt import Interrupted, StopRequest
-from sinkroute.lab.training import Progress, prepare_folder, train
+from sinkroute.lab.run_folder import prepare_folder
+from sinkroute.lab.training import Progress, train
 
 WORDS = (*(f"word{number}" for number in range(20)), "<unk>", "<eos>", "AAA")
 

@@ -16,9 +16,10 @@ from sinkroute.lab.evaluation import Evaluation
 from sinkroute.lab.images import Augment, BatchMixing, ImageData, load_images
 from sinkroute.lab.images.corruptions import corrupt, list_corruptions, mce
 from sinkroute.lab.models import SparseModel, make_model
+from sinkroute.lab.run_folder import prepare_folder
 from sinkroute.lab.tasks import load_data, make_task
 from sinkroute.lab.tasks.images import ImageTask
-from sinkroute.lab.training import prepare_folder, train
+from sinkroute.lab.training import train
 
 
 @pytest.fixture(scope="module")

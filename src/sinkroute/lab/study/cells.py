@@ -1,7 +1,7 @@
 """The runs of a comparison: size × method × seed, each with its whole configuration and the hash of it.
 
 The hash is the SHA-256 of what decides a run's numbers, as canonical JSON: the configuration without the keys that may
-change between two calls of a run (`sinkroute.lab.training.FREE_KEYS`). Numbers are only ever put beside each other
+change between two calls of a run (`sinkroute.lab.run_folder.FREE_KEYS`). Numbers are only ever put beside each other
 under the hash that the comparison demands.
 """
 
@@ -19,8 +19,8 @@ from typing import Any
 
 from sinkroute._errors import unknown_name
 from sinkroute.lab.config import Config, from_mapping, parse_scalar, to_mapping
+from sinkroute.lab.run_folder import FREE_KEYS
 from sinkroute.lab.study.config import StudyConfig, merged, read_base
-from sinkroute.lab.training import FREE_KEYS
 
 __all__ = ["Cell", "Plan", "configuration_hash", "expand", "flat", "parse_overrides", "select", "short_value"]
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from sinkroute.lab.checkpoint import latest_checkpoint
 from sinkroute.lab.config import Config, differences, read_yaml
 from sinkroute.lab.files import write_json
+from sinkroute.lab.run_folder import FREE_KEYS
 from sinkroute.lab.study.cells import Cell, configuration_hash
 from sinkroute.lab.study.lock import holder
-from sinkroute.lab.training import FREE_KEYS
 
 __all__ = [
     "State",

@@ -81,7 +81,7 @@ class ImageTask(Task):
     ) -> Evaluation:
         device = next(model.parameters()).device
         name, options = (None, {}) if attack is None else (attack[0], dict(attack[1]))
-        batches, images = self._batches(split, options.pop("limit", self.config.eval.limit))
+        batches, whole = self._batches(split, options.pop("limit", self.config.eval.limit))
 
         def predict(pixels: Tensor) -> Tensor:
             return model(normalise(pixels, self.data.mean, self.data.std))
@@ -94,12 +94,13 @@ class ImageTask(Task):
                 serving.begin_pass(number)
                 labels = labels_B.to(device)
                 for key, change in changes.items():
-                    # An attack asks the model too; the pass that counts, and whose load is looked at, is the last one.
-                    scores[key].add(predict(change(bytes_BCHW.to(device), labels, done)), labels)
-                    scores[key].add_load(model)
+                    images = change(bytes_BCHW.to(device), labels, done)
+                    serving.loads()  # an attack asks the model too; the pass that counts comes now
+                    scores[key].add(predict(images), labels)
+                    scores[key].add_loads(serving.loads())
                 done += len(labels)
                 if on_batch is not None:
-                    on_batch(done, images)
+                    on_batch(done, whole)
         found = {key: score.found() for key, score in scores.items()}
         return _together(found) if name == "corruptions" else next(iter(found.values()))
 

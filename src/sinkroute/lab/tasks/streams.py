@@ -63,7 +63,7 @@ class StreamTask(TextTask):
                 mask = None if bool(block["mask"].all()) else mask_BL
                 scores_BLV, memory_NBSD = model(inputs_BL, memory_NBSD, mask)
                 score.add(scores_BLV, targets_BL, mask)
-                score.add_load(model)
+                score.add_loads(serving.loads())
                 if on_batch is not None:
                     on_batch(number + 1, len(blocks))
         return score.found()
