@@ -137,7 +137,7 @@ class Tally:
             for name in _SSR:
                 self.routers[name] = create_router(name, **sizes, **self.scoring.theirs(), probability=1.0, noise=0.0)
             if self.kept_in is not None:
-                on = {"bias_on": self.scoring.correction_on} if self.scoring.correction else {}
+                on: Any = {"bias_on": self.scoring.correction_on} if self.scoring.correction else {}
                 self.routers[RECOMMENDED] = create_router(RECOMMENDED, **sizes, **self.scoring.theirs(), **on)
             self.others = {name: _Other(len(self.load_E)) for name in (*self.routers, "balanced")}
 
@@ -238,7 +238,7 @@ class _Other:
 def _kept_in(scoring: Scoring) -> str | None:
     """What of the model would hold what the recommended router learns."""
     held = scoring.correction or scoring.gate_bias or scoring.gate_weight
-    return held and held.name
+    return None if held is None else held.name
 
 
 def _count(experts_TK: Tensor, experts: int) -> Tensor:

@@ -147,8 +147,7 @@ def inline(fig: Figure, name: str, title: str) -> str:
                 attributes["href"] = f"#{name}-{value[1:]}"
             else:
                 value = _URL.sub(rf"url(#{name}-\1)", value)
-                kind = "t" if element.tag == "text" else "m"
-                value = _COLOUR.sub(lambda match, kind=kind: _variable(match.group(), kind), value)
+                value = _COLOUR.sub(_word if element.tag == "text" else _shape, value)
                 attributes[key] = _FONT.sub("var(--sans)", value)
         element.attrib.clear()
         element.attrib.update(attributes)
@@ -159,5 +158,9 @@ def inline(fig: Figure, name: str, title: str) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
-def _variable(colour: str, kind: str) -> str:
-    return _VARIABLES.get(colour) or f"var(--{kind}{int(colour[1:], 16) - 16})"
+def _shape(stand: re.Match[str], kind: str = "m") -> str:
+    return _VARIABLES.get(stand.group()) or f"var(--{kind}{int(stand.group()[1:], 16) - 16})"
+
+
+def _word(stand: re.Match[str]) -> str:
+    return _shape(stand, "t")

@@ -12,20 +12,7 @@ from sinkroute.lab.study.figures.loads import experts_figure, serving_figure
 from sinkroute.lab.study.figures.standing import picture, scatter_figure, standing_figure
 
 __all__ = [
-    "Curve",
-    "Grid",
-    "balance_figure",
-    "curve",
-    "experts_figure",
-    "forest_figure",
-    "grid_figure",
-    "grids",
-    "load_history",
-    "picture",
-    "scatter_figure",
-    "serving_figure",
-    "size_figure",
-    "smooth",
-    "standing_figure",
+    "Curve", "Grid", "balance_figure", "curve", "experts_figure", "forest_figure", "grid_figure", "grids",
+    "load_history", "picture", "scatter_figure", "serving_figure", "size_figure", "smooth", "standing_figure",
     "training_figure",
-]
+]  # fmt: skip

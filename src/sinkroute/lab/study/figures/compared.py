@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import EngFormatter, NullLocator
 
 from sinkroute.lab.page.drawing import WIDTH, Theme, heading, inline, page_theme, settings, short, style
 from sinkroute.lab.page.palette import Ink
@@ -95,34 +95,36 @@ def forest_figure(results: Results, size: str, metric: Metric, inks: Sequence[In
 
 def grid_figure(found: Results, grid: Grid, size: str, metrics: Sequence[Metric], name: str) -> str:
     """Metrics over the axis of a grid, side by side: a line for each other point of the grid, and the reference."""
-    methods = found.methods
-    theme = page_theme(len(methods))  # a line has the colour of its first method
-    reference = [found.entries[size, found.reference, metric.key].estimate for metric in metrics]
-    positions = sorted({value for line in grid.lines.values() for value, _ in line})
+    theme = page_theme(len(found.methods))  # a line has the colour of its first method
+    lines = [(found.methods.index(line[0][1]), words, line) for words, line in grid.lines.items()]
+    positions = sorted({value for *_, line in lines for value, _ in line})
     with settings("none"):
-        rows = math.ceil(len(grid.lines) / 3)
-        fig = Figure(figsize=(WIDTH, 3.5 + 0.22 * rows))
-        room = 0.22 * rows / fig.get_figheight()
+        foot = 0.22 * math.ceil(len(lines) / 3)
+        tall = 3.5 + foot
+        fig = Figure(figsize=(WIDTH, tall))
         for place, metric in enumerate(metrics):
-            ax = fig.add_axes((0.06 + 0.49 * place, 0.14 + room, 0.36, 0.7 - room))
+            ax = fig.add_axes((0.06 + 0.49 * place, (foot + 0.5) / tall, 0.36, 2.5 / tall))
             style(ax, theme)
-            whole = reference[place]
-            if whole is not None:
+            if (whole := found.entries[size, found.reference, metric.key].estimate) is not None:
                 ax.axhline(whole.mean, color=theme.muted, linewidth=1.1, dashes=(4, 3))
                 muted(ax, theme, short(found.reference), (1, whole.mean), (4, 0),
                       xycoords=("axes fraction", "data"), va="center")  # fmt: skip
-            for line in grid.lines.values():
-                which = methods.index(line[0][1])
-                _grid_line(ax, theme, which, [(x, found.entries[size, method, metric.key]) for x, method in line])
-            _axis_of(ax, positions)
+            for which, _, line in lines:
+                entries = [(x, found.entries[size, method, metric.key]) for x, method in line]
+                there = [(x, each.estimate.mean) for x, each in entries if each.estimate is not None]
+                seeds = [(x, value) for x, each in entries for value in each.values.values() if len(each.values) > 1]
+                shape: Any = {"color": theme.methods[which], "gid": f"m m{which}"}
+                ax.plot(*np.reshape(there, (-1, 2)).T, linewidth=1.6, marker="o", markersize=5, **shape)
+                ax.plot(*np.reshape(seeds, (-1, 2)).T, linestyle="", marker="_", markersize=6, alpha=0.6, **shape)
+            if positions[0] > 0 and positions[-1] / positions[0] >= 20:
+                ax.set_xscale("log")
+                ax.xaxis.set_minor_locator(NullLocator())
+            ax.set_xticks(positions, [f"{value:g}" for value in positions])
             ax.set_xlabel(grid.key.rpartition(".")[2])
             heading(ax, theme, metric.title)
-        for place, (words, line) in enumerate(grid.lines.items()):
-            which = methods.index(line[0][1])
-            fig.text(
-                0.07 + 0.31 * (place % 3), room - (place // 3 + 0.4) * 0.22 / fig.get_figheight(),
-                f"● {short(words, 40)}", color=theme.methods[which], fontsize=9, gid=f"m m{which}",
-            )  # fmt: skip
+        for place, (which, words, _) in enumerate(lines):
+            fig.text(0.07 + 0.31 * (place % 3), (foot - 0.22 * (place // 3 + 0.4)) / tall, f"● {short(words, 40)}",
+                     color=theme.words[which], fontsize=9, gid=f"m m{which}")  # fmt: skip
         return inline(fig, name, f"{grid.family} over {grid.key}")
 
 
@@ -130,20 +132,22 @@ def size_figure(found: Results, inks: Sequence[Ink]) -> str:
     """Paired gains over the active parameters, a dot for each seed, with the trends drawn on to 10⁹."""
     if not found.trends:
         return ""
-    methods = found.methods
-    theme = page_theme(len(methods))
+    theme = page_theme(len(found.methods))
     columns = min(3 if max(len(each.method) for each in found.trends) < 26 else 2, len(found.trends))
-    rows = math.ceil(len(found.trends) / columns)
+    lines = math.ceil(len(found.trends) / columns)
     with settings("none"):
-        fig = Figure(figsize=(WIDTH, 0.4 + 2.4 * rows))
-        tall = fig.get_figheight()
+        tall = 0.7 + 2.3 * lines
+        fig = Figure(figsize=(WIDTH, tall))
         # One scale for all panels, by the gains that were measured: extrapolated bands run out of the picture.
         limits = fit([0.0, *(gain for each in found.trends for _, _, gain in each.points)], 1.0)
-        for place, each in enumerate(found.trends):
-            left, down = 0.07 + 0.92 * (place % columns) / columns, place // columns
-            width, height = 0.92 / columns - 0.06, 1.6 / tall
-            ax = fig.add_axes((left, 1 - (0.45 + 1.6 + 2.4 * down) / tall, width, height))
-            _trend_panel(ax, theme, inks, methods.index(each.method), each, limits)
+        where = {"left": 0.07, "right": 0.985, "bottom": 0.6 / tall, "top": 1 - 0.45 / tall, "hspace": 0.45}
+        grid = fig.subplots(lines, columns, squeeze=False, gridspec_kw=where)
+        for ax, each in zip(grid.flat, found.trends, strict=False):
+            _trend(ax, theme, inks, found.methods.index(each.method), each)
+            ax.set_ylim(*limits)
+        for ax in grid.flat[len(found.trends) :]:
+            ax.remove()
+        fig.text(0.07, 0.1 / tall, "across: active parameters · up: gain", color=theme.muted, fontsize=9)
         return inline(fig, "sizes", "Gain over the reference by active parameters")
 
 
@@ -160,57 +164,21 @@ def _reach(shown: Sequence[Entry], reference: Entry) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _grid_line(ax: Axes, theme: Theme, which: int, line: Sequence[tuple[float, Entry]]) -> None:
-    there = [(x, entry.estimate) for x, entry in line if entry.estimate is not None]
-    if not there:
-        return
-    colour, gid = theme.methods[which], f"m m{which}"
-    ax.plot([x for x, _ in there], [found.mean for _, found in there], color=colour, linewidth=1.6, marker="o",
-            markersize=5, markeredgewidth=0, gid=gid)  # fmt: skip
-    for x, entry in line:
-        values = list(entry.values.values())
-        if len(values) > 1:
-            ax.plot([x] * len(values), values, linestyle="", marker="_", markersize=6, color=colour, alpha=0.6, gid=gid)
-
-
-def _axis_of(ax: Axes, positions: Sequence[float]) -> None:
-    """Logarithmic where the values ask for it; the values themselves are the ticks."""
-    if positions[0] > 0 and positions[-1] / positions[0] >= 20:
-        ax.set_xscale("log")
-        ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_locator(FixedLocator(list(positions)))
-    ax.set_xticklabels([f"{value:g}" for value in positions])
-
-
-def _trend_panel(
-    ax: Axes, theme: Theme, inks: Sequence[Ink], which: int, each: SizeTrend, limits: tuple[float, float]
-) -> None:
-    colour, gid = theme.methods[which], f"m m{which}"
+def _trend(ax: Axes, theme: Theme, inks: Sequence[Ink], which: int, each: SizeTrend) -> None:
     style(ax, theme, grid="both")
     ax.axhline(0, color=theme.muted, linewidth=1.1)
-    x = np.array([math.log2(active) for active, _, _ in each.points])
-    span = np.linspace(x.min(), math.log2(BILLION), 60)
-    at = [each.line.at(float(place)) for place in span]
-    middle = np.array([value for value, _, _ in at])
-    seen = span <= x.max()
-    ax.plot(span[seen], middle[seen], color=colour, linewidth=1.8, gid=gid)
-    ax.plot(span[~seen], middle[~seen], color=colour, linewidth=1.2, dashes=(4, 3), gid=gid)
-    if each.line.residual is not None:
-        for index, alpha in ((2, 0.1), (1, 0.2)):
-            half = np.array([found[index] for found in at], dtype=float)
-            ax.fill_between(span, middle - half, middle + half, color=colour, alpha=alpha, linewidth=0, gid=gid)
-    ax.plot(x, [gain for _, _, gain in each.points], linestyle="", marker=inks[which].marker, markersize=4.5,
-            color=colour, alpha=0.8, markeredgewidth=0, gid=gid)  # fmt: skip
-    ax.set_ylim(*limits)
-    ticks = np.arange(math.ceil(math.log10(2.0 ** x.min())), 10)
-    ax.xaxis.set_major_locator(FixedLocator([math.log2(10.0**tick) for tick in ticks]))
-    ax.set_xticklabels([f"10{_raised(int(tick))}" for tick in ticks])
+    ax.set_xscale("log", base=10)
+    ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    ax.xaxis.set_minor_locator(NullLocator())
+    shape: Any = {"color": theme.methods[which], "gid": f"m m{which}"}
+    active = [float(at) for at, _, _ in each.points]
+    span = np.geomspace(min(active), BILLION, 60)
+    middle, *halves = np.array([each.line.at(math.log2(at)) for at in span], dtype=float).T
+    seen = span <= max(active)
+    ax.plot(span[seen], middle[seen], linewidth=1.8, **shape)
+    ax.plot(span[~seen], middle[~seen], linewidth=1.2, dashes=(4, 3), **shape)
+    for half, alpha in zip(halves, (0.2, 0.1), strict=True):
+        ax.fill_between(span, middle - half, middle + half, alpha=alpha, linewidth=0, **shape)
+    gains = [gain for _, _, gain in each.points]
+    ax.plot(active, gains, inks[which].marker, markersize=4.5, alpha=0.8, markeredgewidth=0, **shape)
     heading(ax, theme, short(each.method, 44), lift=8)
-
-
-def _raised(exponent: int) -> str:
-    """
-    >>> _raised(10)
-    '¹⁰'
-    """
-    return "".join("⁰¹²³⁴⁵⁶⁷⁸⁹"[int(digit)] for digit in str(exponent))

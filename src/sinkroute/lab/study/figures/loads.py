@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,7 +19,8 @@ from sinkroute.routing.metrics import DEAD
 
 __all__ = ["experts_figure", "serving_figure"]
 
-_LEFT, _RIGHT, _ACROSS = 0.175, 0.99, 6  # of the figure's width; panels in a row
+_ACROSS = 6  # panels in a row
+_TOP, _FOOT = 0.74, 0.46  # inches
 
 
 def experts_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
@@ -30,7 +31,7 @@ def experts_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
     last = max((float(edges[-1]) for _, _, edges, loads in found if loads.size), default=1.0)
     top = max(LEAST_TOP, *(float(np.nanmax(loads, initial=1.0)) for *_, loads in found))
     with settings("none"):
-        fig, panels = _panels([(group, _about(run)) for group, run, *_ in found], layers, theme, 0.74, 0.74, 0.14)
+        fig, panels = _panels([(group, _about(run)) for group, run, *_ in found], layers, theme)
         for (_, _, edges, loads), row in zip(found, panels, strict=True):
             for layer, ax in enumerate(row):
                 _frame(ax, theme)
@@ -48,11 +49,12 @@ def experts_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
                     ax.axhline(expert, color=theme.grid, linewidth=0.35)
         for ax in panels[-1][-_ACROSS:]:
             ax.set_xticks([0, last], ["0", f"{last:.0f}"])
-            for tick, side in zip(ax.get_xticklabels(), ("left", "right"), strict=True):
-                tick.set_horizontalalignment(side)
+            first, final = ax.get_xticklabels()
+            first.set_horizontalalignment("left")
+            final.set_horizontalalignment("right")
         tall = fig.get_figheight()
-        fig.text(_LEFT, 0.1 / tall, "across: training step · down: experts, a line each", color=theme.muted, fontsize=9)
-        scale = fig.add_axes((_RIGHT - 0.42, 1 - 0.21 / tall, 0.4, 0.11 / tall))
+        fig.text(0.175, 0.1 / tall, "across: training step · down: experts, a line each", color=theme.muted, fontsize=9)
+        scale = fig.add_axes((0.565, 1 - 0.21 / tall, 0.4, 0.11 / tall))
         places = np.linspace(0, 1, 201)
         shown = np.where(places < 0.5, 2 * places, top ** (2 * places - 1))
         scale.imshow(rgba(shown[None], top), extent=(0, 1, 0, 1), aspect="auto", interpolation="none")
@@ -73,8 +75,7 @@ def serving_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
             return no_data("serving", theme, "no serving loads yet: they are measured when a run finishes")
         layers = max(len(load) for _, load in found)
         peak = max(float(np.nanmax(load, initial=1.0)) for _, load in found) * 1.04
-        titles = 0.2 * (layers > _ACROSS)
-        fig, panels = _panels([(group, "") for group, _ in found], layers, theme, 0.36, 0.78 + titles, 0.16 + titles)
+        fig, panels = _panels([(group, "") for group, _ in found], layers, theme)
         for (group, load), row in zip(found, panels, strict=True):
             for layer, ax in enumerate(row[: len(load)]):
                 style(ax, theme, grid="")
@@ -88,44 +89,32 @@ def serving_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
                 muted(ax, theme, f"max {bars[0]:.2f}×", (1, 1), (0, -1), ha="right", va="top")
             for ax in row[len(load) :]:
                 ax.remove()
-        tall = fig.get_figheight()
-        fig.text(_LEFT, 0.06 / tall, "across: experts, busiest first · up: load · dashed: a fair share · ×: dead",
-                 color=theme.muted, fontsize=9)  # fmt: skip
+        about = "across: experts, busiest first · up: load · dashed: a fair share · ×: dead"
+        fig.text(0.175, 0.1 / fig.get_figheight(), about, color=theme.muted, fontsize=9)
         return inline(fig, "serving", "Bars of the load of each expert in serving, per method and layer")
 
 
-def _panels(
-    named: Sequence[tuple[Group, str]], layers: int, theme: Theme, top: float, each: float, between: float
-) -> tuple[Figure, list[list[Axes]]]:
-    """Axes for each group and layer, with the names of both; `named` adds words below a group's name.
-
-    Args:
-        top, each, between: inches above all, of a row of panels, and of that between two rows.
-    """
+def _panels(named: Sequence[tuple[Group, str]], layers: int, theme: Theme) -> tuple[Figure, list[list[Axes]]]:
+    """Axes for each group and layer, with the names of both; `named` adds words below a group's name."""
     across = min(layers, _ACROSS)
     deep = math.ceil(layers / across)
-    lines, foot = len(named) * deep, 0.44
-    height, wide = top + lines * each + foot, (_RIGHT - _LEFT) / across
+    lines, each = len(named) * deep, 0.78 if deep == 1 else 0.98
+    height = _TOP + lines * each + _FOOT
     fig = Figure(figsize=(WIDTH, height))
-
-    def axes(row: int) -> Iterator[Axes]:
-        for layer in range(layers):
-            line, column = row * deep + layer // across, layer % across
-            y = (foot + (lines - 1 - line) * each + 0.06) / height
-            ax = fig.add_axes((_LEFT + column * wide, y, wide - 0.014, (each - between) / height))
-            if (line < deep and (deep == 1 or line == 0)) or between > 0.3:
-                many = deep > 1 and between <= 0.3
-                name = f"layers {layer + 1}, {layer + 1 + across}, …" if many else f"layer {layer + 1}"
-                ax.set_title(name, loc="left", color=theme.muted, fontsize=9, pad=5)
-            yield ax
-
-    for row, (group, more) in enumerate(named):
-        y = (foot + (lines - deep * row - 0.5) * each) / height
-        fig.text(_LEFT - 0.014, y + 0.005 * bool(more), short(group.label, 18), ha="right", fontweight="bold",
-                 va="bottom" if more else "center", color=theme.words[group.place], fontsize=10,
-                 gid=f"m m{group.place}")  # fmt: skip
-        fig.text(_LEFT - 0.014, y - 0.002, more, ha="right", va="top", color=theme.muted, fontsize=9)
-    return fig, [list(axes(row)) for row in range(len(named))]
+    where = {"left": 0.175, "right": 0.985, "bottom": _FOOT / height, "top": 1 - _TOP / height}
+    where |= {"wspace": 0.1, "hspace": 0.24 if deep == 1 else 0.58}
+    grid = fig.subplots(lines, across, squeeze=False, gridspec_kw=where)
+    panels = [list(grid[row * deep : (row + 1) * deep].flat) for row in range(len(named))]
+    for row, ((group, more), axes) in enumerate(zip(named, panels, strict=True)):
+        muted(axes[0], theme, short(group.label, 18) + "\n" * bool(more), (0, 0.5), (-10, 0), ha="right", va="center",
+              color=theme.words[group.place], fontsize=10, fontweight="bold", gid=f"m m{group.place}")  # fmt: skip
+        muted(axes[0], theme, "\n" * bool(more) + more, (0, 0.5), (-10, 0), ha="right", va="center")
+        for layer, ax in enumerate(axes):
+            if layer >= layers:
+                ax.remove()
+            elif deep > 1 or row == 0:
+                ax.set_title(f"layer {layer + 1}", loc="left", color=theme.muted, fontsize=9, pad=5)
+    return fig, [axes[:layers] for axes in panels]
 
 
 def _frame(ax: Axes, theme: Theme) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -14,7 +14,7 @@ from sinkroute.lab.page.drawing import WIDTH, Theme, inline, short, style
 from sinkroute.lab.page.palette import Ink
 from sinkroute.lab.study.statistics import Estimate
 
-__all__ = ["GAP", "apart", "end_labels", "fit", "interval", "muted", "near_labels", "no_data", "round_ticks", "rows"]
+__all__ = ["GAP", "apart", "end_labels", "fit", "interval", "muted", "no_data", "round_ticks", "rows"]
 
 GAP = 12.5
 """Points between two labels at the end of curves."""
@@ -31,11 +31,9 @@ def no_data(name: str, theme: Theme, text: str) -> str:
     return inline(fig, name, text)
 
 
-def muted(
-    ax: Axes, theme: Theme, text: str, at: tuple[float, float], shift: tuple[float, float], **how: object
-) -> None:
+def muted(ax: Axes, theme: Theme, text: str, at: tuple[float, float], shift: tuple[float, float], **how: Any) -> None:
     """A remark at a place of the axes (in their fraction, unless `xycoords` says otherwise), shifted in points."""
-    told = {"xycoords": "axes fraction", "color": theme.muted, "fontsize": 9, "annotation_clip": False, **how}
+    told: Any = {"xycoords": "axes fraction", "color": theme.muted, "fontsize": 9, "annotation_clip": False, **how}
     ax.annotate(text, at, shift, textcoords="offset points", **told)
 
 
@@ -122,28 +120,3 @@ def end_labels(ax: Axes, theme: Theme, ends: Sequence[tuple[int, float, float, s
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "alpha": 0.6, "shrinkA": 2, "shrinkB": 3,
                         "relpos": (0, 0.5), "gid": f"m m{which}"},
         )  # fmt: skip
-
-
-def near_labels(ax: Axes, theme: Theme, points: Sequence[tuple[int, float, float, str]], others: np.ndarray) -> None:
-    """Labels beside their points: each takes the first of several places that hits no point and no other label."""
-    scale = 72.0 / ax.figure.dpi
-    at = [ax.transData.transform((x, y)) * scale for _, x, y, _ in points]
-    edge = float(ax.transAxes.transform((1, 0))[0]) * scale
-    # A label close to the mark of another method would be read as that method's, so a mark counts three times.
-    taken = [(x - 10, y - 8, x + 10, y + 8) for x, y in at for _ in range(3)]
-    taken += [(x - 3, y - 3, x + 3, y + 3) for x, y in ax.transData.transform(others) * scale]
-    for (which, x, y, text), (px, py) in zip(points, at, strict=True):
-        text = short(text)
-        wide = 6.2 * len(text)
-        beside = ((11, 0), (-11 - wide, 0), (-wide / 2, 15), (-wide / 2, -15), (9, 11), (9, -11), (11, 22), (11, -22))
-        boxes = {(dx, dy): (px + dx, py + dy - 6, px + dx + wide, py + dy + 6) for dx, dy in beside}
-
-        def hits(shift: tuple[float, float], boxes: dict[tuple[float, float], tuple[float, ...]] = boxes) -> int:
-            left, low, right, high = boxes[shift]
-            found = sum(left < b[2] and b[0] < right and low < b[3] and b[1] < high for b in taken)
-            return found + 3 * (right > edge + 10)
-
-        best = min(boxes, key=hits)
-        taken.append(boxes[best])
-        ax.annotate(text, (x, y), best, textcoords="offset points", color=theme.words[which], fontsize=9.5,
-                    fontweight="bold", va="center", annotation_clip=False, gid=f"m m{which} halo")  # fmt: skip

@@ -17,7 +17,7 @@ from sinkroute.lab.page.drawing import WIDTH, Theme, heading, inline, page_theme
 from sinkroute.lab.page.palette import Ink
 from sinkroute.lab.study.arrange import describe
 from sinkroute.lab.study.figures.curves import balance_panel
-from sinkroute.lab.study.figures.marks import fit, interval, muted, near_labels, no_data, round_ticks, rows
+from sinkroute.lab.study.figures.marks import fit, interval, muted, no_data, round_ticks, rows
 from sinkroute.lab.study.metric import Quality
 from sinkroute.lab.study.runs import Group, common_metric
 from sinkroute.lab.study.statistics import Estimate
@@ -49,7 +49,7 @@ def scatter_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
         if not clouds:
             return no_data("scatter", theme, "no finished run to place yet")
         fig = Figure(figsize=(WIDTH, 4.0))
-        ax = fig.add_axes((0.06, 0.125, 0.915, 0.77))
+        ax = fig.add_axes((0.06, 0.125, 0.7, 0.77))
         style(ax, theme, grid="both")
         everything = np.concatenate([points for _, points in clouds])
         ax.set(xlim=(0, float(everything[:, 0].max()) * 1.12 or 1.0), ylim=fit(everything[:, 1].tolist(), 0.2))
@@ -60,14 +60,14 @@ def scatter_figure(groups: Sequence[Group], inks: Sequence[Ink]) -> str:
         muted(ax, theme, "better", (0, 0), (34, 30),
               arrowprops={"arrowstyle": "-|>", "color": theme.muted, "lw": 1.0, "shrinkB": 6})  # fmt: skip
         for group, points in clouds:
-            colour, gid, marker = theme.methods[group.place], f"m m{group.place}", inks[group.place].marker
-            x, y = points.mean(axis=0)
+            shape: Any = {"color": theme.methods[group.place], "gid": f"m m{group.place}", "markeredgewidth": 0}
+            marker, (x, y) = inks[group.place].marker, points.mean(axis=0)
             for px, py in points if len(points) > 1 else ():
-                ax.plot([x, px], [y, py], color=colour, linewidth=0.8, alpha=0.45, gid=gid)
-                ax.plot(px, py, marker, markersize=4.5, alpha=0.55, color=colour, markeredgewidth=0, gid=gid)
-            ax.plot(x, y, marker, markersize=11, color=colour, markeredgewidth=0, gid=gid)
-        ends = [(group.place, *map(float, points.mean(axis=0)), group.label) for group, points in clouds]
-        near_labels(ax, theme, ends, everything)  # type: ignore[arg-type]
+                ax.plot([x, px], [y, py], linewidth=0.8, alpha=0.45, **shape)
+                ax.plot(px, py, marker, markersize=4.5, alpha=0.55, **shape)
+            ax.plot(x, y, marker, markersize=11, label=short(group.label), **shape)
+        colours = [theme.words[group.place] for group, _ in clouds]
+        ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9.5, labelcolor=colours)
         return inline(fig, "scatter", f"Validation {metric.title} against serving MaxVio")
 
 
