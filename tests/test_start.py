@@ -30,7 +30,7 @@ def loaded(*words):
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["--version"], ["trian"], *([name, "--help"] for name in COMMANDS if name not in ("demo", "compare"))],
+    [["--help"], ["--version"], ["trian"], *([name, "--help"] for name in COMMANDS)],
 )
 def test_help_version_and_a_wrong_word_load_nothing_heavy(words):
     code, found = loaded(*words)

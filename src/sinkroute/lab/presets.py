@@ -21,9 +21,13 @@ def find_configuration(name: str) -> Path:
     >>> find_configuration("wikipedia-ssr").name
     'wikipedia-ssr.yaml'
     """
-    path, folder, known = find_preset(name), preset_folder(), ", ".join(training_presets())
-    if is_comparison(path) or any(is_comparison(folder / f"{place}.yaml") for place in (f"compare/{name}", name)):
-        command = "compare" if path.parent != folder else "demo"
+    path, folder = find_preset(name), preset_folder()
+    others = [folder / f"{place}.yaml" for place in (f"compare/{name}", name)]
+    if path.is_file() and not is_comparison(path):
+        return path
+    known = ", ".join(training_presets())
+    if any(map(is_comparison, (path, *others))):
+        command = "demo" if path.parent == folder else "compare"
         words = command if name == command else f"{command} {name}"
         raise ValueError(
             f"{name} is a comparison of several methods, not one run: sinkroute {words}. Presets of one run: {known}"
@@ -33,7 +37,5 @@ def find_configuration(name: str) -> Path:
         raise ValueError(f"{name} is a run; its configuration is {path / 'config.yaml'}, and --out {path} continues it")
     if path.is_dir():
         raise ValueError(f"{name} is a folder; pass {presets}")
-    if not path.exists():
-        hint = nearest(name, training_presets())
-        raise FileNotFoundError(f"no configuration at {name}{f'{hint} Pass' if hint else '; pass'} {presets}")
-    return path
+    hint = nearest(name, training_presets())
+    raise FileNotFoundError(f"no configuration at {name}{f'{hint} Pass' if hint else '; pass'} {presets}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from sinkroute.lab.config import Config, StreamConfig, VisionConfig, read_yaml, training_presets
+from sinkroute.lab.config import Config, StreamConfig, VisionConfig, find_preset, read_yaml, training_presets
 from sinkroute.lab.models.registry import make_model
 from sinkroute.lab.presets import find_configuration
 from sinkroute.lab.screen import Column, ScreenTable
@@ -66,7 +66,9 @@ def list_models(names: Sequence[str] = ()) -> list[ListedModel]:
     >>> [(model.name, model.total, model.per_moe) for model in list_models(["wikitext103-medium"])]
     [('wikitext103-medium', 215679863, 3981840)]
     """
-    listed = [_listed(name, read_yaml(Config, find_configuration(name))) for name in names or training_presets()]
+    files = {name: find_configuration(name) for name in names}
+    files = files or {name: find_preset(name) for name in training_presets()}
+    listed = [_listed(name, read_yaml(Config, file)) for name, file in files.items()]
     return sorted(listed, key=lambda model: (model.data, model.total, model.name))
 
 
