@@ -8,7 +8,7 @@ TORCH_LATEST ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-oldest test-latest lock lint slow fuzz bench bench-routing bench-transport test-peers test-megatron test-trainers test-ranks release-check clean
+.PHONY: help demo test test-oldest test-latest lock lint slow fuzz bench bench-routing bench-transport test-peers test-megatron test-trainers test-ranks release-check study-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test-peers   our routers against those of Megatron-Core, torchtitan and DeepSpeed, each in its environment"
 	@echo "make test-megatron   the adapter to Megatron-Core (docs/megatron.md), in Megatron-Core's environment"
 	@echo "make test-trainers   patched models in Trainer, TRL, accelerate, FSDP2 and DeepSpeed (docs/trainers.md)"
+	@echo "make study-check   every number of the study's tables and results, computed anew"
 	@echo "make release-check   builds what a release uploads, checks it and installs it (scripts/release_check.py)"
 	@echo "PYTHON=python3.12 chooses the interpreter, TORCH='torch==2.13.0 --index-url ...' the build of torch"
 
@@ -53,6 +54,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 -q $(ARGS)
+
+study-check: $(VENV)/.installed
+	$(BIN)/python scripts/study_check.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

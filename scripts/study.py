@@ -40,7 +40,6 @@ PAGES = (ROOT / "docs" / "study.md", ROOT / "docs" / "leaderboard.md")
 # Runs shared the machine: their time per step means nothing. `overhead` is what measures it.
 UNTIMED = "train.ms_per_step"
 MARK = re.compile(r"(<!-- study: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
 # Where loads are counted: tokens (of two heads, twice as many), experts, top-k. Serving adds up all that is evaluated.
 COUNTED = {
     "a step on bytes or words": (512, 16, 2),

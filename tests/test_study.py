@@ -1,5 +1,6 @@
 """The study: its pages say what its results say, and its results are those of its presets."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -51,6 +52,18 @@ def test_the_pages_hold_the_tables_of_the_results(study):
         text = path.read_text(encoding="utf-8")
         assert "<!-- study: " in text
         assert study.page(text) == text, f"run: python scripts/study.py pages ({path.name} is not what it writes)"
+
+
+def test_the_results_are_computed_anew_from_the_seeds_and_a_wrong_one_is_named(study, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    recomputed = importlib.import_module("study_check").recomputed
+    found = study.read("paper-lm")
+    count, wrong = recomputed(found)
+    assert (count > 400, wrong) == (True, [])
+    row = next(row for row in found["statistics"] if row["against"])
+    row["against"]["p_corrected"] *= 1.01
+    row["estimate"]["half"] *= 1.01
+    assert [each.split(" is ")[0].rpartition(":")[0].split()[-1] for each in recomputed(found)[1]] == ["half", "p"]
 
 
 def test_every_comparison_stands_on_a_page(study):
