@@ -8,7 +8,7 @@ TORCH_LATEST ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-oldest test-latest lock lint slow fuzz bench bench-routing bench-transport test-peers test-megatron test-trainers test-ranks release-check study-check clean
+.PHONY: help demo test test-oldest test-latest lock lint slow fuzz bench bench-routing bench-transport test-peers test-megatron test-trainers test-ranks release-check study-check docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-megatron   the adapter to Megatron-Core (docs/megatron.md), in Megatron-Core's environment"
 	@echo "make test-trainers   patched models in Trainer, TRL, accelerate, FSDP2 and DeepSpeed (docs/trainers.md)"
 	@echo "make study-check   every number of the study's tables and results, computed anew"
+	@echo "make docs    the pages and the reference as a site, build/docs/html/index.html"
 	@echo "make release-check   builds what a release uploads, checks it and installs it (scripts/release_check.py)"
 	@echo "PYTHON=python3.12 chooses the interpreter, TORCH='torch==2.13.0 --index-url ...' the build of torch"
 
@@ -173,6 +174,17 @@ test-trainers: .venv-trainers/.installed
 	.venv-trainers/bin/$(PIP) --no-deps -e .
 	@touch $@
 
+# Sphinx has an environment besides, which sees torch and the rest of .venv: what is documented is imported.
+.venv-docs/.installed: $(VENV)/.installed docs/requirements.txt scripts/make_venv.py
+	$(PYTHON) scripts/make_venv.py .venv-docs
+	.venv-docs/bin/$(PIP) -r docs/requirements.txt
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$(.venv-docs/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth
+	@touch $@
+
+docs: .venv-docs/.installed
+	PYTHONPATH=src .venv-docs/bin/python scripts/docs.py
+
 # Builds have an environment besides, of the newest tools; the tried ones see torch and the rest of .venv.
 release-check: $(VENV)/.installed
 	test -x .venv-release/bin/python || $(PYTHON) scripts/make_venv.py .venv-release
@@ -181,4 +193,4 @@ release-check: $(VENV)/.installed
 		--packages $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-latest .venv-lock .venv-bench .venv-trainers .venv-release $(PEERS:%=.venv-%) dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-latest .venv-lock .venv-bench .venv-trainers .venv-release .venv-docs $(PEERS:%=.venv-%) dist build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

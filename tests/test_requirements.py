@@ -109,7 +109,8 @@ def test_the_workflow_calls_targets_and_versions_of_the_makefile() -> None:
     matrix = job["strategy"]["matrix"]
     targets = {*matrix["target"], *(one["target"] for one in matrix["include"])}
     assert targets == {"test", "test-oldest", "test-latest"}
+    targets |= {*workflow["jobs"]["release"]["strategy"]["matrix"]["target"]}
     assert all(re.search(rf"^{target}:", MAKEFILE, flags=re.MULTILINE) for target in targets)
-    for name in ("TORCH", "TORCH_OLDEST"):
-        assert f"\n{name} ?= {job['env'][name].split()[0]}\n" in MAKEFILE
+    for name, of_job in (("TORCH", job), ("TORCH_OLDEST", job), ("TORCH", workflow["jobs"]["release"])):
+        assert f"\n{name} ?= {of_job['env'][name].split()[0]}\n" in MAKEFILE
     assert matrix["python"] == [PYTHONS[0], PYTHONS[-1]]
