@@ -70,6 +70,7 @@ def test_a_capacity_cuts_the_busiest_and_what_it_cuts_is_dropped() -> None:
     # 4 ranks, 32 choices, 8 an expert; loads 16, 8, 8, 0 cut at 10.
     cut = layer_time(np.array([2.0, 1, 1, 0]), 1, replace(TINY, capacity=1.25), SLOW, 4)
     assert cut.dropped == pytest.approx(6 / 32)
+    assert cut.slowest == pytest.approx(1.25)
     assert cut.experts == pytest.approx(3 * 40 * 10 / 1000)
 
 
@@ -108,6 +109,16 @@ def test_at_equal_time_the_quicker_method_has_come_further() -> None:
     assert found["quick"] == {"final": 3.0, "time": 30.0, "equal": 3.0, "reach": 30.0}
     # After 30 s the slow one is half way from step 10 (20 s) to step 20 (40 s).
     assert found["slow"] == {"final": 3.25, "time": 60.0, "equal": 4.25, "reach": 60.0}
+    # Over seeds the mean loss is what is looked at: no run alone has to be there.
+    found = quality(
+        {"quick": runs["quick"], "slow": [run("slow", [5, 4, 4.0]), run("slow", [5, 3, 2.5])]},
+        {"quick": 1.0, "slow": 2.0},
+    )
+    assert (found["slow"]["final"], found["slow"]["reach"], found["quick"]["reach"]) == (3.25, 60.0, 30.0)
+    with pytest.raises(
+        ValueError, match="the runs of slow must have a loss in each line and be logged at the same steps"
+    ):
+        quality({"slow": [run("slow", [5, 4]), run("slow", [5])]}, {"slow": 1.0})
 
 
 def run_folder(folder: Path, label: str, loads: list[Any], every: int = 5, **router: Any) -> Path:

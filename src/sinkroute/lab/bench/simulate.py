@@ -84,7 +84,7 @@ class LayerTime:
     Attributes:
         experts: products of the slowest rank, forward and backward.
         exchange: the four all-to-alls.
-        slowest: choices of the busiest rank over the mean.
+        slowest: choices of the busiest rank, after a capacity, over the mean before it.
         dropped: share of the choices above the capacity.
     """
 
@@ -140,7 +140,7 @@ def layer_time(load_E: np.ndarray, top_k: int, mixture: Mixture, machine: Machin
     return LayerTime(
         experts=products,
         exchange=4 * _exchange(float(got_R.max()), group, mixture, machine),
-        slowest=float(got_R.max() * group / got_R.sum()),
+        slowest=float(got_R.max() * group / choices),
         dropped=1 - float(got_E.sum() / wanted_E.sum()),
     )
 
@@ -262,34 +262,30 @@ def quality(traces: Mapping[str, Sequence[Trace]], seconds: Mapping[str, float])
         seconds: method → simulated seconds of a step.
 
     Returns:
-        Method → `final` (training loss of the last line), `time` (of the whole training), `equal` (loss when the
-        quickest method is done, between lines linearly) and `reach` (simulated time until the loss is first that of the
-        slowest method's end or lower, None if never), means over seeds. Losses are those of the log, means over a
-        line's steps. A method that is slower is looked at before its learning rate has come down: `equal` is a bound
-        in favour of the quickest, and what it says of the others is what they had by then.
+        Method → of the mean over its runs `final` (training loss of the last line), `time` (of the whole training),
+        `equal` (loss when the quickest method is done, between lines linearly) and `reach` (simulated time until the
+        loss is first that of the slowest method's end or lower; None if never). Losses are those of the log, means over
+        a line's steps. A slower method is looked at before its learning rate has come down: `equal` is what it had by
+        then, and trained for fewer steps from the start it would have more.
+
+    Raises:
+        ValueError: a trace without losses, or runs of one method that were logged at different steps.
     """
     total = {name: seconds[name] * max(trace.total_steps for trace in runs) for name, runs in traces.items()}
-    budget = min(total.values())
-    last = max(total, key=lambda name: total[name])
+    curves = {name: _curve(name, runs, seconds[name]) for name, runs in traces.items()}
+    goal = curves[max(total, key=lambda name: total[name])][1][-1]
     out: dict[str, dict[str, Any]] = {}
-    curves = {name: [_curve(trace, seconds[name]) for trace in runs] for name, runs in traces.items()}
-    goal = float(np.mean([losses[-1] for _, losses in curves[last]]))
-    for name, own in curves.items():
-        first = [next((at for at, loss in zip(*curve, strict=True) if loss <= goal), None) for curve in own]
-        out[name] = {
-            "final": float(np.mean([losses[-1] for _, losses in own])),
-            "time": total[name],
-            "equal": float(np.mean([np.interp(budget, *curve) for curve in own])),
-            "reach": None if None in first else float(np.mean([at for at in first if at is not None])),
-        }
+    for name, (at, losses) in curves.items():
+        first = next((time for time, loss in zip(at, losses, strict=True) if loss <= goal), None)
+        equal = float(np.interp(min(total.values()), at, losses))
+        out[name] = {"final": float(losses[-1]), "time": total[name], "equal": equal, "reach": first}
     return out
 
 
-def _curve(trace: Trace, seconds: float) -> tuple[list[float], list[float]]:
-    lines = [line for line in trace.lines if line.loss is not None]
-    if not lines:
-        raise ValueError(
-            f"the trace of {trace.name} has no loss; a run folder of the lab has it in each line of its log"
-        )
-    # A line's loss is a mean over its steps: it is that of their middle.
-    return [(line.step - (line.steps - 1) / 2) * seconds for line in lines], [float(line.loss or 0) for line in lines]
+def _curve(name: str, runs: Sequence[Trace], seconds: float) -> tuple[list[float], np.ndarray]:
+    """Simulated time and mean loss of each line. A line's loss is a mean over its steps: it is that of their middle."""
+    logged = {tuple(line.step for line in trace.lines) for trace in runs}
+    losses = [[line.loss for line in trace.lines] for trace in runs]
+    if len(logged) > 1 or any(None in own for own in losses):
+        raise ValueError(f"the runs of {name} must have a loss in each line and be logged at the same steps")
+    return [(line.step - (line.steps - 1) / 2) * seconds for line in runs[0].lines], np.mean(losses, axis=0)

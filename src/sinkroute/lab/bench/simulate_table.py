@@ -84,7 +84,7 @@ def _steps(times: Mapping[int, Mapping[str, Sequence[StepTime]]]) -> Table:
     table = Table(title="A training step, relative to perfect balance that costs nothing", title_justify="left")
     table.add_column("method", overflow="fold")
     for ranks in times:
-        table.add_column(f"{ranks:,} ranks", justify="right")
+        table.add_column(f"{ranks:,} rank{'s' * (ranks > 1)}", justify="right")
     for name in next(iter(times.values())):
         row = [_mean(each[name], "seconds") / _mean(each[FREE], "seconds") for each in times.values()]
         table.add_row(name, *(f"{value:.3f}" for value in row))
@@ -140,6 +140,8 @@ def _notes(traces: Sequence[Trace], machine: Machine, bench: Bench) -> list[str]
             "by what moves from step to step. The slowest of single steps is known where each rank has one expert, and "
             "is too high for a large batch by what is chance in so few tokens. Every step: train.log_every=1."
         )
+    if bench.mixture.capacity is not None:
+        out.append("Losses are those of the runs as they were trained, not with this capacity.")
     if any(trace.lines[0].loss is not None for trace in traces):
         out.append(
             "At equal time a slower method is looked at before its learning rate has come down; trained for fewer "
