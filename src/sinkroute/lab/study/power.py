@@ -25,8 +25,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.table import Table
+from rich.text import Text
 
+from sinkroute.lab.screen import Column, ScreenTable
 from sinkroute.lab.study.cells import Plan
 from sinkroute.lab.study.statistics import LEVEL, detectable, power, smallest_effect
 
@@ -202,7 +203,7 @@ def _steps(compare: Mapping[str, Any], size: str) -> int:
     return from_mapping(Config, merged(merged(base, compare["config"]), section)).train.steps
 
 
-def power_tables(plan: Plan, sources: Sequence[Source]) -> tuple[list[Table], list[str]]:
+def power_tables(plan: Plan, sources: Sequence[Source]) -> tuple[list[ScreenTable], list[str]]:
     """What `sinkroute compare --power` prints: the seeds that are needed, what the planned ones tell, and the cost.
 
     Raises:
@@ -220,15 +221,15 @@ def power_tables(plan: Plan, sources: Sequence[Source]) -> tuple[list[Table], li
     for source, label, differences in rows if len(rows) <= 12 else ():
         one = Scatter.of([differences])
         assert one is not None
-        table.add_row(source, label, str(len(differences)), f"{one.value:.3g}", "{:.3g} - {:.3g}".format(*one.interval))
+        table.add(source, label, str(len(differences)), f"{one.value:.3g}", "{:.3g} - {:.3g}".format(*one.interval))
     pooled = Scatter.of(differences for _, _, differences in rows)
     assert pooled is not None
     low, high = pooled.interval
-    table.add_row(
+    table.add(
         "pooled",
         f"{len(rows)} pair{'s' * (len(rows) > 1)}",
         "",
-        f"[bold]{pooled.value:.3g}[/]",
+        Text(f"{pooled.value:.3g}", style="bold"),
         f"{low:.3g} - {high:.3g}",
     )
     levels = {"alone": LEVEL} | ({f"first of {family}": LEVEL / family} if family > 1 else {})
@@ -242,12 +243,12 @@ def power_tables(plan: Plan, sources: Sequence[Source]) -> tuple[list[Table], li
     for sd in (pooled.value, high):
         for what, level, of, asked in tests:
             told = [f"{smallest_effect(_of_size(of, n, level), wanted) * sd:.3g}" for wanted in POWERS]
-            tables[1].add_row(what, f"{level:.3g}", f"{sd:.3g}", *told)
+            tables[1].add(what, f"{level:.3g}", f"{sd:.3g}", *told)
             if asked is not None:
                 seeds = [seeds_needed(_of_seeds(of, asked / sd, level), wanted) for wanted in POWERS]
                 shown = [f"over {_MOST:,}" if each is None else str(each) for each in seeds]
                 shown.append(f"{of(asked / sd, n, level):.0%}")
-                tables[2].add_row(f"{what}, {asked:g}", f"{level:.3g}", f"{sd:.3g}", *shown)
+                tables[2].add(f"{what}, {asked:g}", f"{level:.3g}", f"{sd:.3g}", *shown)
     shared = " Pairs share runs, so its interval is too narrow." if len(methods) > 1 or ", for no" in which else ""
     notes = [f"Scatter: {which}. sd is the pooled one, then the upper end of its 95 % interval.{shared}"]
     if primary.effect is None:
@@ -263,12 +264,8 @@ def _of_seeds(of: Power, size: float, level: float) -> Callable[[int], float]:
     return lambda n: of(size, n, level)
 
 
-def _table(title: str, *heads: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for head in heads:
-        words = head in ("from", "pair", "test")
-        table.add_column(head, overflow="fold", justify="left" if words else "right", no_wrap=not words)
-    return table
+def _table(title: str, *heads: str) -> ScreenTable:
+    return ScreenTable([Column(head, words=head in ("from", "pair", "test")) for head in heads], title=title)
 
 
 def _headline(sources: Sequence[Source]) -> str:
