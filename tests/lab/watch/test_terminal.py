@@ -1,6 +1,7 @@
 """What is followed, in terminals of several widths and in a pipe."""
 
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -111,3 +112,29 @@ def test_ctrl_c_ends_the_watch_without_a_word_of_error(tmp_path):
 def test_a_wrong_command_line_is_told(capsys, words, code, message):
     assert main(["watch", *words]) == code
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_in_a_terminal_the_screen_is_drawn_anew_until_the_run_has_finished(tmp_path):
+    run = make_run(tmp_path / "run", lines=[train_line(10)])
+    ours, theirs = os.openpty()
+    env = os.environ | {"COLUMNS": "100", "LINES": "40", "TERM": "xterm", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "sinkroute.cli", "watch", str(run)]
+    seen = b""
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env) as process:
+        os.close(theirs)
+        while b"10/100" not in seen:
+            seen += os.read(ours, 65536)
+        with (run / "log.jsonl").open("a") as file:
+            file.write(train_line(20))
+        while b"20/100" not in seen:
+            seen += os.read(ours, 65536)
+        (run / "result.json").write_text('{"valid": {"bytes": 9, "bits_per_byte": 2.5}}')
+        try:
+            while part := os.read(ours, 65536):
+                seen += part
+        except OSError:  # Linux says so of a terminal that nobody holds any more
+            pass
+    os.close(ours)
+    assert process.returncode == 0
+    assert "2.5000 bits per byte" in seen.decode() and "load of each expert" in seen.decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -17,7 +18,7 @@ class CompareCommand:
     unfinished ones continued; several calls with one folder share the work.
     """
 
-    config: tyro.conf.Positional[str]
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     """A preset or a YAML file."""
     seeds: tuple[int, ...] = ()
     """These seeds instead of the file's."""
