@@ -273,6 +273,7 @@ def test_another_router_does_not_inherit_the_presets_options(
         (["bench", "--sizes", "4096x16"], 1, "a size must be TOKENSxEXPERTSxTOP_K, such as 4096x16x2, got '4096x16'"),
         (["bench", "--routers", "srr-l"], 1, "did you mean 'ssr-l'?"),
         (["demo", "--only", "sofmax"], 1, "did you mean 'softmax'?"),
+        (["demo", "nosuch", "--only", "softmax"], 1, "demo, demo-paper"),
     ],
 )
 def test_errors_name_the_value_and_the_cure_without_a_traceback(
@@ -370,6 +371,8 @@ def test_an_interrupted_demo_leaves_a_report_of_what_there_is(text: Path, tmp_pa
     assert process.returncode == 130
     page = (out / "report.html").read_text()
     assert "interrupted at step" in page
+    assert " ".join(said.split()).count("interrupted at step") == 1
+    assert " left" in said
     assert "load-balance" in page
     assert (out / "load-balance-seed0" / "result.json").exists()
     assert not (out / "loss-free-seed0" / "result.json").exists()
@@ -383,7 +386,7 @@ def test_an_interrupted_demo_leaves_a_report_of_what_there_is(text: Path, tmp_pa
 
 def _wait_for(path: Path, more_than: int = 0) -> None:
     """Until the file has more lines than that."""
-    end = time.monotonic() + 90
+    end = time.monotonic() + 240
     while not path.exists() or path.read_text().count("\n") <= more_than:
         assert time.monotonic() < end, f"{path} did not appear"
         time.sleep(0.01)
