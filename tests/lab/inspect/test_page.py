@@ -130,10 +130,10 @@ def test_a_cell_of_the_heat_map_is_a_load_over_a_fair_share(tmp_path: Path) -> N
         r'<g class="cell( dead)?"><title>([^<]*)</title><rect [^>]*fill="([^"]*)" fill-opacity="([^"]*)"/>', text
     )
     assert [title for _, title, _, _ in cells[:4]] == [
-        "0, expert 0: 3.00 of a fair share",
-        "0, expert 1: 0.90 of a fair share",
-        "0, expert 2: 0.10 of a fair share",
-        "0, expert 3: 0.00 of a fair share, dead",
+        "layer 0, expert 0: 3.00 of a fair share",
+        "layer 0, expert 1: 0.90 of a fair share",
+        "layer 0, expert 2: 0.10 of a fair share",
+        "layer 0, expert 3: 0.00 of a fair share, dead",
     ]
     assert [(colour, opacity) for _, _, colour, opacity in cells[:4]] == [
         ("#d9580a", "1.00"),

@@ -4,7 +4,6 @@ import json
 import os
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import yaml
 
 import sinkroute
 from sinkroute.lab.log import RunLog
-from sinkroute.lab.watch.chart import BUCKETS, chart, heat
+from sinkroute.lab.watch.chart import BUCKETS, chart
 from sinkroute.lab.watch.follow import Followed, Follower, Lines
 
 from .logs import make_run, train_line
@@ -217,15 +216,3 @@ def test_of_thousands_of_lines_few_points_are_drawn_and_a_spike_is_seen():
 def test_what_is_not_finite_is_not_drawn():
     assert chart("Loss", {(0, "run"): [(1, float("nan"))]}) is None
     assert chart("Loss", {(0, "run"): [(1, 2.0), (2, float("inf"))]}).curves[0][2].count(",") == 1
-
-
-def test_a_cell_is_the_busiest_of_its_experts_and_tells_the_dead(tmp_path: Path):
-    load = [[*[1] * 150, 3, 0, *[1] * 148]]
-    run = Followed(make_run(tmp_path / "run", lines=[train_line(1, load=load)]), "run")
-    run.poll()
-    drawn = heat(run)
-    ((_, cells),) = drawn.rows
-    assert drawn.several == 3 and len(cells) == 100
-    # 301 choices of 300 experts: a fair share is 301 / 300.
-    assert cells[50] == (pytest.approx(900 / 301), "layer 0, expert 150: 2.99 of a fair share", True)
-    assert not cells[0][2] and drawn.top == pytest.approx(900 / 301)

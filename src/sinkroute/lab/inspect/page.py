@@ -1,6 +1,6 @@
 """An inspection as one self-contained HTML page.
 
-Nothing is fetched. Names of models, files and modules pass through jinja2's autoescape; only the SVG of `heatmap`,
+Nothing is fetched. Names of models, files and modules pass through jinja2's autoescape; only the SVG of `page.heat`,
 which escapes its own texts, does not.
 """
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from sinkroute.lab.files import write_text
 from sinkroute.lab.inspect.advice import advice, recipe
-from sinkroute.lab.inspect.heatmap import bars_svg, heatmap_svg
 from sinkroute.lab.inspect.result import NEAR_DEAD, Audit, percent
 from sinkroute.lab.inspect.table import ALTERNATIVES, cells, facts, labels, summary
 from sinkroute.lab.machine import machine
 from sinkroute.lab.page import render
+from sinkroute.lab.page.heat import bars_svg, heat_svg
 from sinkroute.routing.metrics import DEAD
 from sinkroute.routing.registry import RECOMMENDED
 
@@ -35,6 +35,9 @@ def write_page(audit: Audit, path: Path, *, viewer: str | None = None) -> None:
     from markupsafe import Markup
 
     names, on = labels(audit.layers), machine()
+    loads = [
+        (name, layer.relative()) for name, layer in zip(names, audit.layers, strict=True) if layer.load is not None
+    ]
     rules: dict[str, list[str]] = {}
     for layer in audit.layers:
         rules.setdefault(f"{layer.router}: {layer.rule or 'not understood'}", []).append(layer.path)
@@ -46,13 +49,13 @@ def write_page(audit: Audit, path: Path, *, viewer: str | None = None) -> None:
         recipe=recipe(audit),
         facts=facts(audit),
         machine=f"{on['gpu'] or on['cpu']}, torch {on['torch']}, sinkroute {on['sinkroute']}",
-        heatmap=Markup(heatmap_svg(audit.layers, names)),
+        heatmap=Markup(heat_svg(loads, "Load of every expert, by layer")),
         rows=[
             {
                 "label": label,
                 "layer": layer,
                 "cells": None if layer.load is None else cells(layer),
-                "bars": Markup(bars_svg(layer)),
+                "bars": Markup(bars_svg(layer.relative())),
             }
             for label, layer in zip(names, audit.layers, strict=True)
         ],

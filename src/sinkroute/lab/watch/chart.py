@@ -1,4 +1,4 @@
-"""Curves of thousands of lines as few points of a picture, and the loads of experts as its cells."""
+"""Curves of thousands of lines as few points of a picture."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sinkroute.lab.watch.follow import Followed, fair_shares
-
-__all__ = ["Chart", "Heat", "chart", "heat"]
+__all__ = ["Chart", "chart"]
 
 WIDTH, HEIGHT = 760, 250
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 12, 40
 BUCKETS = 240  # along a curve
-CELLS = 128  # in a row of experts
 
 
 @dataclass(frozen=True)
@@ -87,39 +84,3 @@ def _ticks(low: float, high: float) -> list[float]:
     unit *= next(factor for factor in (1, 2, 5, 10) if span / (unit * factor) <= 5)
     first, last = math.floor(low / unit + 1e-9), math.ceil(high / unit - 1e-9)
     return [round(number * unit, 10) for number in range(first, last + 1)]
-
-
-@dataclass(frozen=True)
-class Heat:
-    """The loads of a run's experts.
-
-    Attributes:
-        name: of the run.
-        top: the largest load over a fair share, at which the colour is full; 2 where it is less.
-        rows: of each layer its name and its cells: load over a fair share, what the cell is called, and whether that
-            expert is dead.
-        several: experts in a cell, of which the busiest is shown.
-    """
-
-    name: str
-    top: float
-    rows: list[tuple[str, list[tuple[float, str, bool]]]]
-    several: int
-
-
-def heat(run: Followed) -> Heat | None:
-    """The last loads of a run; None where its log holds none."""
-    if not run.load:
-        return None
-    shares = {name: fair_shares(load) for name, load in run.load.items()}
-    several = max(math.ceil(len(row) / CELLS) for row in shares.values())
-    rows = []
-    for name, row in shares.items():
-        cells = []
-        for at in range(0, len(row), several):
-            part = row[at : at + several]
-            expert = at + part.index(max(part))
-            words = f"layer {name}, expert {expert}: {max(part):.2f} of a fair share"
-            cells.append((max(part), words, min(part) < 0.01))
-        rows.append((name, cells))
-    return Heat(run.name, max(2.0, *(max(row) for row in shares.values())), rows, several)

@@ -14,10 +14,13 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from markupsafe import Markup
+
 from sinkroute.lab.page import render
+from sinkroute.lab.page.heat import heat_svg
 from sinkroute.lab.page.palette import inks
-from sinkroute.lab.watch.chart import chart, heat
-from sinkroute.lab.watch.follow import Followed, Follower
+from sinkroute.lab.watch.chart import chart
+from sinkroute.lab.watch.follow import Followed, Follower, fair_shares
 from sinkroute.lab.watch.terminal import COLUMNS, row
 
 __all__ = ["Server", "make_server"]
@@ -137,11 +140,16 @@ def _shown(follower: Follower) -> dict[str, Any]:
         "rows": [(place.get(run), [str(cell) for cell in row(run)]) for run in follower.runs.values()],
         "charts": [drawn for drawn in charts if drawn is not None],
         "explained": EXPLAINED,
-        "heats": [drawn for drawn in map(heat, place) if drawn is not None],
+        "heats": [(run.name, _heat(run)) for run in place if run.load],
         "missing": [str(path) for path in follower.missing],
         "more": len(follower.runs) - len(place),
         "at": f"{datetime.datetime.now():%H:%M:%S}",
     }
+
+
+def _heat(run: Followed) -> Markup:
+    rows = [(name, fair_shares(load)) for name, load in run.load.items()]
+    return Markup(heat_svg(rows, f"Load of each expert of {run.name}"))
 
 
 def _curves(place: dict[Followed, int], name: str) -> dict[tuple[int, str], list[tuple[int, float]]]:
