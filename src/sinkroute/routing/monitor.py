@@ -186,11 +186,10 @@ class LoadMonitor:
         _check_mode(mode)
         return dict(zip(self._watches, self._steps[mode].end(Ranks(process_group)), strict=True))
 
-    def steps(self, mode: Mode = "train") -> dict[str, int]:
-        """Of the steps that `end_step` closed since the last reset: `steps`, and `sinkhorn_steps`, in which a layer of
-        this rank had a pass by the Sinkhorn branch."""
-        _check_mode(mode)
-        return {"steps": self._steps[mode].number, "sinkhorn_steps": int(self._steps[mode].sinkhorn)}
+    def steps(self) -> dict[str, int]:
+        """Of the training steps that `end_step` closed since the last reset: `steps`, and `sinkhorn_steps`, in which a
+        layer of this rank had a pass by the Sinkhorn branch."""
+        return {"steps": self._steps["train"].number, "sinkhorn_steps": self._steps["train"].sinkhorn}
 
     def step_ends(self) -> dict[str, Any]:
         """What this process sent at the ends of steps, where routers are brought up to date: all layers in one call.
@@ -221,7 +220,7 @@ class LoadMonitor:
         for watch in self._watches.values():
             for name, counts in watch.counts.items():
                 if mode in (None, name):
-                    counts.all_N.zero_()
+                    counts.clear()
         for name, steps in self._steps.items():
             if mode in (None, name):
                 steps.begin()
@@ -229,7 +228,7 @@ class LoadMonitor:
     def _gathered(self, mode: Mode, ranks: Ranks) -> dict[str, Tensor]:
         """Layer → what each rank counted, (ranks, N), on the CPU. One transfer, one collective call."""
         self._note_sent()
-        parts = [watch.counts[mode].all_N for watch in self._watches.values()]
+        parts = [watch.counts[mode].all_N() for watch in self._watches.values()]
         sizes, device = [len(part) for part in parts], parts[0].device
         ranks.require_alike(
             sizes,

@@ -6,6 +6,7 @@ real token counts nowhere.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Literal, get_args
 
 import torch
@@ -42,6 +43,8 @@ _SUMS = (
     "messages",
     "bytes",
 )
+# Loads are added up so many passes at a time.
+_KEPT = 64
 _DETAILED_SUMS = ("router_entropy", "moved_tokens", "max_vio_topk")
 
 
@@ -55,25 +58,93 @@ def called_with(
 class Counts:
     """What one router did in one mode: one float64 vector on its device, which holds counts exactly up to 2^53.
 
+    In training nothing is added to it in each pass: numbers that the host knows are added up there, and loads are kept
+    until some passes are there or somebody reads. Compiled code, which only serving is, would not see that.
+
     Attributes:
-        all_N: the load, the sums and, last, the largest error of a plan.
-        load_E, sums, plan_error_max: views of it.
+        load_E, sums, plan_error_max: views of it: the load, the sums and, last, the largest error of a plan.
+        planned: whether a pass since the last step's end was by the Sinkhorn branch; of training.
     """
 
-    def __init__(self, num_experts: int, names: tuple[str, ...], device: torch.device) -> None:
-        self.num_experts, self.names = num_experts, names
+    def __init__(self, num_experts: int, names: tuple[str, ...], device: torch.device, later: bool) -> None:
+        self.num_experts, self.names, self.later = num_experts, names, later
+        self._host: Counter[str] = Counter()
+        self._loads: dict[bool, list[Tensor]] = {False: [], True: []}  # by whether the pass was assigned
+        self._step: list[Tensor] = []
+        self.planned = False
         # In inference mode it would become a tensor that nothing outside it may add to.
         with torch.inference_mode(False):
+            self._seen_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
             self._hold(torch.zeros(num_experts + len(names) + 1, dtype=torch.float64, device=device))
 
     @uncompiled
     def move(self, device: torch.device) -> None:
+        self.settle()
         with torch.inference_mode(False):  # as above
-            self._hold(self.all_N.to(device))
+            self._hold(self._all_N.to(device))
+        self._step = [load_E.to(device) for load_E in self._step]
 
     def _hold(self, all_N: Tensor) -> None:
-        self.all_N, self.load_E, self.plan_error_max = all_N, all_N[: self.num_experts], all_N[-1]
+        self._all_N, self.load_E, self.plan_error_max = all_N, all_N[: self.num_experts], all_N[-1]
         self.sums = {name: all_N[place] for place, name in enumerate(self.names, start=self.num_experts)}
+
+    def add(self, name: str, value: Any) -> None:
+        if self.later and not isinstance(value, Tensor):
+            self._host[name] += value
+        else:
+            self.sums[name].add_(value)
+
+    def add_load(self, load_E: Tensor, assigned: bool) -> None:
+        if not self.later:
+            self._settle(load_E[None], assigned)
+            return
+        self._loads[assigned].append(load_E)
+        self._step.append(load_E)
+        if len(self._loads[False]) + len(self._loads[True]) >= _KEPT:
+            self.settle()
+
+    def _settle(self, load_PE: Tensor, assigned: bool) -> None:
+        self.load_E.add_(load_PE.sum(0))
+        max_vio = max_violation(load_PE).sum()  # 0 of a pass that is all masked
+        self.sums["max_vio"].add_(max_vio)
+        if assigned:
+            self.sums["max_vio_assigned"].add_(max_vio)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Bring the vector up to date."""
+        for name, value in self._host.items():
+            self.sums[name].add_(value)
+        for assigned, loads in self._loads.items():
+            if loads:
+                self._settle(torch.stack(loads), assigned)
+                loads.clear()
+        self._host.clear()
+        self._step = self._step and [torch.stack(self._step).sum(0)]
+
+    def all_N(self) -> Tensor:
+        """The vector, up to date."""
+        self.settle()
+        return self._all_N
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.settle()
+        self._all_N.zero_()
+        self._step, self.planned = [], False
+        if not self.later:
+            self._seen_E.zero_()
+
+    def end_step(self) -> Tensor:
+        """(E,) the load since the last call, or since the counts began anew."""
+        if not self.later:
+            load_E, self._seen_E = self.load_E - self._seen_E.to(self.load_E.device), self.load_E.clone()
+            return load_E
+        if not self._step:
+            return torch.zeros(self.num_experts, dtype=torch.int64, device=self.load_E.device)
+        load_E = self._step[0] if len(self._step) == 1 else torch.stack(self._step).sum(0)
+        self._step = []
+        return load_E
 
 
 class Watch:
@@ -87,7 +158,7 @@ class Watch:
     def __init__(self, router: Router, tier: Tier, device: torch.device) -> None:
         self.num_experts, self.detailed, self.paused = router.num_experts, tier == "detailed", False
         names = _SUMS + (_DETAILED_SUMS if self.detailed else ())
-        self.counts = {mode: Counts(router.num_experts, names, device) for mode in get_args(Mode)}
+        self.counts = {mode: Counts(router.num_experts, names, device, mode == "train") for mode in get_args(Mode)}
         self.skip_sent(router)
 
     def __call__(self, router: Router, args: tuple[Any, ...], kwargs: dict[str, Any], routes: Routes) -> None:
@@ -121,6 +192,7 @@ class Watch:
     def _note_training(self, router: Router, logits_TE: Tensor, token_mask: Tensor | None, routes: Routes) -> None:
         if not recomputing():
             self._note(self.counts["train"], router, logits_TE, token_mask, routes)
+            self.counts["train"].planned |= routes.branch == "sinkhorn"
 
     @uncached  # a repetition does nothing of this
     @torch.no_grad()
@@ -134,28 +206,25 @@ class Watch:
         sums = counts.sums
         tokens: int | Tensor = len(logits_TE) if token_mask is None else token_mask.sum()
         busy = 1 if isinstance(tokens, int) else tokens > 0
-        max_vio = max_violation(routes.load)  # 0 if all is masked, like all else that is added
         width = routes.experts.shape[1]
-        counts.load_E.add_(routes.load)
-        sums["tokens"].add_(tokens)
-        sums["passes"].add_(busy)
-        sums["places"].add_(tokens * min(width, router.top_k))
-        sums["max_vio"].add_(max_vio)
+        counts.add_load(routes.load, routes.branch != "softmax")
+        counts.add("tokens", tokens)
+        counts.add("passes", busy)
+        counts.add("places", tokens * min(width, router.top_k))
         if width > router.top_k:
             chosen_TK = torch.ones_like(routes.experts) if routes.chosen is None else routes.chosen
             sums["excess"].add_((chosen_TK.sum(-1) - router.top_k).clamp(min=0).sum())
         if routes.aux_loss is not None:
-            sums["losses"].add_(busy)
+            counts.add("losses", busy)
             sums["aux_loss"].add_(routes.aux_loss)
-        sums[routes.branch if routes.branch in _BRANCHES else "other"].add_(busy)
+        counts.add(routes.branch if routes.branch in _BRANCHES else "other", busy)
         if routes.branch != "softmax":
-            sums["assigned_tokens"].add_(tokens)
-            sums["max_vio_assigned"].add_(max_vio)
+            counts.add("assigned_tokens", tokens)
         if routes.plan_error is not None and routes.plan_passes is not None:
             error = routes.plan_error * busy
-            sums["plans"].add_(busy)
+            counts.add("plans", busy)
             sums["plan_error"].add_(error)
-            sums["plan_passes"].add_(routes.plan_passes * busy)
+            counts.add("plan_passes", routes.plan_passes * busy)
             counts.plan_error_max.copy_(torch.maximum(counts.plan_error_max, error))
         if self.detailed:
             self._note_logits(sums, router, logits_TE, token_mask, routes)

@@ -22,8 +22,7 @@ class WholeSteps:
 
     Attributes:
         number: steps that have ended.
-        max_vio_L: their MaxVio, summed over them, on the first layer's device.
-        sinkhorn: steps in which some layer's pass was by the Sinkhorn branch, on this rank.
+        sinkhorn: those of them in which some layer's pass was by the Sinkhorn branch, on this rank.
     """
 
     def __init__(self, counts: Sequence[Counts]) -> None:
@@ -31,39 +30,31 @@ class WholeSteps:
         self.begin()
 
     def begin(self) -> None:
-        """Begin anew, with what is counted from now on."""
-        with torch.inference_mode(False):
-            self._seen = [each.all_N.clone() for each in self.counts]
-            self.number = 0
-            self.max_vio_L = torch.zeros(len(self.counts), dtype=torch.float64, device=self._seen[0].device)
-            self.sinkhorn = torch.zeros((), dtype=torch.int64, device=self._seen[0].device)
+        """Begin anew."""
+        self.number, self.sinkhorn = 0, 0
+        self._max_vio_L: Tensor | float = 0.0
 
     def max_vio(self) -> list[float | None]:
         """MaxVio of each layer, mean over the steps; None without one."""
-        if not self.number:
+        if not isinstance(self._max_vio_L, Tensor):
             return [None] * len(self.counts)
-        mean: list[float | None] = (self.max_vio_L / self.number).tolist()
+        mean: list[float | None] = (self._max_vio_L / self.number).tolist()
         return mean
 
     @torch.no_grad()
     def end(self, ranks: Ranks) -> list[Tensor]:
         """Close a step; (E,) int64 of each layer: the load of the passes since the last one, summed over the ranks."""
-        device = self.max_vio_L.device
-        passed = [
-            (each.all_N - seen.to(each.all_N.device)).to(device)
-            for each, seen in zip(self.counts, self._seen, strict=True)
-        ]
-        self._seen = [each.all_N.clone() for each in self.counts]
-        sizes = [each.num_experts for each in self.counts]
+        loads = [each.end_step() for each in self.counts]
+        sizes, device = [len(load_E) for load_E in loads], loads[0].device
         ranks.require_alike(sizes, device, "the ranks of process_group must watch the same layers")
-        load = ranks.sum(torch.cat([part_N[:experts] for part_N, experts in zip(passed, sizes, strict=True)]))
+        loads = list(ranks.sum(torch.cat([load_E.to(device) for load_E in loads])).long().split(sizes))
         if len(set(sizes)) == 1:
-            violation_L = max_violation(load.view(len(sizes), -1))
+            violation_L = max_violation(torch.stack(loads))
         else:
-            violation_L = torch.stack([max_violation(load_E) for load_E in load.split(sizes)])
+            violation_L = torch.stack([max_violation(load_E) for load_E in loads])
+        self._max_vio_L = violation_L + self._max_vio_L
         self.number += 1
-        self.max_vio_L += violation_L
-        at = self.counts[0].names.index("sinkhorn")
-        planned = torch.stack([part_N[experts + at] for part_N, experts in zip(passed, sizes, strict=True)])
-        self.sinkhorn += planned.any()
-        return list(load.long().split(sizes))
+        self.sinkhorn += any(each.planned for each in self.counts)
+        for each in self.counts:
+            each.planned = False
+        return loads
