@@ -12,7 +12,6 @@ is what the benchmark calls a difference where there is none.
 from __future__ import annotations
 
 import json
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 import sinkroute
+from sinkroute.lab.bench.timing import alternate
 from sinkroute.lab.files import write_json
 from sinkroute.lab.machine import machine
 
@@ -117,27 +117,20 @@ def measure(config: Any, benchmark: Benchmark) -> tuple[dict[str, list[float]], 
     for step in steppers.values():
         for _ in range(2):
             step()
-    order = random.Random(0)
-    ratios: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    unpatched: list[float] = []
-    for _ in track(range(benchmark.repeats), "repeats"):
-        paired: dict[str, list[float]] = {name: [] for name in VARIANTS}
-        for _ in range(benchmark.pairs):
-            seconds = {}
-            for name in order.sample(list(VARIANTS), len(VARIANTS)):
-                begin = time.perf_counter()
-                steppers[name]()
-                seconds[name] = time.perf_counter() - begin
-            unpatched.append(seconds["unpatched"])
-            for name, value in seconds.items():
-                paired[name].append(value / seconds["unpatched"])
-        for name, values in paired.items():
-            ratios[name].append(statistics.median(values))
+
+    def timed(name: str) -> float:
+        begin = time.perf_counter()
+        steppers[name]()
+        return time.perf_counter() - begin
+
+    repeats = track(range(benchmark.repeats), "repeats")
+    found = alternate([list(VARIANTS)] * benchmark.pairs, "unpatched", timed, repeats=repeats)
+    ratios = found.ratios
     for name, (share, between, sinkhorn) in MIXED.items():
         ratios[name] = [
             (1 - share) * one + share * other for one, other in zip(ratios[between], ratios[sinkhorn], strict=True)
         ]
-    return ratios, 1e3 * statistics.median(unpatched)
+    return ratios, found.milliseconds
 
 
 def main() -> None:

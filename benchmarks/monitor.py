@@ -14,7 +14,6 @@ whole steps (on a GPU that is the host's part), and so is the reading of the num
 from __future__ import annotations
 
 import json
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from rich.table import Table
 from torch import nn
 
 from sinkroute import LoadMonitor, Router, set_step
+from sinkroute.lab.bench.timing import alternate
 from sinkroute.lab.config import Config, ModelConfig, RouterConfig
 from sinkroute.lab.files import write_json
 from sinkroute.lab.machine import machine
@@ -108,26 +108,18 @@ def measure(benchmark: Benchmark, router: RouterConfig) -> dict[str, Any]:
         monitor.remove()
     kinds: dict[str, Callable[[], Any]] = {NOTHING: nullcontext, AGAIN: nullcontext}
     kinds |= {tier: monitor.attach for tier, monitor in monitors.items()}
-    order = random.Random(0)
-    ratios: dict[str, list[float]] = {kind: [] for kind in kinds if kind != NOTHING}
-    plain = []
     for _ in range(3):
         step()
-    for _ in track(range(benchmark.repeats), f"p = {router.options['probability']:g}"):
-        paired: dict[str, list[float]] = {kind: [] for kind in ratios}
-        for _ in range(benchmark.pairs):
-            seconds = {}
-            for kind in order.sample(list(kinds), len(kinds)):
-                with kinds[kind]():
-                    begin = clock()
-                    step()
-                    seconds[kind] = clock() - begin
-            plain.append(seconds[NOTHING])
-            for kind, values in paired.items():
-                values.append(seconds[kind] / seconds[NOTHING])
-        for kind, values in paired.items():
-            ratios[kind].append(statistics.median(values))
-    step_ms = 1e3 * statistics.median(plain)
+
+    def timed(kind: str) -> float:
+        with kinds[kind]():
+            begin = clock()
+            step()
+            return clock() - begin
+
+    repeats = track(range(benchmark.repeats), f"p = {router.options['probability']:g}")
+    _, step_ms, ratios = alternate([list(kinds)] * benchmark.pairs, NOTHING, timed, repeats=repeats)
+    del ratios[NOTHING]
     hooks_ms = {tier: hooks_in_steps(model, monitor, step) for tier, monitor in monitors.items()}
     return {
         "step_ms": step_ms,

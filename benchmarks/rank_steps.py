@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import statistics
 import tempfile
 import time
@@ -33,6 +32,7 @@ from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 
 import sinkroute
+from sinkroute.lab.bench.timing import alternate
 from sinkroute.lab.config import ModelConfig, RouterConfig
 from sinkroute.lab.files import write_json
 from sinkroute.lab.machine import machine
@@ -118,26 +118,19 @@ def measure(benchmark: Benchmark) -> dict[str, Any]:
     for step in steps.values():
         for _ in range(3):  # the first plans, and what ranks ask each other once
             step()
-    order = random.Random(0)
-    ratios: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    vanilla: list[float] = []
     told = dict.fromkeys(VARIANTS, Sent())
-    for _ in range(benchmark.repeats):
-        paired: dict[str, list[float]] = {name: [] for name in VARIANTS}
-        for _ in range(benchmark.pairs):
-            seconds = {}
-            for name in order.sample(list(VARIANTS), len(VARIANTS)):
-                dist.barrier()
-                before, start = sent(), time.perf_counter()
-                steps[name]()
-                dist.barrier()  # a step is over when the last rank has made it
-                seconds[name] = time.perf_counter() - start
-                told[name] += sent() - before
-            vanilla.append(seconds["softmax"])
-            for name, value in seconds.items():
-                paired[name].append(value / seconds["softmax"])
-        for name, values in paired.items():
-            ratios[name].append(statistics.median(values))
+
+    def timed(name: str) -> float:
+        dist.barrier()
+        before, start = sent(), time.perf_counter()
+        steps[name]()
+        dist.barrier()  # a step is over when the last rank has made it
+        seconds = time.perf_counter() - start
+        told[name] += sent() - before
+        return seconds
+
+    repeats = range(benchmark.repeats)
+    _, vanilla_ms, ratios = alternate([list(VARIANTS)] * benchmark.pairs, "softmax", timed, repeats=repeats)
     times = benchmark.repeats * benchmark.pairs
     each = {name: {key: value / times for key, value in of._asdict().items()} for name, of in told.items()}
     parts, mixed = [f"ssr-l, {branch} step" for branch in ("softmax", "Sinkhorn")], f"ssr-l at p = {PROBABILITY:g}"
@@ -149,7 +142,7 @@ def measure(benchmark: Benchmark) -> dict[str, Any]:
     each[mixed] = {
         key: sum(w * each[part][key] for w, part in zip(weights, parts, strict=True)) for key in Sent._fields
     }
-    return {"vanilla_ms": 1e3 * statistics.median(vanilla), "ratios": ratios, "sent": each}
+    return {"vanilla_ms": vanilla_ms, "ratios": ratios, "sent": each}
 
 
 def on_a_rank(rank: int, benchmark: Benchmark, folder: str) -> None:

@@ -12,7 +12,6 @@ weighted mean.
 from __future__ import annotations
 
 import json
-import random
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from sinkroute.lab.bench import stepper
-from sinkroute.lab.bench.timing import seconds_of
+from sinkroute.lab.bench.timing import alternate, seconds_of
 from sinkroute.lab.config import Config, DataConfig, RouterConfig, TrainConfig
 from sinkroute.lab.files import write_json
 from sinkroute.lab.machine import machine
@@ -73,26 +72,19 @@ def measure(benchmark: Benchmark) -> tuple[dict[str, list[float]], float]:
     for step in steppers.values():
         for _ in range(3):
             step()
-    order = random.Random(0)
-    ratios: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    vanilla: list[float] = []
-    for _ in track(range(benchmark.repeats), "repeats"):
-        paired: dict[str, list[float]] = {name: [] for name in VARIANTS}
-        for _ in range(benchmark.pairs):
-            seconds = {}
-            for name in order.sample(list(VARIANTS), len(VARIANTS)):
-                seconds[name] = seconds_of(steppers[name], device)
-            vanilla.append(seconds["softmax"])
-            for name, value in seconds.items():
-                paired[name].append(value / seconds["softmax"])
-        for name, values in paired.items():
-            ratios[name].append(statistics.median(values))
+    found = alternate(
+        [list(VARIANTS)] * benchmark.pairs,
+        "softmax",
+        lambda name: seconds_of(steppers[name], device),
+        repeats=track(range(benchmark.repeats), "repeats"),
+    )
+    ratios = found.ratios
     for method in ("ssr-l", "ssr-s"):
         for p in PROBABILITIES:
             softmax, sinkhorn = ratios[f"{method}, softmax step"], ratios[f"{method}, Sinkhorn step"]
             mixed = [(1 - p) * one + p * other for one, other in zip(softmax, sinkhorn, strict=True)]
             ratios[f"{method} at p = {p:g}"] = mixed
-    return ratios, 1e3 * statistics.median(vanilla)
+    return ratios, found.milliseconds
 
 
 def main() -> None:

@@ -285,7 +285,7 @@ def quality(traces: Mapping[str, Sequence[Trace]], seconds: Mapping[str, float])
 def _curve(name: str, runs: Sequence[Trace], seconds: float) -> tuple[list[float], np.ndarray]:
     """Simulated time and mean loss of each line. A line's loss is a mean over its steps: it is that of their middle."""
     logged = {tuple(line.step for line in trace.lines) for trace in runs}
-    losses = [[line.loss for line in trace.lines] for trace in runs]
-    if len(logged) > 1 or any(None in own for own in losses):
+    losses = [[line.loss for line in trace.lines if line.loss is not None] for trace in runs]
+    if len(logged) > 1 or any(len(own) < len(trace.lines) for own, trace in zip(losses, runs, strict=True)):
         raise ValueError(f"the runs of {name} must have a loss in each line and be logged at the same steps")
     return [(line.step - (line.steps - 1) / 2) * seconds for line in runs[0].lines], np.mean(losses, axis=0)

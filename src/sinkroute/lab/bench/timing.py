@@ -10,12 +10,12 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["Comparison", "compare", "seconds_of"]
+__all__ = ["Comparison", "alternate", "compare", "seconds_of"]
 
 LEAST_TURNS, MOST_TURNS = 3, 60  # of a repeat
 SLOW = 4  # times the baseline's time
@@ -85,19 +85,44 @@ def compare(
     turn, rest = sum(first[name] for name in quick), sum(first.values())
     repeats = min(repeats, max(3, int(seconds / rest)))
     turns = max(LEAST_TURNS, min(MOST_TURNS, 1 + int((seconds / repeats - rest) / turn)))
+
+    def timed(name: str) -> float:
+        pause()
+        return seconds_of(calls[name], device)
+
+    return alternate([list(calls), *[quick] * (turns - 1)], baseline, timed, repeats=range(repeats), seed=seed)
+
+
+def alternate(
+    turns: Sequence[Sequence[str]],
+    baseline: str,
+    seconds: Callable[[str], float],
+    *,
+    repeats: Iterable[object],
+    seed: int = 0,
+) -> Comparison:
+    """Times relative to `baseline` of the same turn, whatever it is that is timed.
+
+    Args:
+        turns: of a repeat: which names take part in each, the baseline always, in an order that is shuffled.
+        baseline: what the others are set against.
+        seconds: makes the call of a name and says how long it took.
+        repeats: a ratio for each: the median over its turns.
+        seed: of the order, which is the same in each process.
+
+    >>> alternate([["a", "b"]] * 3, "a", {"a": 2.0, "b": 3.0}.__getitem__, repeats=range(2))
+    Comparison(turns=3, milliseconds=2000.0, ratios={'a': [1.0, 1.0], 'b': [1.5, 1.5]})
+    """
     order = random.Random(seed)
-    ratios: dict[str, list[float]] = {name: [] for name in calls}
+    ratios: dict[str, list[float]] = {name: [] for names in turns for name in names}
     base: list[float] = []
-    for _ in range(repeats):
-        paired: dict[str, list[float]] = {name: [] for name in calls}
-        for at in range(turns):
-            taken, names = {}, list(calls) if at == 0 else quick
-            for name in order.sample(names, len(names)):
-                pause()
-                taken[name] = seconds_of(calls[name], device)
+    for _ in repeats:
+        paired: dict[str, list[float]] = {name: [] for name in ratios}
+        for names in turns:
+            taken = {name: seconds(name) for name in order.sample(list(names), len(names))}
             base.append(taken[baseline])
             for name, value in taken.items():
                 paired[name].append(value / taken[baseline])
         for name, values in paired.items():
             ratios[name].append(statistics.median(values))
-    return Comparison(turns, 1e3 * statistics.median(base), ratios)
+    return Comparison(len(turns), 1e3 * statistics.median(base), ratios)
