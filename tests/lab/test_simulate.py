@@ -194,6 +194,18 @@ def test_the_command_shows_steps_parts_and_loss_at_equal_time_and_says_what_a_su
         run_simulation(Bench(simulate=(str(tmp_path / "runs"),), machine="h10-node"), Console(file=out))
 
 
+def test_runs_that_are_not_finished_are_left_out_where_some_are(tmp_path: Path) -> None:
+    run_folder(tmp_path / "runs" / "a", "one", [[[2, 2]], [[2, 2]]])
+    half = run_folder(tmp_path / "runs" / "b", "half", [[[2, 2]], [[2, 2]]])
+    lines = (half / "log.jsonl").read_text().splitlines()
+    (half / "log.jsonl").write_text(lines[0] + "\n")
+    out = io.StringIO()
+    bench = Bench(simulate=(str(tmp_path / "runs"),), ranks=(2,), out=str(tmp_path / "sim.json"))
+    run_simulation(bench, Console(file=out, width=120))
+    assert "1 runs that are not finished are left out" in out.getvalue()
+    assert "half" not in out.getvalue()
+
+
 def test_trainings_of_different_experts_are_not_put_beside_each_other(tmp_path: Path) -> None:
     run_folder(tmp_path / "runs" / "a", "two", [[[2, 2]]])
     run_folder(tmp_path / "runs" / "b", "four", [[[2, 2, 2, 2]]])

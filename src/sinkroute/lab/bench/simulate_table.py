@@ -31,7 +31,9 @@ def run_simulation(bench: Bench, console: Console) -> int:
     """
     machine = _machine(bench.machine)
     runs: dict[str, list[Trace]] = {}
-    for trace in read_traces(bench.simulate):
+    read = read_traces(bench.simulate)
+    finished = [trace for trace in read if trace.lines[-1].step >= trace.total_steps]
+    for trace in finished or read:
         runs.setdefault(trace.name, []).append(trace)
     every = [trace for several in runs.values() for trace in several]
     sizes = {(trace.experts, trace.top_k, trace.total_steps) for trace in every}
@@ -52,7 +54,8 @@ def run_simulation(bench: Bench, console: Console) -> int:
     if timed:
         seconds = {name: _mean(times[bench.ranks[-1]][name], "seconds") for name in timed}
         console.print(_quality(timed, seconds, bench.ranks[-1]))
-    for note in _notes(every, machine, bench):
+    left = f"{len(read) - len(every)} runs that are not finished are left out." if len(every) < len(read) else ""
+    for note in [*_notes(every, machine, bench), *([left] if left else [])]:
         console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
     path = Path(bench.out if bench.out != Bench.out else "runs/bench/simulated.json")
     path.parent.mkdir(parents=True, exist_ok=True)
