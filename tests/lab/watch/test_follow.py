@@ -12,7 +12,8 @@ import yaml
 import sinkroute
 from sinkroute.lab.log import RunLog
 from sinkroute.lab.watch.chart import BUCKETS, chart
-from sinkroute.lab.watch.follow import Followed, Follower, Lines
+from sinkroute.lab.watch.follow import DEAD, Followed, Follower, Lines
+from sinkroute.routing import metrics
 
 from .logs import make_run, train_line
 
@@ -59,6 +60,10 @@ def test_a_file_that_is_deleted_makes_void_what_it_held(tmp_path):
 
 
 # -- a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_dead_is_what_it_is_elsewhere():
+    assert DEAD == metrics.DEAD
 
 
 def test_a_line_tells_loss_balance_load_plans_and_speed(tmp_path):
@@ -161,6 +166,18 @@ def test_the_watch_is_over_when_all_runs_that_were_named_have_finished(tmp_path)
         assert not follower.over
         (folder / "result.json").write_text('{"valid": {"bytes": 9, "bits_per_byte": 2.5}}')
         follower.poll()
+    assert follower.over
+
+
+def test_of_a_comparison_the_runs_that_are_still_to_come_are_counted(tmp_path):
+    (tmp_path / "compare.json").write_text('{"cells": {"a": {}, "b": {}}}')
+    follower = Follower([tmp_path])
+    for name, left in (("a", 1), ("b", 0)):
+        assert not follower.over
+        make_run(tmp_path / name, lines=[train_line(1)])
+        (tmp_path / name / "result.json").write_text('{"valid": {"bytes": 9, "bits_per_byte": 2.5}}')
+        follower.poll(every=0)
+        assert follower.to_come == {tmp_path: left}
     assert follower.over
 
 

@@ -1,5 +1,5 @@
 """Follow training while it runs: `sinkroute watch RUN...`.
 
 `follow` reads what runs write, a few lines at a time; `terminal` draws it for a person, or prints a line for each new
-one; `serve` shows it as a page on this machine's loopback address. Without torch: it starts at once.
+one, and needs no torch; `serve` shows it as a page on this machine's loopback address, with curves of `chart`.
 """

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 __all__ = ["Chart", "chart"]
 
-WIDTH, HEIGHT = 760, 250
-LEFT, RIGHT, TOP, BOTTOM = 64, 14, 12, 40
+WIDTH, HEIGHT = 760, 210
+LEFT, RIGHT, TOP, BOTTOM = 56, 56, 12, 40
 BUCKETS = 240  # along a curve
 
 

@@ -20,11 +20,12 @@ import yaml
 
 from sinkroute.lab.folders import runs_within
 
-__all__ = ["Followed", "Follower", "Lines", "Point", "duration", "fair_shares"]
+__all__ = ["DEAD", "Followed", "Follower", "Lines", "Point", "duration", "fair_shares"]
 
 QUIET = 60.0  # seconds without a line, and ten times the usual gap between two, after which a run is called silent
 
 
+DEAD = 0.01  # of a fair share: `sinkroute.routing.metrics.DEAD`, without torch
 PLAIN = ("softmax", "plain")  # branches that make no plan
 
 
@@ -247,6 +248,8 @@ class Follower:
             if path.is_file() and path.suffix != ".jsonl":
                 raise ValueError(f"{path} is no log: pass a run's folder, a folder of runs, or a .jsonl file")
         self._looked = 0.0
+        self.to_come: dict[Path, int | None] = {}
+        """Folder of runs → how many more are planned in it; None where nothing says."""
 
     def poll(self, every: float = 2.0) -> list[tuple[Followed, Point]]:
         """Read what is new in all runs; for new runs is looked at most once in so many seconds."""
@@ -262,9 +265,9 @@ class Follower:
 
     @property
     def over(self) -> bool:
-        """Whether nothing can come any more: all that was asked for are runs, and all of them have finished."""
-        alone = all(path in self.runs for path in self.paths)
-        return alone and all(run.state == "finished" for run in self.runs.values())
+        """Whether nothing can come any more: all runs that were named, or planned in a folder, have finished."""
+        begun = all(path in self.runs or self.to_come.get(path) == 0 for path in self.paths)
+        return begun and all(run.state == "finished" for run in self.runs.values())
 
     def _look(self) -> None:
         for path in self.paths:
@@ -276,6 +279,9 @@ class Follower:
                     if not one:
                         name = str(folder.relative_to(path.parent if several else path))
                     self.runs[folder] = Followed(folder, name)
+            if not one:  # what a comparison, or a demo, wrote of its plan
+                planned = _json(path / "compare.json").get("cells") or _json(path / "baselines.json").get("order")
+                self.to_come[path] = sum(path / str(name) not in self.runs for name in planned) if planned else None
 
 
 def _planned(branches: Iterable[Mapping[str, float]]) -> float | None:
@@ -301,7 +307,7 @@ def _point(step: int, line: Mapping[str, Any], load: Mapping[str, Sequence[float
             for name, calls in (counted.items() if isinstance(counted, dict) else ())
             if (number := _number(calls)) is not None
         }
-    dead = sum(share < 0.01 for shares in load.values() for share in fair_shares(shares))
+    dead = sum(share < DEAD for shares in load.values() for share in fair_shares(shares))
     return Point(
         step,
         _number(line.get("loss")),

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from sinkroute.lab.page import render
 from sinkroute.lab.page.heat import heat_svg
-from sinkroute.lab.page.palette import inks
+from sinkroute.lab.page.palette import Ink, inks
 from sinkroute.lab.watch.chart import chart
 from sinkroute.lab.watch.follow import Followed, Follower, fair_shares
 from sinkroute.lab.watch.terminal import COLUMNS, row
@@ -135,13 +135,14 @@ def _shown(follower: Follower) -> dict[str, Any]:
         chart("Plans", _curves(place, "planned")),
     ]
     return {
-        "colours": inks([run.method for run in place]),
+        "colours": _colours([run.method for run in place]),
         "columns": [column.name for column in COLUMNS],
         "rows": [(place.get(run), [str(cell) for cell in row(run)]) for run in follower.runs.values()],
         "charts": [drawn for drawn in charts if drawn is not None],
         "explained": EXPLAINED,
         "heats": [(run.name, _heat(run)) for run in place if run.load],
         "missing": [str(path) for path in follower.missing],
+        "to_come": {str(path): count for path, count in follower.to_come.items() if count},
         "more": len(follower.runs) - len(place),
         "at": f"{datetime.datetime.now():%H:%M:%S}",
     }
@@ -150,6 +151,18 @@ def _shown(follower: Follower) -> dict[str, Any]:
 def _heat(run: Followed) -> Markup:
     rows = [(name, fair_shares(load)) for name, load in run.load.items()]
     return Markup(heat_svg(rows, f"Load of each expert of {run.name}"))
+
+
+def _colours(methods: list[str]) -> list[Ink]:
+    """The inks of the methods; of those with the same one, all but the first get another while there is one.
+
+    >>> len({ink.light for ink in _colours(["softmax"] * DRAWN)})
+    12
+    """
+    taken = inks(methods)
+    known = ("softmax", "load-balance", "z-loss", "sinkhorn", "ssr-l", "ssr-s")
+    free = [ink for ink in inks([*known, *[""] * 6]) if ink not in taken]
+    return [free.pop() if ink in taken[:place] and free else ink for place, ink in enumerate(taken)]
 
 
 def _curves(place: dict[Followed, int], name: str) -> dict[tuple[int, str], list[tuple[int, float]]]:

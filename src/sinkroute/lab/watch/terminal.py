@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from sinkroute.lab.screen import Column, ScreenTable
-from sinkroute.lab.watch.follow import Followed, Follower, Point, duration, fair_shares
+from sinkroute.lab.watch.follow import DEAD, Followed, Follower, Point, duration, fair_shares
 
 __all__ = ["COLUMNS", "bars", "line", "row", "screen", "sparkline", "watch"]
 
@@ -101,6 +101,7 @@ def screen(follower: Follower, width: int, height: int) -> RenderableType:
     """All runs as rows of a table, and below it as many of them in detail as fit, those that move first."""
     runs = sorted(follower.runs.values(), key=lambda run: run.state not in ("running", "silent"))
     below = [f"Nothing to follow yet at {path}: waiting." for path in follower.missing]
+    below += [f"{count} more runs are planned in {path}." for path, count in follower.to_come.items() if count]
     shown = runs[: max(3, height - 6)]
     if len(shown) < len(runs):
         below.append(f"{len(runs) - len(shown)} more runs do not fit on this screen.")
@@ -192,8 +193,8 @@ def bars(load: Sequence[float], width: int, top: float) -> Text:
     for at in range(0, len(shares), several):
         share = max(shares[at : at + several])
         level = LEVELS[min(len(LEVELS) - 1, max(0, math.ceil(share / top * len(LEVELS)) - 1))]
-        style = "red" if share < 0.01 else "dark_orange" if share > 1.5 else "blue" if share < 0.5 else ""
-        text.append(("·" if share < 0.01 else level) * wide, style)
+        style = "red" if share < DEAD else "dark_orange" if share > 1.5 else "blue" if share < 0.5 else ""
+        text.append(("·" if share < DEAD else level) * wide, style)
     return text
 
 
