@@ -21,6 +21,14 @@ def test_no_line_is_wider_than_the_terminal_and_no_word_is_cut(width):
     assert shown.split() == overview(10_000).split()
 
 
+@pytest.mark.parametrize(("width", "out"), [(50, 2), (60, 2), (72, 1)])
+def test_a_narrow_terminal_goes_without_columns_and_names_them(width, out):
+    shown = overview(width)
+    assert max(map(len, shown.splitlines())) <= width
+    assert f"{out} column{'s' * (out > 1)} left out for the width: " in " ".join(shown.split())
+    assert list(rows(width))[: len(ROUTERS)] == sinkroute.list_routers()
+
+
 def test_every_router_has_a_line():
     assert list(rows()) == sinkroute.list_routers()
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import textwrap
 
 from sinkroute.adapters._fit import FRAMEWORKS, frameworks
+from sinkroute.lab.screen import left_out
 from sinkroute.routing import Router
 from sinkroute.routing.registry import ROUTERS, router_options
 
 __all__ = ["overview", "remembers", "serves_as"]
 
 HEAD = ("router", "training", "serving", "served as", "remembers", "in")
+DROPPED = (4, 3)  # columns that a narrow terminal goes without, the first first
 LEGEND = """
 training, serving: whether loads are even there: no; on plans, which are some of the steps; partly; yes; or exact, in
 every micro-batch. That is what a method is for; how even, docs/routing.md has measured.
@@ -27,16 +29,23 @@ def overview(width: int) -> str:
     """A line of short columns for each router, and below it what is longer, folded to the width between words.
 
     Args:
-        width: columns of the terminal; fewer than 80 are taken for 80.
+        width: columns of the terminal; fewer than 50 are taken for 50.
     """
-    width = max(width, 80)
+    width = max(width, 50)
     rows = [HEAD, *(_row(name, kind(8, 2)) for name, kind in ROUTERS.items())]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    shown, wide = list(range(len(HEAD))), sum(widths) + 2 * len(widths) - 2
+    for place in DROPPED:
+        if sum(widths[one] + 2 for one in shown) - 2 > width:
+            shown.remove(place)
+    rows, widths = [tuple(row[one] for one in shown) for row in rows], [widths[one] for one in shown]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     for place, kind in enumerate(ROUTERS.values(), start=1):
         about = (kind.__doc__ or "").partition("\n")[0].rstrip(".")
         lines[place] += "\n" + _folded(f"{about}. Work: {kind.card.work}.", width, indent="    ")
-    return "\n".join([*lines, "", *(_folded(part, width) for part in _sentences())])
+    out = [name for place, name in enumerate(HEAD) if place not in shown]
+    more = [_folded(left_out(out, wide), width)] if out else []
+    return "\n".join([*lines, *more, "", *(_folded(part, width) for part in _sentences())])
 
 
 def _row(name: str, router: Router) -> tuple[str, ...]:

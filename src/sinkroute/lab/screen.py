@@ -16,7 +16,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Column", "ScreenTable"]
+__all__ = ["Column", "ScreenTable", "left_out"]
 
 _FOLDED, _NAME = 14, 32  # columns of the terminal that words keep when they are folded, and a name among them
 _GAP = 2  # between two columns
@@ -96,12 +96,7 @@ class ScreenTable:
         out = [column.name for place, column in enumerate(self.columns) if place not in shown]
         if out:
             wide = sum(self._least(place) + _GAP for place in range(len(self.columns))) - _GAP
-            yield Text(
-                f"{len(out)} column{'s' * (len(out) > 1)} left out for the width: {', '.join(out)}; a terminal "
-                f"{wide} wide (COLUMNS={wide}){' or ' * bool(self.elsewhere)}{self.elsewhere} shows all",
-                style="yellow",
-                overflow="fold",
-            )
+            yield Text(left_out(out, wide, self.elsewhere), style="yellow", overflow="fold")
         if self.below:
             yield Text("\n".join(self.below), style="dim", overflow="fold")
 
@@ -128,3 +123,16 @@ class ScreenTable:
         for cells, end in self.rows:
             table.add_row(*(cells[place] for place in shown), end_section=end)
         return table
+
+
+def left_out(columns: Sequence[str], wide: int, elsewhere: str = "") -> str:
+    """The sentence that names columns for which there is no room; all have it in a terminal so wide.
+
+    >>> left_out(["ms"], 20, "--json")
+    '1 column left out for the width: ms; a terminal 20 wide (COLUMNS=20) or --json shows all'
+    """
+    also = f" or {elsewhere}" if elsewhere else ""
+    return (
+        f"{len(columns)} column{'s' * (len(columns) > 1)} left out for the width: {', '.join(columns)}; "
+        f"a terminal {wide} wide (COLUMNS={wide}){also} shows all"
+    )
