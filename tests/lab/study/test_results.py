@@ -10,7 +10,8 @@ import pytest
 from scipy import stats
 
 from sinkroute.lab.study.cells import Plan
-from sinkroute.lab.study.results import Metric, dig, gather
+from sinkroute.lab.study.metric import Metric, dig
+from sinkroute.lab.study.results import gather
 from sinkroute.lab.study.state import record_failure
 
 from .conftest import SMALL, finish

@@ -86,7 +86,7 @@ def _mixed(found: Results) -> list[str]:
         out.append(f"The runs come from different versions of the code: {', '.join(versions)}.")
     if len(machines := several("cpu", "gpu", "torch")) > 1:
         out.append(f"The runs come from different machines or versions of torch: {', '.join(machines)}.")
-    if not any(metric.timed for metric in found.metrics):
+    if not any(metric.timed for metric in found.metrics) or found.baselines.get("step_times"):
         return out
     loads = several("jobs", "threads")
     if len(loads) > 1 or any(record.get("jobs", 1) != 1 for record in done):

@@ -91,7 +91,8 @@ def _render(found: Results) -> str:
 
     colours, sizes = inks(found.routers), list(enumerate(found.sizes))
     forests: dict[str, list[tuple[str, Markup]]] = {}
-    for place, metric in enumerate(found.metrics[: 1 + _FORESTS]):
+    compared = [metric for metric in found.metrics if metric.ranked]  # times of runs are not
+    for place, metric in enumerate(compared[: 1 + _FORESTS]):
         for number, size in sizes:
             if svg := drawn.forest_figure(found, size, metric, colours, f"forest-{number}-{place}"):
                 forests.setdefault(metric.title, []).append((size, Markup(svg)))
@@ -210,7 +211,7 @@ def _facts(found: Results) -> list[tuple[str, str, str]]:
     several = f"{len(seeds)} seeds each" if len(seeds) > 1 else f"seed {seeds[0]}"
     facts = [(str(len(found.methods)), f"routing method{'s' * (len(found.methods) > 1)}", several)]
     if len(found.sizes) > 1:
-        facts.append((str(len(found.sizes)), "headings, each with its table", ""))
+        facts.append((str(len(found.sizes)), "headings" if found.plan is None else "sizes", "a table each"))
     facts.append((f"{len(done)} of {len(runs)}", "runs are done", ""))
     if total := _one(done, "parameters.total", results=True):
         active = _one(done, "parameters.active", results=True)
@@ -245,7 +246,7 @@ def _provenance(found: Results) -> list[tuple[str, str]]:
     corpus, machine = (found.baselines.get(name) or {} for name in ("corpus", "machine"))
     begun = [run for run in found.runs if run.state.kind != "waiting"]
     records: list[Mapping[str, Any]] = [{**run.record, **(dig(run.result, "machine") or {})} for run in begun]
-    records = [record for record in (*records, machine) if record]
+    records = [record for record in records if record] or [machine]
     data = [str(corpus[key]) for key in ("name", "source") if corpus.get(key)]
     data += [f"{corpus[key]:,} {key} bytes" for key in ("train", "valid", "test") if isinstance(corpus.get(key), int)]
     data += [f"sha256 {str(corpus['sha256'])[:12]}"] if corpus.get("sha256") else []

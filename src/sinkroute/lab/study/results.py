@@ -17,70 +17,21 @@ import pandas as pd
 from sinkroute.lab.machine import machine
 from sinkroute.lab.study.arrange import arrange, read_baselines
 from sinkroute.lab.study.cells import Plan
+from sinkroute.lab.study.comparison import (
+    BILLION,
+    Entry,
+    Mode,
+    SizeTrend,
+    compare_metric,
+    compare_modes,
+    trends_over_size,
+)  # fmt: skip
 from sinkroute.lab.study.metric import Metric, Quality, dig, number_at
 from sinkroute.lab.study.notes import notes_of
 from sinkroute.lab.study.runs import Group, Run, common_metric, group_runs, planned_runs
-from sinkroute.lab.study.statistics import LEVEL, Estimate, Paired, Trend, holm, paired, trend, verdict
+from sinkroute.lab.study.statistics import LEVEL
 
-__all__ = [
-    "BILLION", "Against", "Entry", "Metric", "Mode", "Results", "SizeTrend", "compare_runs", "dig", "gather",
-]  # fmt: skip
-
-BILLION = 1e9
-"""Active parameters for which the trend over sizes is asked."""
-
-
-@dataclass(frozen=True)
-class Against:
-    """An entry against the reference; both corrected p by Holm over all methods and sizes of the metric."""
-
-    paired: Paired
-    p_corrected: float | None
-    verdict: str
-    p_equivalent: float | None = None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One metric of one method at one size: its value by seed, the seeds that are done, and what follows."""
-
-    size: str
-    method: str
-    metric: Metric
-    values: Mapping[int, float]
-    estimate: Estimate | None
-    against: Against | None = None
-
-
-@dataclass(frozen=True)
-class Mode:
-    """A method served otherwise than by plain top-k, against the same runs served plainly, in the headline metric.
-
-    `value` is the quality of the mode, `max_vio` its MaxVio over the split; `p_corrected` is by Holm over all methods,
-    sizes and modes.
-    """
-
-    size: str
-    method: str
-    mode: str
-    value: Estimate
-    max_vio: Estimate | None
-    against: Against
-
-
-@dataclass(frozen=True)
-class SizeTrend:
-    """How a method's paired gain in the headline metric changes with size.
-
-    Attributes:
-        method: which.
-        points: (active parameters, seed, gain); positive gains are better than the reference.
-        line: over log2 of the active parameters.
-    """
-
-    method: str
-    points: tuple[tuple[int, int, float], ...]
-    line: Trend
+__all__ = ["Results", "compare_runs", "gather"]
 
 
 @dataclass(frozen=True)
@@ -163,9 +114,13 @@ class Results:
         begun = [run for run in self.runs if run.size == size and run.state.kind != "waiting"]
         return group_runs(begun, self.methods)
 
+    def runs_of(self, size: str, method: str) -> list[Run]:
+        """The runs of a method at a size, of all seeds."""
+        return [run for run in self.runs if (run.size, run.label) == (size, method)]
+
     def counts(self, size: str, method: str) -> tuple[int, int]:
         """Runs that are done, and runs that are planned."""
-        runs = [run for run in self.runs if (run.size, run.label) == (size, method)]
+        runs = self.runs_of(size, method)
         return sum(run.finished for run in runs), len(runs)
 
     def parameters(self, size: str, kind: str = "active") -> int | None:
@@ -173,6 +128,10 @@ class Results:
         runs = [run for run in self.runs if run.size == size and run.finished]
         runs.sort(key=lambda run: run.label != self.reference)
         return dig(runs[0].result, f"parameters.{kind}") if runs else None
+
+    def has_row(self, size: str, method: str) -> bool:
+        """Whether tables show it; of a plan, what is not begun is only counted."""
+        return any(run.finished or run.state.kind == "failed" or not self.plan for run in self.runs_of(size, method))
 
     def json(self) -> dict[str, Any]:
         """Everything, as `results.json` holds it."""
@@ -244,13 +203,13 @@ def _results(
     pairs = [(size, method) for size in sizes for method in methods]
     entries: dict[tuple[str, str, str], Entry] = {}
     for metric in metrics:
-        own = frame[frame.metric == metric.key]
-        entries |= _compare(own, metric, pairs, reference, _margin(plan, metric) if metric is metrics[0] else None)
+        margin = _margin(plan, metric) if metric is metrics[0] else None
+        entries |= compare_metric(frame[frame.metric == metric.key], metric, pairs, reference, margin)
     # In the order of sizes and methods, as before there was a frame: `results.json` is read by people too.
     entries = {key: entries[key] for size, method in pairs for key in ((size, method, each.key) for each in metrics)}
     tests = [entries[size, method, metrics[0].key].against for size, method in pairs]
     family = sum(each is not None and each.p_corrected is not None for each in tests)
-    modes, trends = _modes(runs, metrics[0]), _trends(runs, entries, reference, metrics[0])
+    modes, trends = compare_modes(runs, metrics[0]), trends_over_size(runs, entries, reference, metrics[0])
     found = Results(
         title, question, tuple(runs), reference, metrics, frame, entries, family, modes, trends, baselines, plan
     )
@@ -263,43 +222,6 @@ def _margin(plan: Plan | None, metric: Metric) -> float | None:
         return None if plan is None else plan.study.equivalence
     primary = plan.study.primary
     return primary.equivalence if primary.metric in ("", metric.key) else None
-
-
-def _compare(
-    frame: pd.DataFrame, metric: Metric, pairs: Sequence[tuple[str, str]], reference: str, margin: float | None
-) -> dict[tuple[str, str, str], Entry]:
-    """One metric's entries, paired with the reference of their size by seed and corrected for their number."""
-    wide = frame.pivot(index=["size", "method"], columns="seed", values="value")
-    out, tests = {}, {}
-    for size, method in pairs:
-        values = wide.loc[size, method].dropna() if (size, method) in wide.index else pd.Series(dtype=float)
-        own = {int(seed): float(value) for seed, value in values.items()}
-        estimate = Estimate.of(list(own.values())) if own else None
-        out[size, method, metric.key] = Entry(size, method, metric, own, estimate)
-        if method != reference and (size, reference) in wide.index:
-            apart = (values - wide.loc[size, reference]).dropna()
-            if len(apart):
-                tests[size, method, metric.key] = paired(apart.tolist(), margin)
-    for key, against in _corrected(tests, metric).items():
-        out[key] = replace(out[key], against=against)
-    return out
-
-
-def _corrected(tests: Mapping[Any, Paired], metric: Metric) -> dict[Any, Against]:
-    """The tests of one family, with p-values corrected for their number, and what they say."""
-
-    def correct(name: str) -> dict[Any, float]:
-        told = {key: p for key, test in tests.items() if (p := getattr(test, name)) is not None}
-        return dict(zip(told, holm(list(told.values())), strict=True))
-
-    differ, equal = correct("p"), correct("p_equivalent")
-    out = {}
-    for key, test in tests.items():
-        words = verdict(test.difference.mean, differ.get(key), metric.lower_is_better)
-        if words == "not distinguishable" and equal.get(key, 1.0) < LEVEL:
-            words = "equivalent"
-        out[key] = Against(test, differ.get(key), words, equal.get(key))
-    return out
 
 
 def _default_metrics(runs: Sequence[Run]) -> list[str]:
@@ -315,47 +237,6 @@ def _default_metrics(runs: Sequence[Run]) -> list[str]:
     if any(dig(run.config, "data.switch_to") is not None for run in runs):
         out += ["switch.steps_to_balance", "switch.loss"]
     return [*out, "serving.max_vio", "train.max_vio", "train.ms_per_step"]
-
-
-def _modes(runs: Sequence[Run], metric: Metric) -> tuple[Mode, ...]:
-    """Other ways of serving, paired with the plain one of the very same trained models."""
-    rows = [
-        (run.size, run.label, mode, value, value - plain, number_at(found, "serving.max_vio"))
-        for run in runs
-        for mode, found in ((run.result or {}).get("inference") or {}).items()
-        if (value := number_at(found, metric.key)) is not None
-        and (plain := number_at(run.result, metric.key)) is not None
-        and math.isfinite(value - plain)
-    ]
-    frame = pd.DataFrame(rows, columns=["size", "method", "mode", "value", "apart", "max_vio"])
-    of = dict(iter(frame.groupby(["size", "method", "mode"], sort=False)))
-    told = _corrected({key: paired(each["apart"].tolist()) for key, each in of.items()}, metric)
-    out = []
-    for (size, method, mode), each in of.items():
-        loads, served = each["max_vio"].dropna().tolist(), Estimate.of(each["value"].tolist())
-        out.append(Mode(size, method, mode, served, Estimate.of(loads) if loads else None, told[size, method, mode]))
-    return tuple(out)
-
-
-def _trends(
-    runs: Sequence[Run], entries: Mapping[tuple[str, str, str], Entry], reference: str, metric: Metric
-) -> tuple[SizeTrend, ...]:
-    active = {(run.size, run.label): int(count) for run in runs if (count := run.value("parameters", "active"))}
-    points: dict[str, list[tuple[int, int, float]]] = {}
-    for (size, method, key), entry in entries.items():
-        if key != metric.key or entry.against is None or (size, method) not in active:
-            continue
-        other, sign = entries[size, reference, key].values, 1 if metric.lower_is_better else -1
-        points.setdefault(method, []).extend(
-            (active[size, method], seed, sign * (other[seed] - value))
-            for seed, value in entry.values.items()
-            if seed in other
-        )
-    lines = {
-        method: trend([math.log2(count) for count, _, _ in own], [gain for _, _, gain in own])
-        for method, own in points.items()
-    }
-    return tuple(SizeTrend(method, tuple(points[method]), line) for method, line in lines.items() if line is not None)
 
 
 def _cell(found: Results, run: Run) -> dict[str, Any]:

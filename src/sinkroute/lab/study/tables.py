@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.text import Text
 
 from sinkroute.lab.study.arrange import describe
+from sinkroute.lab.study.comparison import BILLION, Against, Entry
 from sinkroute.lab.study.metric import METRICS, Metric, capital
-from sinkroute.lab.study.results import BILLION, Against, Entry, Results
+from sinkroute.lab.study.results import Results
 from sinkroute.lab.study.statistics import Estimate
 from sinkroute.lab.study.table import Cell, Column, Row, Table, mark_best, plain
 
@@ -44,7 +45,7 @@ def size_tables(found: Results) -> list[tuple[str, Table]]:
 
 
 def _size_table(found: Results, size: str) -> Table | None:
-    methods = [method for method in found.methods if _begun(found, size, method)]
+    methods = [method for method in found.methods if found.has_row(size, method)]
     if not methods:
         return None
     head = found.headline
@@ -71,11 +72,11 @@ def _size_table(found: Results, size: str) -> Table | None:
     if times := _times(found):
         words = f"A training step, timed in turn with the other methods', relative to {times['baseline']}; median."
         columns.append(Column("ratio", "time of\na step", words, True, 3))
-    rows = [_row(found, size, method, columns) for method in methods]
+    rows = mark_best(columns, [_row(found, size, method, columns) for method in methods])
     for name, bits in describe(found.baselines):
         cells = [Cell(f"{bits:.3f}", bits) if column.key == "headline" else Cell(_NOTHING) for column in columns]
         rows.append(Row(name, "baseline", tuple(cells)))
-    return Table(tuple(columns), tuple(mark_best(columns, rows)))
+    return Table(tuple(columns), tuple(rows))
 
 
 _TESTS = [
@@ -176,7 +177,7 @@ def sentences(found: Results) -> list[str]:
 
 def _said(found: Results, size: str) -> list[str]:
     head = found.headline
-    entries = [found.entries[size, method, head.key] for method in found.methods if _begun(found, size, method)]
+    entries = [found.entries[size, method, head.key] for method in found.methods if found.has_row(size, method)]
     means = {entry.method: entry.estimate.mean for entry in entries if entry.estimate is not None}
     if not means:
         if any(found.counts(size, entry.method)[0] for entry in entries):
@@ -238,7 +239,7 @@ def _row(found: Results, size: str, method: str, columns: Sequence[Column]) -> R
             value = statistics.median(ratios)
             first = f"{times['milliseconds']:.0f} ms"
             cells["ratio"] = Cell(first if method == times["baseline"] else f"{value:.2f}×", value)
-    runs = [run for run in found.runs if (run.size, run.label) == (size, method)]
+    runs = found.runs_of(size, method)
     failed = sum(run.state.kind == "failed" for run in runs)
     tags = [f"{failed} failed"] if failed else []
     tags += [
@@ -264,7 +265,7 @@ def _tests(against: Against, digits: int, metric: Metric) -> dict[str, Cell]:
 
 def _metric_cell(found: Results, entry: Entry) -> Cell:
     cell = _estimate(entry.estimate, entry.metric.digits)
-    runs = [run for run in found.runs if (run.size, run.label) == (entry.size, entry.method) and run.finished]
+    runs = [run for run in found.runs_of(entry.size, entry.method) if run.finished]
     last = entry.metric.key.rpartition(".")[2]
     if last == "dead" and runs and (experts := runs[0].value("serving", "experts")):
         return replace(cell, text=f"{cell.text} (of {experts:.0f})") if entry.estimate else cell
@@ -289,34 +290,19 @@ def _times(found: Results) -> Mapping[str, Any]:
     return times if isinstance(times, Mapping) else {}
 
 
-def _begun(found: Results, size: str, method: str) -> bool:
-    """Whether it has a row; what is not begun is counted in the notes."""
-    runs = [run for run in found.runs if (run.size, run.label) == (size, method)]
-    return any(run.finished or run.state.kind == "failed" or found.plan is None for run in runs)
-
-
 def _help(found: Results, metric: Metric) -> str:
-    """What a column means; of an attack with its options."""
+    """What a column means; of an attack with its options, which are what its entry has beside a clean one's numbers."""
     where, _, last = metric.key.rpartition(".")
-    if last not in METRICS or where not in ("valid", *(f"attacked.{name}" for name in _attacks(found))):
+    if last not in METRICS or not where.startswith(("valid", "attacked.")):
         return metric.about
-    quality = METRICS[last]
+    quality, attack = METRICS[last], where.removeprefix("attacked.")
     if where == "valid":
         return f"{capital(quality.name)} over every validation {quality.item}."
-    attack = where.removeprefix("attacked.")
-    what = "images" if quality.item == "image" else "text"
-    kind = attack.partition("@")[0]  # "fgsm@2" is an "fgsm" under another name
-    return f"{capital(quality.name)} on {what} under the {kind} attack{_how(_attacks(found)[attack])}."
-
-
-def _attacks(found: Results) -> dict[str, dict[str, Any]]:
-    """The attacks of all finished runs with their options: what an entry has beside the numbers of a clean one."""
-    out: dict[str, dict[str, Any]] = {}
-    for run in found.runs:
-        for name, entry in ((run.result or {}).get("attacked") or {}).items():
-            clean = (run.result or {}).get("valid") or {}
-            out[name] = out.get(name) or {key: value for key, value in entry.items() if key not in clean}
-    return out
+    results = [run.result for run in found.runs if run.result and attack in (run.result.get("attacked") or {})]
+    entry, clean = (results[0]["attacked"][attack], results[0].get("valid") or {}) if results else ({}, {})
+    options = {key: value for key, value in entry.items() if key not in clean}
+    what, kind = "images" if quality.item == "image" else "text", attack.partition("@")[0]  # fgsm@2 is a kind of fgsm
+    return f"{capital(quality.name)} on {what} under the {kind} attack{_how(options)}."
 
 
 def _how(options: Mapping[str, Any]) -> str:

@@ -15,8 +15,10 @@ from matplotlib.ticker import EngFormatter, NullLocator
 from sinkroute.lab.page.drawing import WIDTH, Theme, heading, inline, page_theme, settings, short, style
 from sinkroute.lab.page.palette import Ink
 from sinkroute.lab.study.cells import short_value
+from sinkroute.lab.study.comparison import BILLION, Entry, SizeTrend
 from sinkroute.lab.study.figures.marks import fit, interval, muted, round_ticks, rows
-from sinkroute.lab.study.results import BILLION, Entry, Metric, Results, SizeTrend
+from sinkroute.lab.study.metric import Metric
+from sinkroute.lab.study.results import Results
 
 __all__ = ["Grid", "forest_figure", "grid_figure", "grids", "size_figure"]
 
