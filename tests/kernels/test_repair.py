@@ -20,7 +20,7 @@ search.PASSES = 1
 
 
 def _run(code, tmp_path):
-    compiler = f"{shlex.join(native.build._compiler())} -DWORK=64"
+    compiler = f"{shlex.join(native.build.compiler())} -DWORK=64"
     environment = os.environ | {
         "CC": compiler,
         "XDG_CACHE_HOME": str(tmp_path),
