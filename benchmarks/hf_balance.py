@@ -38,10 +38,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import sinkroute
-from sinkroute.lab.bar import Bar
 from sinkroute.lab.data import Windows, load_corpus
 from sinkroute.lab.files import write_json
 from sinkroute.lab.machine import machine
+from sinkroute.lab.progress import Bar
 from sinkroute.lab.study.statistics import Estimate
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -73,8 +73,8 @@ def pin(threads: int) -> None:
 def run(benchmark: Benchmark) -> None:
     from rich.console import Console
 
-    from sinkroute.lab.bar import Bar
     from sinkroute.lab.files import write_json
+    from sinkroute.lab.progress import Bar
     from sinkroute.transport import list_solvers
 
     from .faults import measure_faults, show_faults

@@ -329,6 +329,16 @@ def test_what_does_not_change_the_model_may_change_between_calls(corpus: Corpus,
     assert read_yaml(Config, tmp_path / "config.yaml") == settings
 
 
+def test_a_tracker_that_is_missing_stops_the_run_before_it_trains(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Accelerate would say so in its debug log, and train.
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
+    with pytest.raises(ValueError, match=r"train\.trackers has 'wandb'.* missing: pip install wandb .*leave it out"):
+        run(config(trackers=["wandb"]), corpus, tmp_path)
+    assert not (tmp_path / "log.jsonl").exists()
+
+
 def test_a_gradient_that_is_not_finite_is_never_saved(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,9 +50,9 @@ def run(arguments: list[str], console: Console) -> int:
     config = Config(**{name: value for name, value in vars(command).items() if name not in ("out", "fresh")})
     folder = Path(command.out or Path("runs") / path.stem)
 
-    from sinkroute.lab.display import Display
     from sinkroute.lab.interrupt import Interrupted, stop_on_signal
     from sinkroute.lab.peers import join
+    from sinkroute.lab.progress import Display
     from sinkroute.lab.run import execute
     from sinkroute.lab.tasks import load_data
 

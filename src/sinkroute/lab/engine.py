@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -25,8 +26,14 @@ def make_accelerator(settings: TrainConfig, folder: Path) -> Accelerator:
 
     Raises:
         ValueError: `accelerate launch` was asked for an engine that the lab does not train with, or that cannot be had
-            here; a batch that the processes cannot share.
+            here; a tracker whose package is missing; a batch that the processes cannot share.
     """
+    for tracker in settings.trackers:  # Accelerate would train without it, in silence
+        if importlib.util.find_spec(tracker) is None:
+            raise ValueError(
+                f"train.trackers has {tracker!r}, and the package is missing: pip install {tracker} "
+                f"(sinkroute[{'lab' if tracker == 'tensorboard' else 'track'}] has it), or leave it out"
+            )
     asked = [variable for variable in _ASKED if os.environ.get(variable, "false").lower() == "true"]
     on_device = torch.accelerator.is_available()
     accelerator = Accelerator(

@@ -1,46 +1,22 @@
-"""Average precision against scikit-learn, and detection of unknown classes."""
+"""Detection of unknown classes, by hand and by scikit-learn."""
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
-from sinkroute.lab.images.average_precision import average_precision, detection_aupr
+from sinkroute.lab.images.average_precision import detection_aupr
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=1, max_size=30))
-@settings(max_examples=60, deadline=None)
-def test_it_is_that_of_scikit_learn_with_many_equal_scores(rows):
-    positive = np.array([row[0] for row in rows] + [True])
-    scores = np.array([row[1] for row in rows] + [0], dtype=float)
-    assert average_precision(positive, scores) == pytest.approx(average_precision_score(positive, scores), abs=1e-12)
+def test_logits_that_are_no_numbers_and_no_unknown_images_are_refused():
+    with pytest.raises(ValueError, match="got 2 such images and 1 scores that are not finite"):
+        detection_aupr(torch.zeros(3, 2), torch.tensor([[0.0, 1.0], [0.0, float("nan")]]))
+    with pytest.raises(ValueError, match="got 0 such images"):
+        detection_aupr(torch.zeros(3, 2), torch.zeros(0, 2))
 
 
-def test_it_is_that_of_scikit_learn_on_many_scores():
-    keyed = np.random.default_rng(0)
-    positive, scores = keyed.random(5000) < 0.1, keyed.normal(size=5000)
-    scores[positive] += 1
-    assert average_precision(positive, scores) == pytest.approx(average_precision_score(positive, scores), abs=1e-12)
-
-
-def test_equal_scores_give_the_share_of_positives():
-    assert average_precision(np.array([True, False, False, True]), np.ones(4)) == 0.5
-
-
-def test_perfect_scores_give_1():
-    assert average_precision(np.array([True, True, False]), np.array([3.0, 2.0, 1.0])) == 1
-
-
-def test_no_positive_is_refused():
-    with pytest.raises(ValueError, match="positive: expected at least one True"):
-        average_precision(np.zeros(3, dtype=bool), np.arange(3.0))
-
-
-def test_scores_that_are_no_numbers_are_refused():
-    with pytest.raises(ValueError, match="scores: expected finite numbers"):
-        average_precision(np.ones(2, dtype=bool), np.array([0, np.nan]))
+def test_equal_probabilities_give_the_share_of_unknown_images():
+    assert detection_aupr(torch.zeros(3, 2), torch.zeros(1, 2)) == 0.25
 
 
 def test_unknown_images_are_the_positive_ones_and_uncertainty_is_the_score():

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sinkroute.lab.bar import Bar
 from sinkroute.lab.bench.memory import extra_memory_mb
 from sinkroute.lab.bench.options import Bench
 from sinkroute.lab.bench.sizes import GRID, QUICK, Size
@@ -21,6 +20,7 @@ from sinkroute.lab.bench.variants import BASELINE, Variant, training_pass, varia
 from sinkroute.lab.files import write_json
 from sinkroute.lab.interrupt import Interrupted, StopRequest, stop_on_signal
 from sinkroute.lab.machine import machine
+from sinkroute.lab.progress import Bar
 from sinkroute.routing import list_routers
 
 __all__ = ["begin", "run_bench", "settings_of"]

@@ -1,9 +1,7 @@
-"""Progress in the terminal: bars for a person, plain lines for a log file."""
+"""Progress in the terminal: bars for a person, plain lines for a log file. A study has its own, of many runs."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -19,11 +17,11 @@ from rich.progress import (
 
 from sinkroute.lab import training
 
-__all__ = ["Display"]
+__all__ = ["Bar", "Display"]
 
 
 class Display:
-    """A bar per run with loss, tokens/s, MaxVio and the time left; without a terminal a line at each tenth of it."""
+    """A bar of a run with loss, tokens/s, MaxVio and the time left; without a terminal a line at each tenth of it."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -41,8 +39,6 @@ class Display:
         self.label, self.steps = "", 0
         self.task: TaskID | None = None
         self.tenths = 0
-        self.waiting: dict[str, float] = {}
-        self.done, self.started = 0.0, 0.0
 
     def __enter__(self) -> Display:
         self.bars.start()
@@ -52,18 +48,6 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bars.stop()
-
-    def expect(self, work: Mapping[str, float]) -> None:
-        """What is still to come: label of a run → how long it takes beside the others, in any unit."""
-        self.waiting, self.done, self.started = dict(work), 0.0, time.monotonic()
-
-    def _left(self) -> str:
-        """The time that all runs together still take, once one of them shows how long that is."""
-        if not self.done or not self.waiting:
-            return ""
-        seconds = (time.monotonic() - self.started) / self.done * sum(self.waiting.values())
-        words = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
-        return f"  (all: {words} left, {len(self.waiting)} runs)"
 
     def begin(self, label: str, steps: int) -> None:
         """A new run."""
@@ -89,10 +73,44 @@ class Display:
 
     def note(self, text: str, done: bool = False) -> None:
         """Words beside the bar of the current run; `done` fills the bar."""
-        if done:
-            self.done += self.waiting.pop(self.label, 0.0)
-            text += self._left()
         if self.task is not None:
             self.bars.update(self.task, note=text, completed=self.steps if done else None)
         if not self.console.is_terminal:
             self.console.print(f"{self.label:<14} {text}", highlight=False, markup=False)
+
+
+class Bar:
+    """Drawn only when there is news: a thread that draws would take time from what is being timed."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self.console, self.total, self.done = console, total, 0
+        self.bars = Progress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            auto_refresh=False,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bars.add_task("", total=total)
+
+    def __enter__(self) -> Bar:
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.stop()
+
+    def tell(self, name: str, text: str) -> None:
+        self.bars.update(self.task, description=f"{name}: {text}", refresh=True)
+
+    def advance(self, name: str) -> None:
+        self.done += 1
+        self.bars.update(self.task, completed=self.done, refresh=True)
+        if not self.console.is_terminal:
+            self.console.print(f"{self.done}/{self.total} {name}", highlight=False)

@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from sinkroute.lab.display import Display
+from sinkroute.lab.progress import Display
 from sinkroute.lab.training import Progress
 
 
@@ -37,15 +37,3 @@ def test_a_terminal_shows_a_bar_with_the_last_words_and_the_time_left() -> None:
     assert "40/40" in text
     assert "2.345 bits per byte" in text
     assert "left" in text
-
-
-def test_after_the_first_run_the_time_of_all_that_are_to_come_is_shown(monkeypatch) -> None:
-    clock = iter([0.0, 60.0])
-    monkeypatch.setattr("sinkroute.lab.display.time.monotonic", lambda: next(clock))
-    console = Console(file=io.StringIO(), width=140, force_terminal=False)
-    with Display(console) as display:
-        display.expect({"softmax": 100.0, "ssr-l": 110.0, "sinkhorn": 140.0})
-        display.begin("softmax", 100)
-        display.note("2.345 bits per byte", done=True)
-    # 100 took a minute, 250 are to come.
-    assert "softmax        2.345 bits per byte  (all: 2 min left, 2 runs)" in console.file.getvalue()
