@@ -160,7 +160,8 @@ def test_the_table_cuts_no_number_and_names_what_is_left_out(width: int, shown: 
     moved = [["40.0%", "6.2%", "0.10"], *[["50.0%", "12.5%", "0.00"]] * 3]
     numbers = [cell for three in moved for cell in three]
     tail = row[row.index("█▄▁×") + 1 :]
-    assert tail == numbers[: len(tail)] and len(tail) >= 3 * shown
+    rest = iter(numbers)
+    assert all(cell in rest for cell in tail) and len(tail) >= 3 * shown  # in this order
     assert (left_out(lines) == "") == (width == 200)
     assert len(tail) + left_out(lines).count("ssr-") + left_out(lines).count("balanced") == 12
     assert any(re.match("2 +unread", line) for line in lines)

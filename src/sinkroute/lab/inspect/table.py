@@ -23,6 +23,7 @@ ALTERNATIVES = {
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _BARS = 8
+_VALUES = ("moved", "lost", "MaxVio")
 _MATTERS = {RECOMMENDED: 5, "balanced": 3}  # of the others nothing does
 
 
@@ -38,7 +39,8 @@ def audit_table(audit: Audit) -> ScreenTable:
     ]
     known = [name for name in ALTERNATIVES if any(name in layer.alternatives for layer in audit.layers)]
     for name in known:
-        columns += [Column(f"{name}\n{value}", _MATTERS.get(name, 0)) for value in ("moved", "lost", "MaxVio")]
+        matters = _MATTERS.get(name, 0)
+        columns += [Column(f"{name}\n{value}", matters + more) for value, more in zip(_VALUES, (0, 0, 1), strict=True)]
     table = ScreenTable(columns, title=f"Expert load of {audit.setting.model}", elsewhere="inspect.html of --output")
     for label, layer in zip(labels(audit.layers), audit.layers, strict=True):
         if layer.load is None:
