@@ -26,11 +26,12 @@ from sinkroute.lab.inspect.choices import Keeper
 from sinkroute.lab.inspect.result import Alternative, Layer
 from sinkroute.lab.inspect.text import InspectError
 from sinkroute.routing import create_router
-from sinkroute.routing.metrics import max_violation, router_entropy, saturation
+from sinkroute.routing.metrics import router_entropy, saturation
 from sinkroute.routing.registry import RECOMMENDED
 from sinkroute.routing.router import Router
 from sinkroute.routing.scores import scores
 from sinkroute.routing.step import end_step, set_step
+from sinkroute.routing.watch import Counts
 from sinkroute.transport import balanced_topk
 
 __all__ = ["Tallies", "Tally"]
@@ -86,10 +87,9 @@ class Tally:
         self.reason = found if isinstance(found, str) else None
         self.kept_in = None if self.scoring is None else _kept_in(self.scoring)
         self.contract: Contract | None = None if self.scoring is None else self.scoring.contract
-        self.calls, self.tokens, self.entropy, self.max_vio, self.score = 0, 0, 0.0, 0.0, 0.0
-        self.decided = False
+        self.calls, self.tokens, self.entropy, self.score = 0, 0, 0.0, 0.0
         self.top_k, self.batches = 0, 0
-        self.load_E = torch.zeros(0)
+        self.loads: _Loads | None = None  # until its first decision
         self.others: dict[str, _Other] = {}
         self.routers: dict[str, Router] = {}
         self.keeper = Keeper(kept)
@@ -111,8 +111,7 @@ class Tally:
                 "it does not see every token once, and its load cannot be counted"
             )
         decision = Decision(*map(self._counted, decision))
-        if not self.decided:
-            self.begin(decision)
+        loads = self.loads or self.begin(decision)
         logits_TE = decision.logits_TE if self.scoring is None else self.scoring.logits(decision)
         # A rule that is not known may give -inf to experts that a token may not have.
         if (logits_TE.isnan() if self.scoring is None else ~logits_TE.isfinite()).any():
@@ -120,18 +119,16 @@ class Tally:
                 f"the logits of {self.site.path} in {self.checkpoint!r} are NaN or infinite: a weight of that layer or "
                 f"of one before it is, or they overflow in {str(logits_TE.dtype).removeprefix('torch.')}"
             )
-        load_E = _count(decision.experts_TK, len(self.load_E))
-        self.load_E += load_E
-        self.max_vio += max_violation(load_E).item()
+        loads.add(decision.experts_TK)
         self.tokens += len(decision.experts_TK)
         if self.scoring is not None:
             self.compare(self.scoring, logits_TE.float(), decision)
         else:
             self.keeper.add(decision.experts_TK, decision.weights_TK)
 
-    def begin(self, decision: Decision) -> None:
-        self.decided, self.top_k = True, decision.experts_TK.shape[-1]
-        self.load_E = torch.zeros(decision.logits_TE.shape[-1], dtype=torch.int64)
+    def begin(self, decision: Decision) -> _Loads:
+        self.top_k, experts = decision.experts_TK.shape[-1], decision.logits_TE.shape[-1]
+        self.loads = _Loads(experts)
         if self.scoring is not None:
             sizes = {"num_experts": self.scoring.num_experts, "top_k": self.scoring.top_k}
             for name in _SSR:
@@ -139,7 +136,8 @@ class Tally:
             if self.kept_in is not None:
                 on: Any = {"bias_on": self.scoring.correction_on} if self.scoring.correction else {}
                 self.routers[RECOMMENDED] = create_router(RECOMMENDED, **sizes, **self.scoring.theirs(), **on)
-            self.others = {name: _Other(len(self.load_E)) for name in (*self.routers, "balanced")}
+            self.others = {name: _Other(experts) for name in (*self.routers, "balanced")}
+        return self.loads
 
     def compare(self, scoring: Scoring, logits_TE: Tensor, decision: Decision) -> None:
         """Add up what the alternatives would change."""
@@ -180,9 +178,10 @@ class Tally:
         rule = None if self.scoring is None else str(self.scoring)
         if not self.calls:
             reason = "it was never called on this text: its layer is not used, or some kernel bypasses it"
-        if not self.decided:
+        if self.loads is None:
             return Layer(self.site.path, router, rule, reason)
-        scale = 1 if len(self.load_E) == 1 else torch.tensor(len(self.load_E)).double().log().item()
+        load_E = self.loads.load_E
+        scale = 1 if len(load_E) == 1 else torch.tensor(len(load_E)).double().log().item()
         understood = self.scoring is not None
         return Layer(
             self.site.path,
@@ -191,12 +190,11 @@ class Tally:
             reason,
             tokens=self.tokens,
             top_k=self.top_k,
-            load=self.load_E,
+            load=load_E,
             gate_entropy=self.entropy / self.tokens / scale if understood else None,
-            max_vio_batch=self.max_vio / self.calls,
+            max_vio_batch=self.loads.max_vio_batch,
             alternatives={
-                name: other.result(self.tokens, self.top_k, self.score, self.calls)
-                for name, other in self.others.items()
+                name: other.result(self.tokens, self.top_k, self.score) for name, other in self.others.items()
             },
             choices=self.keeper.choices(),
             kept_in=self.kept_in,
@@ -209,29 +207,48 @@ class Tally:
         return values_TX.unflatten(0, (-1, self.length))[:, 1:].flatten(0, 1)
 
 
+class _Loads:
+    """The loads of batches, counted as `LoadMonitor` counts those of our routers."""
+
+    def __init__(self, experts: int) -> None:
+        self.counts, self.batches = Counts(experts, ("max_vio",), torch.device("cpu"), later=False), 0
+
+    def add(self, experts_TK: Tensor) -> None:
+        load_E = torch.bincount(experts_TK.flatten(), minlength=self.counts.num_experts).cpu()
+        self.counts.add_load(load_E, assigned=False)
+        self.batches += 1
+
+    @property
+    def load_E(self) -> Tensor:
+        return self.counts.load_E.long()
+
+    @property
+    def max_vio_batch(self) -> float:
+        """MaxVio of single batches, mean."""
+        return self.counts.sums["max_vio"].item() / self.batches
+
+
 class _Other:
     """The sums of one alternative."""
 
     def __init__(self, experts: int) -> None:
-        self.load_E = torch.zeros(experts, dtype=torch.int64)
-        self.tokens_kept, self.choices_kept, self.score, self.max_vio = 0, 0.0, 0.0, 0.0
+        self.loads = _Loads(experts)
+        self.tokens_kept, self.choices_kept, self.score = 0, 0.0, 0.0
 
     def add(self, scores_TE: Tensor, experts_TK: Tensor, others_TK: Tensor) -> None:
-        load_E = _count(others_TK, len(self.load_E))
-        self.load_E += load_E
-        self.max_vio += max_violation(load_E).item()
+        self.loads.add(others_TK)
         same_T = (experts_TK.sort(-1).values == others_TK.sort(-1).values).all(-1)
         self.tokens_kept += int(same_T.sum())
         self.choices_kept += saturation(others_TK, experts_TK).item() * others_TK.numel()
         self.score += scores_TE.gather(-1, others_TK).double().sum().item()
 
-    def result(self, tokens: int, top_k: int, score: float, batches: int) -> Alternative:
+    def result(self, tokens: int, top_k: int, score: float) -> Alternative:
         return Alternative(
             tokens_moved=1 - self.tokens_kept / tokens,
             choices_moved=1 - round(self.choices_kept) / (tokens * top_k),
             score_lost=1 - self.score / score,
-            load=self.load_E,
-            max_vio_batch=self.max_vio / batches,
+            load=self.loads.load_E,
+            max_vio_batch=self.loads.max_vio_batch,
         )
 
 
@@ -239,7 +256,3 @@ def _kept_in(scoring: Scoring) -> str | None:
     """What of the model would hold what the recommended router learns."""
     held = scoring.correction or scoring.gate_bias or scoring.gate_weight
     return None if held is None else held.name
-
-
-def _count(experts_TK: Tensor, experts: int) -> Tensor:
-    return torch.bincount(experts_TK.flatten(), minlength=experts).cpu()
