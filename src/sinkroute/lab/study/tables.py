@@ -267,8 +267,9 @@ def _metric_cell(found: Results, entry: Entry) -> Cell:
     cell = _estimate(entry.estimate, entry.metric.digits)
     runs = [run for run in found.runs_of(entry.size, entry.method) if run.finished]
     last = entry.metric.key.rpartition(".")[2]
-    if last == "dead" and runs and (experts := runs[0].value("serving", "experts")):
-        return replace(cell, text=f"{cell.text} (of {experts:.0f})") if entry.estimate else cell
+    if last == "dead" and entry.estimate and (experts := runs[0].value("serving", "experts")):
+        whole = f"{entry.estimate.mean:.0f}" if entry.estimate.half is None else cell.text
+        return replace(cell, text=f"{whole} (of {experts:.0f})")
     if last == "sinkhorn_steps" and runs and (chance := runs[0].value("probability")) is not None:
         return replace(cell, text=f"{cell.text} (p={chance:g})")
     loads = [load for run in runs for load in run.load_average or ()]
