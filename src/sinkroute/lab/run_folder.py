@@ -11,7 +11,7 @@ from sinkroute.lab.checkpoint import latest_checkpoint
 from sinkroute.lab.config import Config, differences, read_yaml, write_yaml
 from sinkroute.lab.files import write_json
 
-__all__ = ["FREE_KEYS", "Data", "check_data", "prepare_folder"]
+__all__ = ["FREE_KEYS", "Data", "begun", "check_data", "prepare_folder"]
 
 
 class Data(Protocol):
@@ -54,7 +54,7 @@ def prepare_folder(config: Config, data: Data, folder: Path, fresh: bool = False
             for pattern in _OWN_FILES:
                 for path in folder.glob(pattern):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif _begun(folder):
+        elif begun(folder):
             lines = differences(earlier, config)
             changed = [line for line in lines if not line.startswith(FREE_KEYS)]
             if changed:
@@ -71,7 +71,8 @@ def prepare_folder(config: Config, data: Data, folder: Path, fresh: bool = False
     write_json(about, folder / "corpus.json")
 
 
-def _begun(folder: Path) -> bool:
+def begun(folder: Path) -> bool:
+    """Whether a run has left something that a new one must not be mixed with."""
     log = folder / "log.jsonl"
     logged = log.exists() and log.stat().st_size > 0
     return logged or (folder / "result.json").exists() or latest_checkpoint(folder / "checkpoints") is not None

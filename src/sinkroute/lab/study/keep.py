@@ -16,8 +16,9 @@ from typing import Any
 from sinkroute._errors import unknown_name
 from sinkroute.lab.config import Config, from_mapping, read_yaml, to_mapping, write_yaml
 from sinkroute.lab.files import write_json, write_text
+from sinkroute.lab.run_folder import begun
 from sinkroute.lab.study.cells import Cell, Plan, configuration_hash
-from sinkroute.lab.study.state import begun, check_data, check_folders, read_record, read_result, read_state
+from sinkroute.lab.study.state import check_data, check_folders, read_record, read_result, read_state
 
 __all__ = ["keep", "read_kept", "restore"]
 

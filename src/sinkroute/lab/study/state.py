@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sinkroute.lab.checkpoint import latest_checkpoint
 from sinkroute.lab.config import Config, differences, read_yaml
 from sinkroute.lab.files import write_json
-from sinkroute.lab.run_folder import FREE_KEYS
+from sinkroute.lab.run_folder import FREE_KEYS, begun
 from sinkroute.lab.study.cells import Cell, configuration_hash
 from sinkroute.lab.study.lock import holder
 
 __all__ = [
     "State",
-    "begun",
     "check_data",
     "check_folders",
     "read_result",
@@ -86,16 +84,6 @@ def read_result(cell: Cell, out: Path) -> dict[str, Any]:
 def read_record(cell: Cell, out: Path) -> dict[str, Any]:
     """Under which hash, by which code and on which machine a cell was run."""
     return _read(out / cell.name / _RECORD)
-
-
-def begun(folder: Path) -> bool:
-    """Whether a run has left something that a new one must not be mixed with."""
-    log = folder / "log.jsonl"
-    return (
-        (log.exists() and log.stat().st_size > 0)
-        or (folder / "result.json").exists()
-        or latest_checkpoint(folder / "checkpoints") is not None
-    )
 
 
 def check_folders(cells: Iterable[Cell], out: Path) -> None:
