@@ -80,7 +80,12 @@ class Browser:
 
     def faults(self) -> str:
         """What is wrong with the look of the page, a line each: too wide, cut, pale, too small, ..."""
-        return str(self.run(Path(__file__).with_name("faults.js").read_text(encoding="utf-8")))
+        script = Path(__file__).with_name("faults.js").read_text(encoding="utf-8")
+        for _ in range(4):  # what a scroll drives shows with a later picture, on a busy machine much later
+            self.settled()
+            if not (found := str(self.run(script))):
+                break
+        return found
 
     def look(self, page: Path) -> str:
         """The faults of a page on a telephone and on a desk, by day and by night; "" if there are no such."""

@@ -15,8 +15,8 @@ from matplotlib.ticker import EngFormatter, NullLocator
 from sinkroute.lab.page.drawing import WIDTH, Theme, heading, inline, page_theme, settings, short, style
 from sinkroute.lab.page.palette import Ink
 from sinkroute.lab.study.cells import short_value
-from sinkroute.lab.study.comparison import BILLION, Entry, SizeTrend
-from sinkroute.lab.study.figures.marks import fit, interval, muted, round_ticks, rows
+from sinkroute.lab.study.comparison import BILLION, SizeTrend
+from sinkroute.lab.study.figures.marks import fit, interval, muted, reach, round_ticks, rows
 from sinkroute.lab.study.metric import Metric
 from sinkroute.lab.study.results import Results
 
@@ -82,13 +82,17 @@ def forest_figure(results: Results, size: str, metric: Metric, inks: Sequence[In
         ax = fig.add_axes((left, 0.42 / tall, 0.77 - left, 1 - 0.85 / tall))
         rows(ax, theme, [(methods.index(entry.method), entry.method) for entry in shown], 42)
         ax.axvline(0, color=theme.muted, linewidth=1.1, zorder=1)
+        seeds, ends = [0.0], []
         for row, entry in enumerate(shown):
             assert entry.against is not None
             found, which = entry.against.paired.difference, methods.index(entry.method)
             half = "" if found.half is None else f" ± {found.half:.{digits}f}"
             words = f"{found.mean:+.{digits}f}{half} {entry.against.verdict * (entry.against.verdict in _TOLD)}"
-            interval(ax, theme, inks[which], which, row, found, _differences(entry, reference), words)
-        ax.set_xlim(*_reach(shown, reference))
+            own = [value - reference.values[seed] for seed, value in entry.values.items() if seed in reference.values]
+            interval(ax, theme, inks[which], which, row, found, own, words)
+            seeds += own
+            ends += [found.mean - (found.half or 0), found.mean + (found.half or 0)]
+        ax.set_xlim(*reach(seeds, ends) or (-1, 1))
         ax.xaxis.set_major_locator(round_ticks(6))
         better = "← better" if metric.lower_is_better else "better →"
         heading(ax, theme, f"{metric.title} against {short(results.reference)}", better)
@@ -151,19 +155,6 @@ def size_figure(found: Results, inks: Sequence[Ink]) -> str:
             ax.remove()
         fig.text(0.07, 0.1 / tall, "across: active parameters · up: gain", color=theme.muted, fontsize=9)
         return inline(fig, "sizes", "Gain over the reference by active parameters")
-
-
-def _differences(entry: Entry, reference: Entry) -> list[float]:
-    return [value - reference.values[seed] for seed, value in entry.values.items() if seed in reference.values]
-
-
-def _reach(shown: Sequence[Entry], reference: Entry) -> tuple[float, float]:
-    """Every seed is seen; an interval of two or three seeds may reach beyond the edge."""
-    seeds = [value for entry in shown for value in _differences(entry, reference)]
-    low, high = min(*seeds, 0.0), max(*seeds, 0.0)
-    halves = sorted(entry.against.paired.difference.half or 0.0 for entry in shown if entry.against is not None)
-    margin = max(0.12 * (high - low), halves[len(halves) // 2], 1e-9)
-    return low - margin, high + margin
 
 
 def _trend(ax: Axes, theme: Theme, inks: Sequence[Ink], which: int, each: SizeTrend) -> None:

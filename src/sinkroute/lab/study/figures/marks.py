@@ -14,7 +14,7 @@ from sinkroute.lab.page.drawing import WIDTH, Theme, inline, short, style
 from sinkroute.lab.page.palette import Ink
 from sinkroute.lab.study.statistics import Estimate
 
-__all__ = ["GAP", "apart", "end_labels", "fit", "interval", "muted", "no_data", "round_ticks", "rows"]
+__all__ = ["GAP", "apart", "end_labels", "fit", "interval", "muted", "no_data", "reach", "round_ticks", "rows"]
 
 GAP = 12.5
 """Points between two labels at the end of curves."""
@@ -67,6 +67,22 @@ def fit(values: Sequence[float], pad: float) -> tuple[float, float]:
     low, high = min(finite), max(finite)
     room = (high - low) * pad or max(abs(high), 1.0) * 0.05
     return low - room, high + room
+
+
+def reach(seeds: Sequence[float], others: Sequence[float], least: float = 1e-9) -> tuple[float, float] | None:
+    """Limits by which every seed is seen, and of other values those near by; None without a seed.
+
+    A value far away would squeeze all seeds into one dot. `least` is how far apart seeds are taken to be.
+    """
+    finite = [value for value in seeds if math.isfinite(value)]
+    if not finite:
+        return None
+    low, high = min(finite), max(finite)
+    room = max(high - low, least)
+    near = [value for value in others if low - 1.2 * room <= value <= high + 1.2 * room]
+    low, high = min([low, *near]), max([high, *near])
+    pad = 0.12 * (high - low or room)
+    return low - pad, high + pad
 
 
 def round_ticks(number: int, integer: bool = False) -> MaxNLocator:

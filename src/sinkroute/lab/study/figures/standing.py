@@ -17,7 +17,7 @@ from sinkroute.lab.page.drawing import WIDTH, Theme, heading, inline, page_theme
 from sinkroute.lab.page.palette import Ink
 from sinkroute.lab.study.arrange import describe
 from sinkroute.lab.study.figures.curves import balance_panel
-from sinkroute.lab.study.figures.marks import fit, interval, muted, no_data, round_ticks, rows
+from sinkroute.lab.study.figures.marks import fit, interval, muted, no_data, reach, round_ticks, rows
 from sinkroute.lab.study.metric import Quality
 from sinkroute.lab.study.runs import Group, common_metric
 from sinkroute.lab.study.statistics import Estimate
@@ -95,11 +95,13 @@ def _panel(
 ) -> None:
     metric = _metric(groups)
     rows(ax, theme, [(group.place, group.label) for group in groups], width)
-    found = [(group, values, Estimate.of(values)) for group in groups if (values := group.qualities)]
-    ax.set_xlim(*_limits([values for _, values, _ in found], [each for *_, each in found], baselines))
+    told = {group.place: (values, Estimate.of(values)) for group in groups if (values := group.qualities)}
+    ngrams = [bits for _, bits in describe(baselines)]
+    seeds = [value for values, _ in told.values() for value in values]
+    ends = [each.mean + sign * each.half for _, each in told.values() if each.half is not None for sign in (-1, 1)]
+    ax.set_xlim(*reach(seeds, [*ends, *ngrams], 0.02) or fit([*ngrams, 0.0, 8.0], 0))
     ax.xaxis.set_major_locator(round_ticks(6))
     _references(ax, theme, baselines)
-    told = {group.place: (values, each) for group, values, each in found}
     for row, group in enumerate(groups):
         values, each = told.get(group.place, ([], None))
         if each is not None and math.isfinite(each.mean):
@@ -107,23 +109,6 @@ def _panel(
             continue
         text = "not finished" if each is None else f"diverged ({each.mean})"
         muted(ax, theme, text, (0, row), (6, 0), xycoords=("axes fraction", "data"), va="center", style="italic")
-
-
-def _limits(
-    values: Sequence[Sequence[float]], means: Sequence[Estimate], baselines: Mapping[str, Any]
-) -> tuple[float, float]:
-    """Every seed and interval is seen, but for intervals that are much wider than all seeds are apart."""
-    ngrams = [bits for _, bits in describe(baselines)]
-    seeds = [value for each in values for value in each if math.isfinite(value)]
-    if not seeds:
-        return (min(ngrams) - 0.2, max(ngrams) + 0.2) if ngrams else (0.0, 8.0)
-    low, high = min(seeds), max(seeds)
-    room = max(high - low, 0.02)
-    ends = [each.mean + sign * each.half for each in means if each.half is not None for sign in (-1, 1)]
-    # So a reference far away would squeeze the methods into one dot: it is then only announced at the edge.
-    near = [bits for bits in [*ends, *ngrams] if low - 1.2 * room <= bits <= high + 1.2 * room]
-    low, high = min([low, *near]), max([high, *near])
-    return low - 0.12 * (high - low or room), high + 0.12 * (high - low or room)
 
 
 def _references(ax: Axes, theme: Theme, baselines: Mapping[str, Any]) -> None:
