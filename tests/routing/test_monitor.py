@@ -839,7 +839,9 @@ def watched_on_rank():
     watched = sinkroute.LoadMonitor(layer)
     layer(feed(rank, 0)).sum().backward()
     wrapped = watched.metrics(process_group="world")
-    return in_hooks, asked, alone, together, written, table, wrapped
+    calls.clear()
+    step = watched.end_step(process_group="world")["0"].tolist()
+    return in_hooks, asked, alone, together, written, table, wrapped, step, dict(calls)
 
 
 @pytest.fixture(scope="module")
@@ -879,6 +881,12 @@ def test_a_model_in_distributed_data_parallel_keeps_its_names_and_counts(ranks):
     for result in ranks:
         assert list(result[6]) == ["0"]
         assert (result[6]["0"]["tokens"], result[6]["0"]["passes"]) == (17, 2)
+
+
+def test_the_load_of_a_step_is_that_of_all_ranks_by_one_call(ranks):
+    for result in ranks:
+        assert result[7] == result[6]["0"]["load"] and sum(result[7]) == 2 * 17
+        assert result[8]["all_reduce"] == 1
 
 
 def test_a_monitor_made_in_inference_mode_watches_training_too():

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from sinkroute._errors import nearest
+from sinkroute.lab.files import write_text
 from sinkroute.lab.images.augment import Augment
 from sinkroute.lab.settings import (
     Count,
@@ -341,9 +342,7 @@ def read_yaml(cls: type[T], path: Path) -> T:
 
 def write_yaml(config: Any, path: Path) -> None:
     """Write settings as YAML, keys in the order of its fields; wholly or not at all."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(draft, path)
+    write_text(yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True), path)
 
 
 def preset_folder() -> Path:
