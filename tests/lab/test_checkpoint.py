@@ -16,11 +16,10 @@ from sinkroute.lab.checkpoint import (
     CheckpointError,
     latest_checkpoint,
     list_checkpoints,
-    load_carried,
-    load_checkpoint,
     load_model,
-    save_checkpoint,
 )
+
+from .checkpoints import load_carried, load_checkpoint, save_checkpoint
 
 
 def trained(seed: int = 0, steps: int = 3, width: int = 5) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -115,14 +114,17 @@ def test_damage_to_what_else_there_is_to_remember_is_found_too(tmp_path: Path, n
     else:
         (path / name).write_bytes(content if damage == "flip" else content[:-4])
     with pytest.raises(CheckpointError, match=rf"{name} is (damaged|missing).*Delete .*step-000001.*start anew"):
-        load_carried(path) if name == "carried.safetensors" else load_model(path, trained()[0], averaged=True)
+        if name == "carried.safetensors":
+            load_carried(path, *trained())
+        else:
+            load_model(path, trained()[0], averaged=True)
 
 
 def test_what_is_carried_and_the_average_come_back(tmp_path: Path) -> None:
     average, _ = trained(seed=2)
     carried = {"memory-0": torch.randn(3, 4).transpose(0, 1), "memory-1": torch.randn(2)}
     path = save_checkpoint(tmp_path, 1, *trained(), {}, keep=1, carried=carried, average=average)
-    found = load_carried(path)
+    found = load_carried(path, *trained())
     assert found.keys() == carried.keys()
     assert all(torch.equal(found[name], carried[name]) for name in carried)
     model, last = trained(seed=3)[0], trained()[0]
@@ -134,7 +136,7 @@ def test_what_is_carried_and_the_average_come_back(tmp_path: Path) -> None:
 def test_a_checkpoint_without_more_to_remember_has_no_more_files_and_carries_nothing(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, *trained(), {"step": 1}, keep=1)
     assert not (path / "carried.safetensors").exists() and not (path / "average.safetensors").exists()
-    assert load_carried(path) == {}
+    assert load_carried(path, *trained()) == {}
     assert load_checkpoint(path, *trained(seed=1)) == {"step": 1}
     with pytest.raises(CheckpointError, match=r"average\.safetensors is missing"):
         load_model(path, trained()[0], averaged=True)

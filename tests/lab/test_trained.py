@@ -9,10 +9,11 @@ import pytest
 import torch
 import yaml
 
-from sinkroute.lab.checkpoint import save_checkpoint
 from sinkroute.lab.config import Config, from_mapping, to_mapping, write_yaml
 from sinkroute.lab.models import make_model
 from sinkroute.lab.trained import load_run
+
+from .checkpoints import save_checkpoint
 
 CONFIG = from_mapping(Config, {"model": {"layers": 1, "d_model": 16, "heads": 2, "d_hidden": 8, "experts": 4}})
 

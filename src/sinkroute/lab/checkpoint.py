@@ -30,19 +30,17 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 
 from sinkroute._errors import SinkrouteError
 
 __all__ = [
     "CheckpointError",
+    "Snapshot",
+    "gather",
     "latest_checkpoint",
     "list_checkpoints",
-    "load_carried",
-    "load_checkpoint",
     "load_model",
-    "save_checkpoint",
 ]
 
 SHARDS = "shards"
@@ -54,34 +52,6 @@ _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 class CheckpointError(SinkrouteError):
     """A checkpoint that cannot be written or read; the message says what to do."""
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    keep: int,
-    *,
-    carried: Mapping[str, Tensor] | None = None,
-    average: nn.Module | None = None,
-) -> Path:
-    """Write `folder/step-…` and remove all but the newest `keep` checkpoints. Of several processes see `gather`.
-
-    Args:
-        folder: of all checkpoints of a run.
-        step: optimiser steps done.
-        model, optimizer: what to save.
-        state: anything JSON holds, kept with it.
-        keep: how many to leave, 1 or more.
-        carried: tensors beside weights and optimiser that the next step needs.
-        average: the model with the average of its weights.
-
-    Raises:
-        CheckpointError: it could not be written (a full disk, say). Earlier checkpoints are untouched.
-    """
-    return gather(model, optimizer, carried=carried, average=average).write(folder, step, state, keep)
 
 
 @dataclass(frozen=True)
@@ -99,7 +69,17 @@ class Snapshot:
     digests: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-        """As `save_checkpoint`; on the main process only."""
+        """Write `folder/step-…` and remove all but the newest `keep` checkpoints; on the main process only.
+
+        Args:
+            folder: of all checkpoints of a run.
+            step: optimiser steps done.
+            state: anything JSON holds, kept with it.
+            keep: how many to leave, 1 or more.
+
+        Raises:
+            CheckpointError: it could not be written (a full disk, say). Earlier checkpoints are untouched.
+        """
         target = folder / f"step-{step:06d}"
         draft = folder / f".{target.name}.draft"
         try:
@@ -188,19 +168,6 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(list_checkpoints(folder)), None)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore a model and its optimiser in place; returns what was saved as `state`.
-
-    Raises:
-        CheckpointError: damaged, incomplete, or of another model.
-    """
-    content = read_state(path)
-    tensors = read_tensors(path, "optimizer", content)
-    load_model(path, model)
-    set_optimizer_state_dict(model, optimizer, by_parameter(tensors, content["param_groups"]), options=_OPTIONS)
-    return content["state"]
-
-
 def by_parameter(tensors: Mapping[str, Tensor], param_groups: list[dict[str, Any]]) -> Any:
     """The state of an optimiser as torch nests it, from the names of the file."""
     state: dict[str, dict[str, Tensor]] = {}
@@ -208,16 +175,6 @@ def by_parameter(tensors: Mapping[str, Tensor], param_groups: list[dict[str, Any
         parameter, _, key = name.rpartition("/")
         state.setdefault(parameter, {})[key] = tensor
     return {"state": state, "param_groups": param_groups}
-
-
-def load_carried(path: Path) -> dict[str, Tensor]:
-    """What was saved as `carried`; nothing where there was nothing.
-
-    Raises:
-        CheckpointError: damaged or incomplete.
-    """
-    content = read_state(path)
-    return read_tensors(path, "carried", content) if "carried.safetensors" in content["sha256"] else {}
 
 
 def load_model(path: Path, model: nn.Module, *, averaged: bool = False) -> None:

@@ -49,7 +49,7 @@ def write_shards(
     carried: Mapping[str, Tensor],
     average: nn.Module | None,
 ) -> None:
-    """As `save_checkpoint`, by all processes together.
+    """As `Snapshot.write`, by all processes together.
 
     Raises:
         CheckpointError: it could not be written; on processes that could, `PeerFailed`. Earlier ones are untouched.

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from sinkroute.cli import main
-from sinkroute.lab.checkpoint import save_checkpoint
 from sinkroute.lab.config import Config, DataConfig, ModelConfig, RouterConfig, VisionConfig, write_yaml
 from sinkroute.lab.images import load_images, normalise, scale
 from sinkroute.lab.inspect import InspectError, inspect_images, write_viewer
@@ -20,6 +19,7 @@ from sinkroute.lab.models import make_model
 from sinkroute.lab.trained import load_run
 
 from ..browser import Browser
+from ..checkpoints import save_checkpoint
 from .test_viewer import Page
 
 LENGTH = 17  # a class token and 4 × 4 patches
