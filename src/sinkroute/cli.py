@@ -55,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return load(command)(rest, console)
     except UsageError as error:
         known = f" {command}" if command in COMMANDS else ""
-        words = f"[red]error:[/] {escape(str(error))}\nTry: sinkroute{known} --help"
-        errors.print(words, highlight=False, soft_wrap=True)
+        told = f"[red]error:[/] {escape(str(error))}\nTry: sinkroute{known} --help"
+        errors.print(told, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         cure = " The same command continues from the last checkpoint." if COMMANDS[command].continues else ""
