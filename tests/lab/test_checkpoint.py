@@ -98,6 +98,21 @@ def test_damage_is_found_named_and_answered_with_a_way_on(tmp_path: Path, name: 
         (path / name).write_bytes(content)
     else:
         (path / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"{name} is (damaged|missing).*Delete .*step-000002.*step-000001"):
+        load_checkpoint(path, *trained(seed=1))
+
+
+@pytest.mark.parametrize("name", ["carried.safetensors", "average.safetensors"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_damage_to_what_else_there_is_to_remember_is_found_too(tmp_path: Path, name: str, damage: str) -> None:
+    average, _ = trained(seed=2)
+    path = save_checkpoint(tmp_path, 1, *trained(), {}, keep=2, carried={"memory-0": torch.ones(3)}, average=average)
+    content = bytearray((path / name).read_bytes())
+    content[-1] ^= 1
+    if damage == "remove":
+        (path / name).unlink()
+    else:
+        (path / name).write_bytes(content if damage == "flip" else content[:-4])
     carried, fresh = name == "carried.safetensors", trained()
     with pytest.raises(CheckpointError, match=rf"{name} is (damaged|missing).*Delete .*step-000001.*start anew"):
         load_carried(path, *fresh) if carried else load_model(path, fresh[0], averaged=True)
