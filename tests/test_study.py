@@ -14,6 +14,7 @@ from scipy import stats
 from sinkroute.lab.config import VisionConfig
 from sinkroute.lab.study.cells import expand
 from sinkroute.lab.study.config import StudyConfig, read_study
+from sinkroute.lab.study.keep import read_kept
 
 ROOT = Path(__file__).parents[1]
 REGISTERED = sorted((ROOT / "experiments" / "study").glob("*.yaml"))
@@ -64,6 +65,13 @@ def test_the_results_are_computed_anew_from_the_seeds_and_a_wrong_one_is_named(s
     row["against"]["p_corrected"] *= 1.01
     row["estimate"]["half"] *= 1.01
     assert [each.split(" is ")[0].rpartition(":")[0].split()[-1] for each in recomputed(found)[1]] == ["half", "p"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results/study/kept").glob("*.jsonl")), ids=lambda p: p.stem)
+def test_cells_that_are_kept_are_those_of_the_preset(path):
+    preset = ROOT / "experiments" / "study" / f"{path.stem}.yaml"
+    plan = expand(preset, read_study(preset))
+    assert set(read_kept(plan, path)) <= {cell.name for cell in plan.cells}
 
 
 def test_every_comparison_stands_on_a_page(study):
