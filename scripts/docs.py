@@ -36,7 +36,7 @@ MODULES = (
     "sinkroute.adapters.torchtitan", "sinkroute.adapters.torchtitan_trainer", "sinkroute.adapters.deepspeed",
     "sinkroute.lab.config", "sinkroute.lab.data", "sinkroute.lab.images", "sinkroute.lab.models", "sinkroute.lab.tasks",
     "sinkroute.lab.training", "sinkroute.lab.run", "sinkroute.lab.attacks", "sinkroute.lab.inspect",
-    "sinkroute.lab.export", "sinkroute.lab.bench", "sinkroute.lab.study",
+    "sinkroute.lab.export", "sinkroute.lab.bench",
 )  # fmt: skip
 HANDLES = ("sinkroute.adapters.hf",)  # users call what their classes inherit
 LINK = re.compile(r"(!?\[[^]]*\])\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
@@ -109,7 +109,7 @@ def not_told(pages: Path) -> list[str]:
             found = importlib.import_module(module)
         except ImportError:  # of a framework that is not installed; Sphinx has read it all the same
             continue
-        for name in found.__all__:
+        for name in getattr(found, "__all__", ()):
             public = getattr(found, name)
             if (inspect.isclass(public) or inspect.isfunction(public)) and f'id="{module}.{name}"' not in text:
                 missing.append(f"{module}.{name}")
