@@ -85,7 +85,10 @@ class CompareDisplay:
         self.failed += kind == "failed"
         self.bars.update(self.all, completed=self.done, note=self._left())
         said = f"{self.done + self.failed}/{self.total} {name}: {kind}"
-        said += f": {event['note']}" if event.get("note") and kind != "interrupted" else ""
+        if kind == "interrupted":
+            said += f" at step {self.at[name]}"
+        elif event.get("note"):
+            said += f": {event['note']}"
         said += f" ({self._left()})" if kind == "done" and self._left() else ""
         self.console.print(said, style="red" if kind == "failed" else "", highlight=False, markup=False, soft_wrap=True)
 
