@@ -62,7 +62,7 @@ def as_rst(lines: list[str]) -> list[str]:
             continue
         heading = re.fullmatch(r"\s*\w+:", block[0])
         base = None if heading else indentation
-        out += map(_words, block)
+        out += _words("\n".join(block)).split("\n")  # code may go over the end of a line
     return out
 
 
@@ -71,8 +71,8 @@ def _blocks(lines):
     return ((list(block), is_blank) for is_blank, block in itertools.groupby(lines, lambda line: not line.strip()))
 
 
-def _words(line: str) -> str:
-    parts = re.split(r"(`[^`]+`|(?<!\S)\*\w[^*]*\w\*)", line)
+def _words(text: str) -> str:
+    parts = re.split(r"(`[^`]+`|(?<!\S)\*\w[^*]*\w\*)", text)
     return "".join(
         (f"`{part}`" if part.startswith("`") else part)
         if number % 2

@@ -68,6 +68,7 @@ def test_docstrings_become_what_sphinx_reads():
     conf = load(ROOT / "docs" / "conf.py")
     assert doctest.testmod(conf) == (0, doctest.testmod(conf).attempted) and doctest.testmod(conf).attempted
     assert conf.as_rst(["Args:", "    x_E: *args of `f`, not_"]) == ["Args:", "    x_E: \\*args of ``f``, not\\_"]
+    assert conf.as_rst(["As `a", "b` says."]) == ["As ``a", "b`` says."]
     assert conf.as_rst([">>> 2 ** 3", "8", "", "Of *some* book."]) == [">>> 2 ** 3", "8", "", "Of *some* book."]
 
 
