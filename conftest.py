@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import random
+from collections.abc import Generator
 
 import hypothesis
 import numpy as np
@@ -66,3 +67,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker(name):
                 item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A test file that cannot be imported is an error.
+
+    `--doctest-ignore-import-errors`, which is for modules whose optional packages are missing, would skip it whole:
+    pytest hands out one module for its doctests and its tests.
+    """
+    report = yield
+    tests = collector.path.name.startswith("test_")
+    if tests and report.outcome == "skipped" and "unable to import module" in str(report.longrepr):
+        report.outcome, report.longrepr = "failed", f"{collector.path} cannot be imported: a wrong or missing import"
+    return report
