@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
 # How long a newcomer waits: a clone, an environment, the README's first snippet, a checkpoint of theirs patched.
 #   scripts/newcomer.sh [FOLDER]     FOLDER, by default a new one, is left behind. PYTHON=python3.12 chooses another one
-# Packages are downloaded before the clock starts; TORCH="torch==2.13.0 --index-url ..." chooses the build of torch.
+# Packages are downloaded before the clock starts, unless WHEELS=FOLDER has those of a former run; the build of torch is
+# chosen by TORCH="torch==2.13.0 --index-url ...".
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 folder=${1:-$(mktemp -d)}
 python=${PYTHON:-python3}
-mkdir -p "$folder/wheels"
-# shellcheck disable=SC2086
-"$python" -m pip download --quiet --disable-pip-version-check -d "$folder/wheels" ${TORCH:-torch}
-"$python" -m pip download --quiet --disable-pip-version-check -d "$folder/wheels" --find-links "$folder/wheels" \
-    "$here[hf]" "hatchling>=1.26"
+wheels=${WHEELS:-$folder/wheels}
+torch=${TORCH:-torch}
+if [ ! -d "$wheels" ]; then
+    # shellcheck disable=SC2086
+    "$python" -m pip download --quiet --disable-pip-version-check -d "$wheels" $torch
+    "$python" -m pip download --quiet --disable-pip-version-check -d "$wheels" --find-links "$wheels" \
+        "$here[hf]" "hatchling>=1.26" "${torch%% *}"
+fi
 
 timed() { # timed WORDS COMMAND...: run it, say how long it took
     local words=$1 start
@@ -25,7 +29,7 @@ everything() {
     cd "$folder/clone"
     timed "an environment" "$python" -m venv .venv
     timed 'pip install ".[hf]", from wheels' .venv/bin/pip --disable-pip-version-check install --quiet \
-        --no-index --find-links "$folder/wheels" ".[hf]"
+        --no-index --find-links "$wheels" ".[hf]" "${torch%% *}"
     timed "the README's first snippet" .venv/bin/python - <<'SNIPPET'
 import re
 from pathlib import Path
