@@ -135,3 +135,11 @@ def test_a_base_is_a_preset_or_a_file_beside_the_comparison(tmp_path: Path) -> N
         read_base("own.yaml", tmp_path)
     with pytest.raises(FileNotFoundError, match="base: no configuration at"):
         read_base("nowhere.yaml", tmp_path)
+
+
+def test_a_configuration_of_one_run_and_an_empty_file_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"wikipedia-ssr is a configuration of one run.*sinkroute train wikipedia-ssr"):
+        read_study(find_study("wikipedia-ssr"))
+    (tmp_path / "empty.yaml").touch()
+    with pytest.raises(ValueError, match=r"empty.yaml is empty; name at least methods"):
+        read_study(tmp_path / "empty.yaml")

@@ -51,7 +51,7 @@ def test_the_later_line_of_a_repeated_step_wins(demo: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("nowhere", "there is no folder"), ("empty", "is no run folder")],
+    [("nowhere", "is not there"), ("empty", "is no run folder")],
 )
 def test_a_path_without_runs_says_what_to_pass(tmp_path: Path, name: str, says: str) -> None:
     (tmp_path / "empty").mkdir()

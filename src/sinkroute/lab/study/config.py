@@ -214,12 +214,18 @@ def _read(path: Path, what: str) -> dict[str, Any]:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if what == "study":
+            if find_preset(str(path)).is_file():
+                raise ValueError(
+                    f"{path} is a configuration of one run, not a comparison of several methods: sinkroute train {path}"
+                ) from None
             raise unknown_name("study (neither a preset nor a file)", str(path), studies()) from None
         raise FileNotFoundError(f"{what}: no configuration at {path}; pass a YAML file or a preset") from None
     except IsADirectoryError:
         raise ValueError(f"{what}: {path} is a folder; pass a YAML file or a preset") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
+    if mapping is None:
+        raise ValueError(f"{path} is empty; name at least methods, such as methods: {{vanilla: {{router: ...}}}}")
     if not isinstance(mapping, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values, got {type(mapping).__name__}")
     return mapping

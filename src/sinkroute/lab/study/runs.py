@@ -283,8 +283,8 @@ def common_metric(runs: Sequence[Run]) -> Quality:
 def _run_folders(path: Path) -> list[Path]:
     if not path.is_dir():
         raise FileNotFoundError(
-            f"paths: there is no folder {str(path)!r}; pass a run folder or a folder of runs, such as 'runs/demo' "
-            "after `make demo`."
+            f"paths: {str(path)!r} is {'a file' if path.exists() else 'not there'}; pass a run folder or a folder of "
+            "runs, such as 'runs/demo' after `make demo`."
         )
     # A folder with a log but without a configuration is kept, so that read_run says what is missing.
     marks = ("config.yaml", "log.jsonl", "result.json")
