@@ -4,6 +4,8 @@ import importlib
 import importlib.util
 import json
 import math
+import re
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -131,3 +133,18 @@ def test_each_size_of_a_step_has_its_floor(study, preset):
         else:
             tokens = config.train.batch * config.data.length * model.sub_tokens
         assert (tokens, model.experts, model.top_k) in study.COUNTED.values()
+
+
+def test_the_pictures_are_those_of_the_results(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("study_pictures", ROOT / "scripts" / "study_pictures.py")
+    pictures = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "study_pictures", pictures)
+    spec.loader.exec_module(pictures)
+    monkeypatch.setattr(pictures, "PICTURES", tmp_path)
+    for name, make in pictures.ALL.items():
+        drawn = make()
+        committed = ROOT / "docs" / "pictures" / f"study-{name}.svg"
+        # Other versions of matplotlib draw other curves, of the same words and numbers.
+        words = re.compile(r"<text [^>]*>([^<]*)</text>")
+        assert words.findall(drawn.read_text(encoding="utf-8")) == words.findall(committed.read_text(encoding="utf-8"))
+        assert committed.stat().st_size < 60_000

@@ -1,0 +1,201 @@
+"""The pictures of docs/study.md, drawn from the collected results: one for each of its questions.
+
+    python scripts/study_pictures.py        # benchmarks/results/study/*.json -> docs/pictures/study-*.svg
+
+The same results give the same bytes; a test holds pictures and results together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sinkroute.lab.page.drawing import Theme, heading, paper_theme, settings, style
+from sinkroute.lab.study.statistics import Estimate
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "study"
+PICTURES = ROOT / "docs" / "pictures"
+
+BALANCED, UNEVEN = "#0072b2", "#c24e00"
+THEME = paper_theme(())
+# A mean MaxVio when serving below it counts as even: the busiest expert has less than twice its share.
+EVEN = 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a picture: a mean with half of its interval, and whether the method serves evenly."""
+
+    name: str
+    mean: float
+    half: float
+    even: bool
+
+
+def seeds(study: str, method: str, metric: str, size: str = "") -> dict[str, float]:
+    """Seed → value of a metric, from a study's collected results."""
+    for found in json.loads((RESULTS / f"{study}.json").read_text(encoding="utf-8"))["statistics"]:
+        if (found["size"], found["method"], found["metric"]) == (size, method, metric):
+            return dict(found["seeds"])
+    raise KeyError(f"{study} has no {metric} of {method} at {size!r}")
+
+
+def against(study: str, method: str, size: str = "", metric: str = "valid.bits_per_byte") -> Row:
+    """A method against vanilla in a study, seed by seed; perplexity by its logarithm to the base 2, in bits."""
+    own, other = seeds(study, method, metric, size), seeds(study, "vanilla", metric, size)
+    scale: Callable[[float], float] = math.log2 if metric.endswith("perplexity") else float
+    found = Estimate.of([scale(own[seed]) - scale(other[seed]) for seed in other if seed in own])
+    assert found.half is not None
+    served = seeds(study, method, "serving.max_vio", size)
+    return Row(method, found.mean, found.half, sum(served.values()) / len(served) < EVEN)
+
+
+def draw_rows(ax: Axes, rows: Sequence[Row], theme: Theme, digits: int = 3, sign: bool = True) -> None:
+    """Means with intervals, the first row on top, numbers at the right."""
+    for place, row in enumerate(reversed(rows)):
+        colour = BALANCED if row.even else UNEVEN
+        ax.plot([row.mean - row.half, row.mean + row.half], [place, place], color=colour, linewidth=2, alpha=0.45)
+        ax.plot([row.mean], [place], "o" if row.even else "X", color=colour, markersize=7)
+        text = f"{row.mean:{'+' if sign else ''}.{digits}f} ± {row.half:.{digits}f}"
+        say(ax, theme, place, text)
+    ax.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
+    ax.set_ylim(-0.7, len(rows) - 0.3)
+    style(ax, theme, grid="x")
+    ax.tick_params(axis="y", colors=theme.ink, labelsize=9.5)
+
+
+def say(ax: Axes, theme: Theme, place: float, text: str) -> None:
+    """Words at the right of a row."""
+    ax.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), color=theme.ink, fontsize=9, va="center")
+
+
+def picture(name: str, rows: int, draw: Callable[[Axes, Theme], None]) -> Path:
+    """Draw one, and write it."""
+    with settings("none"):
+        height = 0.27 * rows + 1.15
+        figure = Figure(figsize=(8.4, height), facecolor="white")
+        ax = figure.add_axes((0.245, 0.62 / height, 0.575, 1 - 1.05 / height))
+        draw(ax, THEME)
+        path = PICTURES / f"study-{name}.svg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
+    return path
+
+
+def balance_helps() -> Path:
+    methods = ("load-balance", "loss-free", "quantile", "sinkhorn", "ssr-l", "ssr-s", "z-loss")
+    rows = [against("paper-lm", method) for method in methods]
+    rows += [renamed(against("dual", "ssr-dual"), "ssr-dual (other seeds)")]
+    rows += [renamed(against("rates", "ssr-dual", "0.006"), "ssr-dual (again other seeds)")]
+    rows.sort(key=lambda row: row.mean)
+
+    def draw(ax: Axes, theme: Theme) -> None:
+        ax.axvline(0, color=theme.muted, linewidth=1)
+        draw_rows(ax, rows, theme)
+        heading(ax, theme, "Loss against vanilla", "bits per byte; lower is better; ● serves evenly, ✕ does not")
+        ax.set_xlabel("difference to vanilla, mean and 95 % interval over seeds", fontsize=9)
+
+    return picture("balance-helps", len(rows), draw)
+
+
+def ssr_balances() -> Path:
+    rows = []
+    for study, methods in {
+        "paper-lm": ("vanilla", "ssr-l", "ssr-s", "load-balance", "loss-free"),
+        "dual": ("quantile ema 0.9", "ssr-dual"),
+    }.items():
+        for method in methods:
+            found = Estimate.of(list(seeds(study, method, "serving.max_vio").values()))
+            assert found.half is not None
+            rows.append(Row(method, found.mean, found.half, found.mean < EVEN))
+
+    def draw(ax: Axes, theme: Theme) -> None:
+        draw_rows(ax, rows, theme, digits=2, sign=False)
+        ax.set_xlim(left=0)
+        heading(ax, theme, "How uneven experts are used when serving", "MaxVio; 0 is even")
+        ax.set_xlabel("MaxVio, mean and 95 % interval over 10 seeds", fontsize=9)
+
+    return picture("ssr-balances", len(rows), draw)
+
+
+def ssr_alone() -> Path:
+    rows = [
+        renamed(against("paper-lm", "ssr-l"), "ssr-l, bytes (10 seeds)"),
+        renamed(against("paper-lm", "ssr-s"), "ssr-s, bytes (10)"),
+        renamed(against("rates", "ssr-l", "0.003"), "ssr-l, half the rate (8)"),
+        renamed(against("rates", "ssr-l", "0.006"), "ssr-l, the rate again (8)"),
+        renamed(against("rates", "ssr-l", "0.012"), "ssr-l, twice the rate (8)"),
+        renamed(against("longer", "ssr-l"), "ssr-l, four times as long (3)"),
+        renamed(against("paper-lm-words", "ssr-l", metric="valid.perplexity"), "ssr-l, words (3)"),
+    ]
+
+    def draw(ax: Axes, theme: Theme) -> None:
+        ax.axvspan(-0.039, -0.023, color=theme.grid)
+        ax.axvline(0, color=theme.muted, linewidth=1)
+        draw_rows(ax, rows, theme)
+        heading(ax, theme, "SSR's loss against vanilla", "bits; lower is better; grey: the paper's gains on Enwik-8")
+        ax.set_xlabel("difference to vanilla, mean and 95 % interval over seeds", fontsize=9)
+
+    return picture("ssr-alone", len(rows), draw)
+
+
+def cost() -> Path:
+    base = seeds("overhead", "vanilla", "train.ms_per_step")
+    methods = (
+        "load-balance",
+        "loss-free",
+        "quantile",
+        "ssr-l p=0.001",
+        "ssr-s p=0.001",
+        "ssr-bias",
+        "sinkhorn",
+        "noisy",
+    )
+    times = {method: seeds("overhead", method, "train.ms_per_step") for method in methods}
+
+    def draw(ax: Axes, theme: Theme) -> None:
+        ax.axvline(1, color=theme.muted, linewidth=1)
+        middle = median(base.values())
+        for place, method in enumerate(reversed(methods)):
+            ratios = [value / middle for value in times[method].values()]
+            ax.plot(ratios, [place] * len(ratios), "o", color=theme.muted, markersize=4, alpha=0.6)
+            ax.plot([median(ratios)], [place], "D", color=BALANCED, markersize=7)
+            told = f"{median(ratios):.2f}"
+            ax.annotate(
+                told, (1.01, place), xycoords=("axes fraction", "data"), color=theme.ink, fontsize=9, va="center"
+            )
+        ax.set_yticks(range(len(methods)), list(reversed(methods)))
+        ax.set_ylim(-0.7, len(methods) - 0.3)
+        style(ax, theme, grid="x")
+        ax.tick_params(axis="y", colors=theme.ink, labelsize=9.5)
+        heading(ax, theme, "Time of a training step", "relative to vanilla's median; a busy machine")
+        ax.set_xlabel("three repeats (dots) and their median (diamond)", fontsize=9)
+
+    return picture("cost", len(methods), draw)
+
+
+def renamed(row: Row, name: str) -> Row:
+    return Row(name, row.mean, row.half, row.even)
+
+
+ALL: Mapping[str, Callable[[], Any]] = {
+    "balance-helps": balance_helps,
+    "ssr-balances": ssr_balances,
+    "ssr-alone": ssr_alone,
+    "cost": cost,
+}
+
+if __name__ == "__main__":
+    for make in ALL.values():
+        print(make().relative_to(ROOT))
