@@ -77,6 +77,7 @@ def test_missing_keys_keep_their_defaults() -> None:
         ({"router": {"options": {"reg": [1]}}}, r"router\.options\.reg must be a number, a word, .* got \[1\]"),
         ({"eval": {"attacks": {"word-swap": 5}}}, r"eval\.attacks\.word-swap must be a mapping"),
         ({5: {}}, "unknown key in configuration 5"),
+        ({"router": {"options": {None: 1}}}, "router.options.None must be str, got None"),
         ({"train": {"lr": -1.0}}, r"train\.lr must be a finite number above 0, got -1"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sinkroute.lab.log import RunLog
+from sinkroute.lab.log import RunLog, read_log
 
 
 def steps(path: Path) -> list[int]:
@@ -62,3 +62,23 @@ def test_a_full_disk_is_an_error_and_earlier_lines_stay(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         log.write({"step": 3})
     assert steps(path) == [1, 2]
+
+
+def test_a_log_is_read_by_kind_in_the_order_of_steps_and_the_later_line_of_a_step_counts(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    lines = [("train", 2, 1), ("train", 1, 1), ("eval", 2, 1), ("train", 2, 2)]
+    path.write_text("".join(json.dumps({"kind": kind, "step": at, "n": n}) + "\n" for kind, at, n in lines) + '{"to')
+    train, evals = read_log(path)
+    assert [(line["step"], line["n"]) for line in train] == [(1, 1), (2, 2)]
+    assert [line["step"] for line in evals] == [2]
+
+
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [("torn {", "line 1: not a JSON object"), ("[1]", "an object, received list"), ('{"a": 1}', "'step' must be")],
+)
+def test_a_line_that_is_not_the_last_must_be_whole_and_have_a_step(tmp_path: Path, first: str, words: str) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(f'{first}\n{{"kind": "train", "step": 1}}\n')
+    with pytest.raises(ValueError, match=words):
+        read_log(path)

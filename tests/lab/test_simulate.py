@@ -66,6 +66,14 @@ def test_more_ranks_than_experts_are_groups_that_hold_the_same_experts() -> None
     assert few.slowest == pytest.approx(2)
 
 
+def test_ranks_that_hold_the_same_experts_add_up_gradients_over_the_network_where_they_lie_in_several_nodes() -> None:
+    # Two experts, nodes of two: ranks 0 and 2 have the same one. 20 weights of a rank and 16 of attention over 4 ranks,
+    # a byte each, at 5 a second: 2 (2 - 1) / 2 x 20 / 5 after 2 rounds of 3 s, and 2 (4 - 1) / 4 x 16 / 5 after 4. The
+    # backward pass's two exchanges of 1.8 s hide a part.
+    machine = replace(SLOW, flops=1e12)
+    assert step_time(trace([1, 1]), TINY, machine, 4).rest == pytest.approx(4 + 6 + 4.8 + 12 - 3.6)
+
+
 def test_a_capacity_cuts_the_busiest_and_what_it_cuts_is_dropped() -> None:
     # 4 ranks, 32 choices, 8 an expert; loads 16, 8, 8, 0 cut at 10.
     cut = layer_time(np.array([2.0, 1, 1, 0]), 1, replace(TINY, capacity=1.25), SLOW, 4)
@@ -166,6 +174,38 @@ def test_a_monitors_log_is_a_trace_of_its_windows(tmp_path: Path) -> None:
     (found,) = read_traces([tmp_path / "load.jsonl"])
     assert (found.top_k, found.experts, [line.steps for line in found.lines]) == (2, 4, [3, 3])
     assert found.lines[0].load_LE.sum() == 300
+
+
+def test_passes_of_plans_in_a_monitors_log_are_those_of_the_passes_that_had_a_plan(tmp_path: Path) -> None:
+    layer = {"load": [2, 2], "max_vio": 0.0, "tokens": 4, "passes": 20, "plans": 2, "plan_passes": 5.0}
+    rows = [{"step": 20, "mode": "train", "layers": {"ffn": layer}}]
+    (tmp_path / "load.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = read_traces([tmp_path / "load.jsonl"])
+    assert found.lines[0].plan_passes == 10
+
+
+def test_of_a_step_that_a_resumed_trainer_repeats_the_later_line_counts(tmp_path: Path) -> None:
+    rows = [
+        {"step": step, "mode": "train", "layers": {"ffn": {"load": load, "max_vio": 0.0, "tokens": 4, "passes": 10}}}
+        for step, load in ((10, [4, 0]), (20, [4, 0]), (20, [2, 2]))
+    ]
+    (tmp_path / "load.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = read_traces([tmp_path / "load.jsonl"])
+    assert [(line.step, line.steps, line.load_LE.tolist()) for line in found.lines] == [
+        (10, 10, [[4, 0]]),
+        (20, 10, [[2, 2]]),
+    ]
+
+
+def test_a_line_covers_the_steps_since_the_one_before_also_where_a_checkpoint_was_written(tmp_path: Path) -> None:
+    def covered(steps: list[int]) -> list[int]:
+        log = [{"kind": "train", "step": step, "load": [[1, 1]], "max_vio": [0.0], "loss": 1.0} for step in steps]
+        config = {"train": {"log_every": 5, "checkpoint_every": 7, "steps": 12}}
+        (tmp_path / "kept.jsonl").write_text(json.dumps({"name": "a", "config": config, "log": log}))
+        return [line.steps for line in read_traces([tmp_path / "kept.jsonl"])[0].lines]
+
+    assert covered([5, 7, 10, 12]) == [5, 2, 3, 2]
+    assert covered([7, 12]) == [2, 2]  # of a log that was thinned
 
 
 def test_what_holds_no_loads_is_refused(tmp_path: Path) -> None:

@@ -1,13 +1,19 @@
-"""The log of a run: one JSON object a line, append only, cut back on resume to where the checkpoint stands."""
+"""The log of a run: one JSON object a line, append only, cut back on resume to where the checkpoint stands.
+
+`RunLog` writes it, `read_lines` and `read_log` read it once and strictly, `Lines` while it grows. (Without torch.)
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RunLog"]
+__all__ = ["Lines", "RunLog", "last_step", "read_lines", "read_log"]
+
+Line = dict[str, Any]
 
 
 class RunLog:
@@ -34,7 +40,7 @@ class RunLog:
             os.replace(draft, path)
         self.file = path.open("a", encoding="utf-8")
 
-    def write(self, line: dict[str, Any]) -> None:
+    def write(self, line: Line) -> None:
         """Append one object and hand it to the system at once: what was logged survives the process."""
         if self.enabled:
             self.file.write(json.dumps(line) + "\n")
@@ -45,9 +51,121 @@ class RunLog:
             self.file.close()
 
 
-def _step(line: str) -> float:
+class Lines:
+    """The objects of a file that grows, each once; those of one that was replaced or cut from its beginning again.
+
+    A line counts when its newline is there, so that one that is half written is read when it is whole. What is no
+    object is left out.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.read = 0  # bytes
+        self._tail = b""  # the last of them: whether they are still there
+        self._seen: tuple[int, int, int] | None = None
+
+    def new(self) -> tuple[bool, list[Line]]:
+        """Whether all that came before is void, and the objects since the last call."""
+        try:
+            about = self.path.stat()
+            seen = about.st_size, about.st_mtime_ns, about.st_ino
+            if seen == self._seen:
+                return False, []
+            with self.path.open("rb") as file:
+                void = self.read > 0 and not self._is_continued(file, about.st_size)
+                if void:
+                    self.read, self._tail = 0, b""
+                file.seek(self.read)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except OSError:  # not there yet, or no longer
+            void, self.read, self._tail, self._seen = self.read > 0, 0, b"", None
+            return void, []
+        self._seen = seen
+        self.read += len(whole) + len(newline)
+        self._tail = (self._tail + whole + newline)[-64:]
+        return void, [line for line in map(_lenient, whole.splitlines()) if line is not None]
+
+    def _is_continued(self, file: Any, size: int) -> bool:
+        if size < self.read:
+            return False
+        file.seek(self.read - len(self._tail))
+        return bool(file.read(len(self._tail)) == self._tail)
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The objects of a JSONL file; a last line that a killed process left torn is left out.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: another line is no object; the message names it.
+    """
+    lines = path.read_bytes().rstrip().splitlines()
+    found = []
+    for number, raw in enumerate(lines, start=1):
+        if not raw.strip():
+            continue
+        try:
+            found.append(_object(raw))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{path}, line {number}: not a JSON object ({error}); only the last line of a log may be torn. "
+                    "Repair or remove this line."
+                ) from error
+    return found
+
+
+def read_log(path: Path) -> tuple[tuple[Line, ...], tuple[Line, ...]]:
+    """The lines of training and those of validation on the way, in the order of their steps.
+
+    Of a step that stands there twice, as after a resume, the later line counts: it is the one whose weights live on.
+
+    Raises:
+        OSError, ValueError: as of `read_lines`; or a line has no step.
+    """
+    train: dict[int, Line] = {}
+    evals: dict[int, Line] = {}
+    for line in read_lines(path):
+        step = line.get("step")
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise ValueError(f"{path}: 'step' must be a whole number in each line; received {step!r}.")
+        if line.get("kind") == "train":
+            train[step] = line
+        elif line.get("kind") == "eval" and line.get("split", "valid") == "valid":
+            evals[step] = line
+    return tuple(train[step] for step in sorted(train)), tuple(evals[step] for step in sorted(evals))
+
+
+def last_step(path: Path) -> int:
+    """Of the last line; 0 without one. Read from the end: a log may be long."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 65536))  # a line holds the loads of all experts
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return 0
+    # One that is torn, or cut off by the window, has none.
+    return next((int(step) for line in reversed(lines) if (step := _step(line)) < math.inf), 0)
+
+
+def _object(raw: bytes | str) -> Line:
+    found = json.loads(raw)  # JSON and UTF-8 errors are ValueErrors
+    if not isinstance(found, dict):
+        raise ValueError(f"expected an object, received {type(found).__name__}")
+    return found
+
+
+def _lenient(raw: bytes) -> Line | None:
+    try:
+        return _object(raw)
+    except ValueError:
+        return None
+
+
+def _step(line: bytes | str) -> float:
     """The step of a logged line; one that a killed process left torn counts as never."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return math.inf

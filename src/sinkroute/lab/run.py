@@ -18,6 +18,7 @@ from sinkroute.lab.engine import holds_a_part
 from sinkroute.lab.evaluation import Evaluation
 from sinkroute.lab.files import write_json
 from sinkroute.lab.interrupt import Interrupted, StopRequest
+from sinkroute.lab.log import read_log
 from sinkroute.lab.machine import machine
 from sinkroute.lab.memory import peak_memory_mb, reset_peak_memory
 from sinkroute.lab.models import SparseModel, make_model
@@ -218,14 +219,9 @@ def kind_of(attack: str) -> str:
     return attack.partition("@")[0]
 
 
-def _training_lines(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line["kind"] == "train"]
-
-
 def _training_summary(config: Config, folder: Path, tokens: int) -> dict[str, Any]:
     """Figures of the whole training from its log, so that they are right after a resume too."""
-    lines = _training_lines(folder)
+    lines, _ = read_log(folder / "log.jsonl")
     starts = [0, *(line["step"] for line in lines[:-1])]
     weights = {line["step"]: line["step"] - start for start, line in zip(starts, lines, strict=True)}
     late = [line for line in lines if line["step"] > 0.75 * config.train.steps]
@@ -263,7 +259,7 @@ def _switch_summary(config: Config, folder: Path) -> dict[str, Any]:
     text, counted from 1, that begins `IN_A_ROW` balanced ones; the number of all its steps, and `censored` 1, where
     there is no such step. `loss` (nats) and `max_vio` are means over the first `EARLY` steps.
     """
-    steps = [line["each_step"] for line in _training_lines(folder)]
+    steps = [line["each_step"] for line in read_log(folder / "log.jsonl")[0]]
     max_vio, loss = ([value for step in steps for value in step[name]] for name in ("max_vio", "loss"))
     max_vio, loss = max_vio[config.data.switch_at :], loss[config.data.switch_at :]
     found = steps_to_balance(max_vio)

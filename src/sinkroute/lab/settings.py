@@ -130,7 +130,7 @@ def _line(error: Any, hint: Any, where: str) -> str:
         elif get_origin(bare) is dict:
             hint, where = (parts[1], f"{where}.{part}") if part != "[key]" else (str, where)
         else:
-            hint = next(each for each in parts if each.name == part)  # of several kinds
+            hint = next((each for each in parts if getattr(each, "name", None) == part), hint)  # of several kinds
     if kind == "value_error":
         words = str(error["ctx"]["error"])
         return f"{where} {words}" if words.startswith("must ") else words

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 import sinkroute
-from sinkroute.lab.log import RunLog
+from sinkroute.lab.log import Lines, RunLog
 from sinkroute.lab.watch.chart import BUCKETS, chart
-from sinkroute.lab.watch.follow import DEAD, Followed, Follower, Lines
+from sinkroute.lab.watch.follow import DEAD, Followed, Follower
 from sinkroute.routing import metrics
 
 from .logs import make_run, train_line
@@ -233,3 +233,11 @@ def test_of_thousands_of_lines_few_points_are_drawn_and_a_spike_is_seen():
 def test_what_is_not_finite_is_not_drawn():
     assert chart("Loss", {(0, "run"): [(1, float("nan"))]}) is None
     assert chart("Loss", {(0, "run"): [(1, 2.0), (2, float("inf"))]}).curves[0][2].count(",") == 1
+
+
+def test_loads_that_are_no_numbers_count_as_none_and_can_be_drawn(tmp_path):
+    log = tmp_path / "load.jsonl"
+    log.write_text('{"step": 1, "load": [[NaN, Infinity, 2, null]], "loss": 1.0}\n')
+    run = Followed(log, "a")
+    run.poll()
+    assert run.load == {"0": [0.0, 0.0, 2.0, 0.0]}

@@ -228,10 +228,11 @@ def _update(trace: Trace, mixture: Mixture, machine: Machine, ranks: int) -> flo
     return _all_reduce(8 * numbers, ranks, machine) if numbers else 0.0
 
 
-def _all_reduce(size: float, ranks: int, machine: Machine) -> float:
+def _all_reduce(size: float, ranks: int, machine: Machine, apart: int = 1) -> float:
+    """Of so many ranks; `apart`: from one of them to the next, as those that hold the same experts lie."""
     if ranks == 1:
         return 0.0
-    far = ranks > machine.node
+    far = ranks * apart > machine.node
     latency, width = (machine.network_latency, machine.network) if far else (machine.link_latency, machine.link)
     return 2 * latency * math.ceil(math.log2(ranks)) + 2 * (ranks - 1) / ranks * size / width
 
@@ -243,7 +244,7 @@ def _rest(trace: Trace, mixture: Mixture, machine: Machine, ranks: int, backward
     compute = mixture.tokens * (mixture.layers * a_layer + 6 * d * mixture.vocab) / machine.flops
     own = mixture.matrices * d * mixture.d_hidden * trace.experts // group
     reduce = _all_reduce(mixture.layers * 4 * d * d * mixture.bytes, ranks, machine)
-    reduce += _all_reduce(mixture.layers * own * mixture.bytes, ranks // group, machine)
+    reduce += _all_reduce(mixture.layers * own * mixture.bytes, ranks // group, machine, group)
     return compute + max(0.0, reduce - 2 / 3 * compute - backward)
 
 

@@ -10,7 +10,6 @@ is a burst of one kind of text stays.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import yaml
+
+from sinkroute.lab.log import read_lines, read_log
 
 __all__ = ["Line", "Trace", "read_traces"]
 
@@ -85,7 +86,7 @@ def read_traces(places: Iterable[str | Path]) -> list[Trace]:
             folders = [place] if (place / "log.jsonl").is_file() else sorted(place.glob("*/"))
             own = [_of_run(folder) for folder in folders if (folder / "log.jsonl").is_file()]
         else:
-            rows = _rows(place)
+            rows = read_lines(place)
             kept = [row for row in rows if "config" in row and "log" in row]
             own = [_trace(row["config"], row["log"]) for row in kept] or [_of_monitor(place, rows)]
         traces = [trace for trace in own if trace is not None]
@@ -98,40 +99,36 @@ def read_traces(places: Iterable[str | Path]) -> list[Trace]:
     return found
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    out = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            out.append(json.loads(text))
-        except ValueError:  # torn by a kill
-            continue
-    return [row for row in out if isinstance(row, dict)]
-
-
 def _of_run(folder: Path) -> Trace | None:
     path = folder / "config.yaml"
     config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return _trace(config or {}, _rows(folder / "log.jsonl"), folder.name)
+    return _trace(config or {}, read_log(folder / "log.jsonl")[0], folder.name)
 
 
 def _trace(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], name: str = "") -> Trace | None:
-    """Of a run of the lab, whose log may have been thinned: how many steps a line covers is the configuration's."""
+    """Of a run of the lab, whose log may have been thinned: then the configuration says where the line before was."""
     router = dict(config.get("router", {}))
     train = dict(config.get("train", {}))
-    every = int(train.get("log_every", 50))
     rows = [row for row in rows if row.get("kind") == "train" and row.get("load")]
     if not rows:
         return None
+    # Logged are multiples of these, and the last step.
+    every = [int(train[name]) for name in ("log_every", "checkpoint_every") if name in train]
+    ends = [int(row["step"]) for row in rows]
+    before = [
+        max(then, *((end - 1) // each * each for each in every), 0)
+        for then, end in zip([0, *ends[:-1]], ends, strict=True)
+    ]
     lines = [
         Line(
-            int(row["step"]),
-            every if row["step"] % every == 0 else int(row["step"] % every),  # the last line may cover fewer
+            end,
+            end - then,
             np.asarray(row["load"], dtype=float),
             np.asarray(row["max_vio"], dtype=float) if row.get("max_vio") else None,
             row.get("loss"),
             float(row.get("plan_passes") or 0),
         )
-        for row in rows
+        for row, end, then in zip(rows, ends, before, strict=True)
     ]
     label = str(config.get("label") or router.get("name") or name)
     top_k = int(dict(config.get("model", {})).get("top_k", 2))
@@ -142,12 +139,13 @@ def _of_monitor(path: Path, rows: Sequence[Mapping[str, Any]]) -> Trace | None:
     """Of a window of passes each layer has the sum of its loads, and the mean MaxVio of single passes."""
     lines: list[Line] = []
     before = 0
-    for row in rows:
+    latest = {int(row["step"]): row for row in rows if row.get("mode") == "train" and "step" in row}
+    for row in (latest[step] for step in sorted(latest)):  # of a step that a resumed trainer repeats, the later line
         layers = list(dict(row.get("layers") or {}).values())
-        if row.get("mode") == "train" and layers and all(layer.get("load") for layer in layers):
+        if layers and all(layer.get("load") for layer in layers):
             steps = max(1, int(row["step"]) - before) if lines else int(layers[0].get("passes") or 1)
             vio = np.asarray([layer["max_vio"] for layer in layers], dtype=float)
-            passes = sum(float(layer.get("plan_passes") or 0) * float(layer.get("passes") or 0) for layer in layers)
+            passes = sum(float(layer.get("plan_passes") or 0) * float(layer.get("plans") or 0) for layer in layers)
             load_LE = np.asarray([layer["load"] for layer in layers], dtype=float)
             lines.append(Line(int(row["step"]), steps, load_LE, vio, None, passes))
             before = int(row["step"])

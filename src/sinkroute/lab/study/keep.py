@@ -16,6 +16,7 @@ from typing import Any
 from sinkroute._errors import unknown_name
 from sinkroute.lab.config import Config, from_mapping, read_yaml, to_mapping, write_yaml
 from sinkroute.lab.files import write_json, write_text
+from sinkroute.lab.log import read_lines
 from sinkroute.lab.run_folder import begun
 from sinkroute.lab.study.cells import Cell, Plan, configuration_hash
 from sinkroute.lab.study.state import check_data, check_folders, read_record, read_result, read_state
@@ -130,7 +131,7 @@ def _line(cell: Cell, out: Path) -> dict[str, Any]:
 
 
 def _log(path: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(path)
     chosen = {id(line) for kind in ("train", "eval") for line in _spread([x for x in lines if x.get("kind") == kind])}
     return [_slim(line) for line in lines if id(line) in chosen]
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from sinkroute.lab.log import read_log
 from sinkroute.lab.study.cells import Plan
 from sinkroute.lab.study.metric import Quality, dig, metric_of, number_at
 from sinkroute.lab.study.state import State, check_data, read_record, read_result, read_state
@@ -76,7 +77,7 @@ class Run:
     @cached_property
     def _log(self) -> tuple[tuple[Line, ...], tuple[Line, ...]]:
         path = self.folder / "log.jsonl"
-        return _read_log(path) if path.is_file() else ((), ())
+        return read_log(path) if path.is_file() else ((), ())
 
     @property
     def train(self) -> tuple[Line, ...]:
@@ -302,35 +303,6 @@ def _run_folders(path: Path) -> list[Path]:
             order += [*(read_json(path / name).get(key) or ())]
     place = {name: rank for rank, name in enumerate(dict.fromkeys(map(str, order)))}
     return sorted(found, key=lambda folder: (place.get(folder.name, len(place)), folder.name))
-
-
-def _read_log(path: Path) -> tuple[tuple[Line, ...], tuple[Line, ...]]:
-    lines = path.read_bytes().rstrip().splitlines()
-    train: dict[int, Line] = {}
-    evals: dict[int, Line] = {}
-    for number, raw in enumerate(lines, start=1):
-        if not raw.strip():
-            continue
-        try:
-            line = json.loads(raw.decode("utf-8"))
-            if not isinstance(line, dict):
-                raise ValueError(f"expected an object, received {type(line).__name__}")
-        except ValueError as error:  # JSON and UTF-8 errors are ValueErrors
-            if number == len(lines):
-                break  # the process was killed while it wrote this line
-            raise ValueError(
-                f"{path}, line {number}: not a JSON object ({error}); only the last line of a log may be torn. "
-                "Repair or remove this line."
-            ) from error
-        step = line.get("step")
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise ValueError(f"{path}, line {number}: 'step' must be a whole number; received {step!r}.")
-        # A run that was resumed may repeat a step: the later line is the one whose weights live on.
-        if line.get("kind") == "train":
-            train[step] = line
-        elif line.get("kind") == "eval" and line.get("split", "valid") == "valid":
-            evals[step] = line
-    return tuple(train[step] for step in sorted(train)), tuple(evals[step] for step in sorted(evals))
 
 
 def _read_result(path: Path) -> dict[str, Any]:

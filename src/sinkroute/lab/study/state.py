@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from sinkroute.lab.config import Config, differences, read_yaml
 from sinkroute.lab.files import write_json
+from sinkroute.lab.log import last_step
 from sinkroute.lab.run_folder import FREE_KEYS, begun
 from sinkroute.lab.study.cells import Cell, configuration_hash
 from sinkroute.lab.study.lock import holder
@@ -47,7 +48,7 @@ class State:
 def read_state(cell: Cell, out: Path) -> State:
     """Read it. What was made under another hash than the cell's counts for nothing."""
     folder = out / cell.name
-    step = _last_step(folder)
+    step = last_step(folder / "log.jsonl")
     if (who := holder(folder)) is not None:
         return State("running", step, who)
     if (failure := _read(folder / _FAILURE)).get("hash") == cell.hash:
@@ -156,23 +157,6 @@ def record_failure(folder: Path, hash_: str, message: str) -> None:
     """Write down why a cell failed; it is not run again unless somebody asks for it."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json({"hash": hash_, "message": message}, folder / _FAILURE)
-
-
-def _last_step(folder: Path) -> int:
-    """Of the last line in the log; 0 without one."""
-    try:
-        with (folder / "log.jsonl").open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - 65536))  # a line holds the loads of all experts
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):  # torn, or cut off by the window
-            continue
-    return 0
 
 
 def _read(path: Path) -> dict[str, Any]:

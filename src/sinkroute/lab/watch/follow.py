@@ -19,55 +19,13 @@ from typing import Any
 import yaml
 
 from sinkroute.lab.folders import runs_within
+from sinkroute.lab.log import Lines
 
-__all__ = ["DEAD", "Followed", "Follower", "Lines", "Point", "duration", "fair_shares"]
+__all__ = ["DEAD", "Followed", "Follower", "Point", "duration", "fair_shares"]
 
 QUIET = 60.0  # seconds without a line, and ten times the usual gap between two, after which a run is called silent
-
-
 DEAD = 0.01  # of a fair share: `sinkroute.routing.metrics.DEAD`, without torch
 PLAIN = ("softmax", "plain")  # branches that make no plan
-
-
-class Lines:
-    """The objects of a JSONL file, each once; those of a file that was replaced or cut from its beginning again.
-
-    A line counts when its newline is there, so that one that is half written is read when it is whole. What is no
-    object is left out.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.read = 0  # bytes
-        self._tail = b""  # the last of them: whether they are still there
-        self._seen: tuple[int, int, int] | None = None
-
-    def new(self) -> tuple[bool, list[dict[str, Any]]]:
-        """Whether all that came before is void, and the objects since the last call."""
-        try:
-            about = self.path.stat()
-            seen = about.st_size, about.st_mtime_ns, about.st_ino
-            if seen == self._seen:
-                return False, []
-            with self.path.open("rb") as file:
-                void = self.read > 0 and not self._is_continued(file, about.st_size)
-                if void:
-                    self.read, self._tail = 0, b""
-                file.seek(self.read)
-                whole, newline, _ = file.read().rpartition(b"\n")
-        except OSError:  # not there yet, or no longer
-            void, self.read, self._tail, self._seen = self.read > 0, 0, b"", None
-            return void, []
-        self._seen = seen
-        self.read += len(whole) + len(newline)
-        self._tail = (self._tail + whole + newline)[-64:]
-        return void, [line for line in map(_object, whole.splitlines()) if line is not None]
-
-    def _is_continued(self, file: Any, size: int) -> bool:
-        if size < self.read:
-            return False
-        file.seek(self.read - len(self._tail))
-        return bool(file.read(len(self._tail)) == self._tail)
 
 
 @dataclass(frozen=True)
@@ -352,7 +310,7 @@ def _loads(line: Mapping[str, Any]) -> dict[str, list[float]]:
     else:
         found = {str(place): part for place, part in enumerate(load if isinstance(load, list) else [])}
     return {
-        name: [_number(value) or 0.0 for value in values]
+        name: [number if math.isfinite(number := _number(value) or 0.0) else 0.0 for value in values]
         for name, values in found.items()
         if isinstance(values, list) and values
     }
@@ -362,19 +320,12 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return _object(path.read_bytes()) or {}
-    except OSError:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _yaml(path: Path) -> dict[str, Any]:
