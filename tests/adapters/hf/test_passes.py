@@ -443,3 +443,27 @@ def test_copies_hear_of_their_own_passes():
     twin = copy.deepcopy(model)
     assert tokens(twin, input_ids=IDS, attention_mask=OTHER) == [26, 26]
     assert tokens(model, input_ids=IDS, attention_mask=MASK) == [30, 30]
+
+
+def test_a_model_that_is_trained_in_eval_says_so_once():
+    model = mixtral().eval()  # as from_pretrained returns it
+    sinkroute.patch(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            model(IDS)
+        model(IDS)  # no backward pass: an evaluation, if a wasteful one
+    with pytest.warns(UserWarning, match=r"MixtralForCausalLM in eval\(\).* call model.train\(\) first"):
+        model(IDS, labels=IDS).loss.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(IDS, labels=IDS).loss.backward()
+
+
+def test_gradients_in_eval_after_training_are_the_users_own_affair():
+    model = mixtral()
+    sinkroute.patch(model)
+    model(IDS, labels=IDS).loss.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(IDS, labels=IDS).loss.backward()

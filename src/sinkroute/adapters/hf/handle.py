@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class Handle(Patched):
         self.loss_scale: Callable[[], float] | None = None
         self._shows_loss = show_aux_loss
         self._step, self._idle_step, self._passes, self._said = -1, -1, 0, set[str]()
+        self._trained = False
         self._saved = Saved(model, router)
         self._layout: Layout | None = None
         self._coefficients = [] if keep_aux_loss else own_coefficients(model)
@@ -113,6 +114,7 @@ class Handle(Patched):
     def finish(self, module: nn.Module, outputs: Any) -> Any:
         """See `Owner`."""
         if not module.training:
+            self._watch_evaluation(outputs)
             return None
         if not self.model_pass.called:
             raise RuntimeError(
@@ -130,6 +132,26 @@ class Handle(Patched):
             self._check_scale(module)
         return with_loss(outputs, loss) if self._shows_loss else None
 
+    def _watch_evaluation(self, outputs: Any) -> None:
+        """A model that `from_pretrained` returns is in `eval()`: say so if it is trained like that."""
+        if self._trained or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        found = (
+            outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, tuple) else [outputs]
+        )
+        for tensor in found:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(self._note_evaluation)
+
+    def _note_evaluation(self, grad: Tensor) -> None:
+        if not self._trained:
+            self._say(
+                "eval",
+                f"a backward pass came through {type(self.model).__name__} in eval(), and no pass in train() did yet: "
+                "its routers serve, and balance nothing. If this is training, call model.train() first: "
+                "from_pretrained returns models in eval()",
+            )
+
     def end(self) -> None:
         """See `Owner`."""
         self._switch(on=True)
@@ -137,6 +159,7 @@ class Handle(Patched):
     # -- the routers' losses -----------------------------------------------------------------------------------------
 
     def _begin_training(self) -> None:
+        self._trained = True
         clock = self._seats[0].router.clock
         scale = 1.0 if self.loss_scale is None else uncompiled(self.loss_scale)()
         self.model_pass.scale = torch.tensor(scale / (clock.micro_batches or 1), device="cpu")
