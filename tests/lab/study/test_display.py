@@ -39,6 +39,6 @@ def test_a_terminal_has_a_bar_for_each_run(plan: Callable[..., Plan]) -> None:
         shown.listen(cells[0], {"kind": "begin"})
         shown.listen(cells[0], {"kind": "progress", "step": 2, "loss": 1.25, "max_vio": 0.5})
         shown.listen(cells[0], {"kind": "status", "note": "evaluating [x]"})
-        shown.live.refresh()
+        shown.bars.refresh()
     assert "a-seed0" in out.getvalue()
     assert "evaluating [x]" in out.getvalue()

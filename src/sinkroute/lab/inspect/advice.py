@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sinkroute.lab.inspect.result import Audit, Layer, mean, percent
+from sinkroute.lab.inspect.result import Audit, Layer, mean
+from sinkroute.lab.words import percent
 from sinkroute.routing.metrics import DEAD
 from sinkroute.routing.registry import RECOMMENDED
 

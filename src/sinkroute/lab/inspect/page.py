@@ -10,11 +10,12 @@ from pathlib import Path
 
 from sinkroute.lab.files import write_text
 from sinkroute.lab.inspect.advice import advice, recipe
-from sinkroute.lab.inspect.result import NEAR_DEAD, Audit, percent
+from sinkroute.lab.inspect.result import NEAR_DEAD, Audit
 from sinkroute.lab.inspect.table import ALTERNATIVES, cells, facts, labels, summary
 from sinkroute.lab.machine import machine
 from sinkroute.lab.page import render
 from sinkroute.lab.page.heat import bars_svg, heat_svg
+from sinkroute.lab.words import percent
 from sinkroute.routing.metrics import DEAD
 from sinkroute.routing.registry import RECOMMENDED
 

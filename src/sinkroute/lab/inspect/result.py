@@ -12,7 +12,7 @@ from torch import Tensor
 from sinkroute.lab.inspect.choices import Choices
 from sinkroute.routing.metrics import DEAD, coefficient_of_variation, load_entropy, max_violation
 
-__all__ = ["NEAR_DEAD", "Alternative", "Audit", "Layer", "Pictures", "Setting", "mean", "percent"]
+__all__ = ["NEAR_DEAD", "Alternative", "Audit", "Layer", "Pictures", "Setting", "mean"]
 
 FORMAT = 2  # 1: only experts without any token were dead
 # Of the mean load: an expert with less is near-dead.
@@ -237,11 +237,3 @@ class Audit:
 def mean(values: Sequence[float]) -> float:
     """0 of nothing."""
     return sum(values) / len(values) if values else 0.0
-
-
-def percent(share: float) -> str:
-    """
-    >>> percent(0.1234), percent(0.00012), percent(0.0)
-    ('12.3%', '0.01%', '0%')
-    """
-    return f"{100 * share:.{0 if round(share, 4) in (0, 0.1, 1) else 1 if abs(share) >= 0.0095 else 2}f}%"

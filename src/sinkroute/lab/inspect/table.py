@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from rich.text import Text
 
-from sinkroute.lab.inspect.result import NEAR_DEAD, Audit, Layer, mean, percent
+from sinkroute.lab.inspect.result import NEAR_DEAD, Audit, Layer, mean
 from sinkroute.lab.screen import Column, ScreenTable
+from sinkroute.lab.words import percent
 from sinkroute.routing.metrics import DEAD
 from sinkroute.routing.registry import RECOMMENDED
 
-__all__ = ["ALTERNATIVES", "audit_table", "cells", "facts", "labels", "percent", "summary"]
+__all__ = ["ALTERNATIVES", "audit_table", "cells", "facts", "labels", "summary"]
 
 ALTERNATIVES = {
     RECOMMENDED: f"{RECOMMENDED}, as it would serve,",

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from sinkroute.lab.progress import Bars, in_new_tenth
 from sinkroute.lab.study.cells import Cell
+from sinkroute.lab.words import duration
 
 __all__ = ["CompareDisplay"]
 
 
-class CompareDisplay:
+class CompareDisplay(Bars):
     """Told of every event of the pool by `listen`.
 
     Args:
@@ -27,36 +27,21 @@ class CompareDisplay:
     """
 
     def __init__(self, console: Console, cells: Sequence[Cell], at: Mapping[str, int], lines: bool = False) -> None:
-        self.lines = lines
-        self.console, self.total, self.done, self.failed = console, len(cells), 0, 0
-        self.at = dict(at)
-        self.steps_left = sum(cell.config.train.steps - at[cell.name] for cell in cells)
-        self.started, self.steps_done = 0.0, 0
-        self.bars = Progress(
-            TextColumn("[bold]{task.description}"),
+        super().__init__(
+            console,
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
+            refresh_per_second=2,
         )
+        self.lines, self.total, self.done, self.failed = lines, len(cells), 0, 0
+        self.at = dict(at)
+        self.steps_left = sum(cell.config.train.steps - at[cell.name] for cell in cells)
+        self.started, self.steps_done = 0.0, 0
         self.all = self.bars.add_task("runs", total=len(cells), note="")
         self.tasks: dict[str, TaskID] = {}
-        self.live = Live(Group(self.bars), console=console, refresh_per_second=2)
-
-    def __enter__(self) -> CompareDisplay:
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal:
-            self.live.stop()
-
-    def say(self, words: str) -> None:
-        """A line beside the bars."""
-        self.console.print(words, highlight=False, markup=False, soft_wrap=True)
 
     def listen(self, cell: Cell, event: dict[str, Any]) -> None:
         """One event of one cell."""
@@ -68,8 +53,8 @@ class CompareDisplay:
             return
         if kind == "progress":
             self.steps_done += event["step"] - self.at[name]
-            tenths = 10 * event["step"] // cell.config.train.steps
-            new, self.at[name] = tenths > 10 * self.at[name] // cell.config.train.steps, event["step"]
+            new = in_new_tenth(event["step"], self.at[name], cell.config.train.steps)
+            self.at[name] = event["step"]
             note = f"loss {event['loss']:.3f}  MaxVio {event['max_vio']:.2f}"
             self._update(name, completed=event["step"], note=note)
             self.bars.update(self.all, note=self._left())
@@ -90,7 +75,7 @@ class CompareDisplay:
         elif event.get("note"):
             said += f": {event['note']}"
         said += f" ({self._left()})" if kind == "done" and self._left() else ""
-        self.console.print(said, style="red" if kind == "failed" else "", highlight=False, markup=False, soft_wrap=True)
+        self.say(said, style="red" if kind == "failed" else "")
 
     def _update(self, name: str, **fields: Any) -> None:
         if name in self.tasks:
@@ -101,20 +86,9 @@ class CompareDisplay:
         parts = [f"{self.failed} failed"] if self.failed else []
         if self.steps_done:
             seconds = (time.monotonic() - self.started) / self.steps_done * max(self.steps_left - self.steps_done, 0)
-            parts.append(f"about {_duration(seconds)} left")
+            parts.append(f"about {duration(seconds)} left")
         return ", ".join(parts)
 
 
 def _shown(name: str, width: int = 36) -> str:
     return name if len(name) <= width else f"{name[: width - 13]}…{name[-12:]}"
-
-
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(90), _duration(1500), _duration(9000)
-    ('90 s', '25 min', '2 h 30 min')
-    """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -21,6 +21,7 @@ from sinkroute.lab.study.metric import capital, dig
 from sinkroute.lab.study.results import Results
 from sinkroute.lab.study.runs import Run
 from sinkroute.lab.study.tables import all_tables, sentences
+from sinkroute.lab.words import count, duration
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -215,23 +216,23 @@ def _facts(found: Results) -> list[tuple[str, str, str]]:
     facts.append((f"{len(done)} of {len(runs)}", "runs are done", ""))
     if total := _one(done, "parameters.total", results=True):
         active = _one(done, "parameters.active", results=True)
-        detail = f"{_human(active)} active per {found.quality.token}" if active else ""
-        facts.append((_human(total), "parameters", detail))
+        detail = f"{count(active)} active per {found.quality.token}" if active else ""
+        facts.append((count(total), "parameters", detail))
     if experts := _one(runs, "model.experts"):
         top_k, layers = _one(runs, "model.top_k"), _one(runs, "model.layers")
         told = [f"top-{top_k}"] * bool(top_k) + [f"{layers} layers"] * bool(layers)
         facts.append((str(experts), "experts per layer", ", ".join(told)))
     if steps := _one(runs, "train.steps"):
         seconds = [value for run in done if (value := run.value("train", "seconds")) is not None]
-        told = [f"about {_duration(sum(seconds) / len(seconds))} a run"] if seconds else []
+        told = [f"about {duration(sum(seconds) / len(seconds))} a run"] if seconds else []
         facts.append((f"{steps:,}", "training steps", "".join(told)))
     corpus = found.baselines.get("corpus")
     if isinstance(corpus, Mapping) and isinstance(corpus.get("train"), int):
         facts.append(
-            (f"{_human(corpus['train'])}B", "of training text", f"{corpus.get('valid', 0):,} bytes for validation")
+            (f"{count(corpus['train'])}B", "of training text", f"{corpus.get('valid', 0):,} bytes for validation")
         )
     if found.seconds:
-        facts.append((_duration(found.seconds), "of processes' time in all", ""))
+        facts.append((duration(found.seconds), "of processes' time in all", ""))
     return facts
 
 
@@ -263,25 +264,3 @@ def _provenance(found: Results) -> list[tuple[str, str]]:
 
 def _called(key: str, value: Any) -> str:
     return f"{value} cores" if key == "cores" else str(value)
-
-
-def _human(count: float) -> str:
-    """A count in three digits.
-
-    >>> _human(1234567), _human(345678), _human(12)
-    ('1.23 M', '346 k', '12')
-    """
-    for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g} {name}"
-    return f"{count:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(50), _duration(3000), _duration(9000)
-    ('50 s', '50 min', '2.5 h')
-    """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -217,7 +217,8 @@ def _start(
     def listen() -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            events.put((worker, json.loads(line)))
+            with suppress(ValueError):  # torn, for the worker was killed while it wrote
+                events.put((worker, json.loads(line)))
         events.put((worker, {"kind": "exit", "code": process.wait()}))
 
     threading.Thread(target=listen, daemon=True).start()

@@ -21,7 +21,7 @@ import yaml
 from sinkroute.lab.folders import runs_within
 from sinkroute.lab.log import Lines
 
-__all__ = ["DEAD", "Followed", "Follower", "Point", "duration", "fair_shares"]
+__all__ = ["DEAD", "Followed", "Follower", "Point", "fair_shares"]
 
 QUIET = 60.0  # seconds without a line, and ten times the usual gap between two, after which a run is called silent
 DEAD = 0.01  # of a fair share: `sinkroute.routing.metrics.DEAD`, without torch
@@ -286,21 +286,6 @@ def fair_shares(load: Sequence[float]) -> list[float]:
     """
     mean = sum(load) / len(load)
     return [part / mean if mean else 1.0 for part in load]
-
-
-def duration(seconds: float) -> str:
-    """So long, in words.
-
-    >>> [duration(seconds) for seconds in (4.2, 130, 7500, 200000)]
-    ['4 s', '2 min', '2 h 05 min', '2 d 7 h']
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def _loads(line: Mapping[str, Any]) -> dict[str, list[float]]:

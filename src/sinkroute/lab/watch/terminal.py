@@ -13,7 +13,8 @@ from rich.panel import Panel
 from rich.text import Text
 
 from sinkroute.lab.screen import Column, ScreenTable
-from sinkroute.lab.watch.follow import DEAD, Followed, Follower, Point, duration, fair_shares
+from sinkroute.lab.watch.follow import DEAD, Followed, Follower, Point, fair_shares
+from sinkroute.lab.words import duration
 
 __all__ = ["COLUMNS", "bars", "line", "row", "screen", "sparkline", "watch"]
 
