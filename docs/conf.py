@@ -15,6 +15,8 @@ exclude_patterns = ["conf.py"]
 html_theme = "furo"
 html_title = f"sinkroute {version}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 highlight_language = "text"  # what stands further in; examples are known by their >>>
 
 myst_heading_anchors = 6

@@ -1,6 +1,6 @@
 // What is wrong with the look of the page that is open, in words; "" for nothing. Run by `Browser.faults`.
 const out = [], say = (kind, element, detail) => {
-  if (out.length < 40) out.push(`${kind}: <${element.tagName.toLowerCase()} class="${element.getAttribute("class") ?? ""}"> ` +
+  if (out.filter(line => line.startsWith(kind)).length < 40) out.push(`${kind}: <${element.tagName.toLowerCase()} class="${element.getAttribute("class") ?? ""}"> ` +
     `${detail} "${(element.textContent ?? "").trim().slice(0, 50)}"`);
 };
 const shown = element => element.checkVisibility({opacityProperty: true, visibilityProperty: true});
@@ -33,7 +33,7 @@ for (const node of texts) {
   let box = svg ?? node.parentElement;
   while (!svg && getComputedStyle(box).display.startsWith("inline")) box = box.parentElement;
   const hidden = svg ? null : box.closest("[title]") && getComputedStyle(box).overflowX === "hidden";
-  if (hidden) continue;
+  if (hidden || !svg && scroller(box)) continue;
   const frame = box.getBoundingClientRect();
   for (const rect of boxes(node))
     if (rect.width && (rect.left < frame.left - 2 || rect.right > frame.right + 2 || svg && (rect.top < frame.top - 2 || rect.bottom > frame.bottom + 2)))
