@@ -587,6 +587,33 @@ def test_inference_mode_and_others_may_alternate():
 # -- names -----------------------------------------------------------------------------------------------------------
 
 
+class InOnePlace(Fixed):
+    """Counts into the same memory in each pass, as a CUDA graph does."""
+
+    def count(self, experts_TK, chosen_TK):
+        self.place_E = getattr(self, "place_E", torch.zeros(4, dtype=torch.int64))
+        return self.place_E.copy_(super().count(experts_TK, chosen_TK))
+
+
+def test_a_load_whose_memory_the_next_pass_uses_again_has_been_counted():
+    router = InOnePlace(4, 2)
+    with sinkroute.LoadMonitor(router) as monitor:
+        for experts in ([0, 1], [2, 3]):
+            router.choice = Routes(torch.tensor([experts]), torch.ones(1, 2))
+            router(random(1, 4))
+    assert monitor.metrics()["router"]["load"] == [1, 1, 1, 1]
+    assert monitor.end_step()["router"].tolist() == [1, 1, 1, 1]
+
+
+def test_steps_go_on_where_a_model_moves_to_another_device_between_two():
+    router = make()
+    with sinkroute.LoadMonitor(router) as monitor:
+        router(random(3, 4))
+        monitor.end_step()
+        router.to("meta")(random(3, 4).to("meta"))
+        assert monitor.end_step()["router"].device.type == "meta"
+
+
 def test_layers_are_named_by_the_path_of_their_router():
     assert sinkroute.LoadMonitor(Model()).layers == ["first", "second"]
     model = nn.Module()

@@ -2,7 +2,7 @@
 
 A forward hook on every router (`watch`) adds to sums that stay on its device: counts of choices, MaxVio of each pass
 (arXiv 2408.15664), what the method tells of its plan and its loss. No device is waited for and no rank is asked until
-somebody wants the numbers: then one transfer, and one collective call for all layers.
+somebody wants the numbers: then two transfers, and one collective call for all layers.
 
 - Training and evaluation are apart, by the router's mode.
 - A pass is one call of a router on one rank: a micro-batch. `max_vio` is the mean over passes, `max_vio_global` that of

@@ -98,6 +98,7 @@ class Counts:
         if not self.later:
             self._settle(load_E[None], assigned)
             return
+        load_E = load_E.clone()  # the next replay of a CUDA graph writes into the same memory
         self._loads[assigned].append(load_E)
         self._step.append(load_E)
         if len(self._loads[False]) + len(self._loads[True]) >= _KEPT:

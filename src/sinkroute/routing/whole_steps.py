@@ -52,7 +52,8 @@ class WholeSteps:
             violation_L = max_violation(torch.stack(loads))
         else:
             violation_L = torch.stack([max_violation(load_E) for load_E in loads])
-        self._max_vio_L = violation_L + self._max_vio_L
+        before = self._max_vio_L  # of the device on which the model was then
+        self._max_vio_L = violation_L + (before.to(device) if isinstance(before, Tensor) else before)
         self.number += 1
         self.sinkhorn += any(each.planned for each in self.counts)
         for each in self.counts:
