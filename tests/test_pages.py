@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +59,7 @@ def words(path: Path) -> list[str]:
     return [element.text or "" for element in ET.parse(path).iter() if element.tag.endswith("}text")]
 
 
-@pytest.mark.parametrize("name", ["plan", "potentials", "loads"])
+@pytest.mark.parametrize("name", ["plan", "potentials", "passes", "loads"])
 def test_a_picture_says_what_the_script_draws_and_is_small(name: str, pictures: ModuleType, tmp_path: Path) -> None:
     kept = ROOT / "docs" / "pictures" / f"{name}.svg"
     for copy in ("one.svg", "other.svg"):
@@ -68,15 +69,29 @@ def test_a_picture_says_what_the_script_draws_and_is_small(name: str, pictures: 
     assert kept.stat().st_size <= 60_000
 
 
-def test_each_picture_is_drawn_and_shown(pictures: ModuleType) -> None:
-    kept = {path.stem for path in (ROOT / "docs" / "pictures").iterdir()}
-    assert kept == set(pictures.PICTURES) == set(re.findall(r"pictures/(\w+)\.svg", page("how-it-works")))
+def test_each_picture_is_there_and_shown(pictures: ModuleType) -> None:
+    assert set(pictures.PICTURES) == set(re.findall(r"pictures/(\w+)\.svg", page("how-it-works")))
+    texts = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    assert [path.name for path in (ROOT / "docs" / "pictures").iterdir() if f"pictures/{path.name}" not in texts] == []
 
 
 def test_the_solver_converges_as_the_page_says(pictures: ModuleType) -> None:
     logits_TE = pictures.skewed(4096, 8, 1.5)
     assert pictures.solve(logits_TE, reg=0.1, tol=1e-6, max_passes=7).converged
     assert pictures.solve(logits_TE, reg=0.1, method="sinkhorn", max_passes=9).column_error > 0.1
+
+
+def test_the_kept_seeds_are_as_skewed_as_the_page_says(pictures: ModuleType) -> None:
+    for method, told in (("vanilla", [2.3, 5.8]), ("ssr-dual", [1.0, 1.0])):
+        logs = [pictures.kept_loads(f"0.006-{method}-seed{seed}")[1][-1] for seed in range(60, 68)]
+        assert [
+            round(float(value), 1) for value in np.mean([loads_LE.max(axis=1) for loads_LE in logs], axis=0)
+        ] == told
+
+
+def test_who_asks_for_less_motion_has_none() -> None:
+    text = (ROOT / "docs" / "pictures" / "passes.svg").read_text(encoding="utf-8")
+    assert "@media (prefers-reduced-motion:reduce){rect,text{animation:none!important}}" in text
 
 
 def test_figures_of_loads_are_those_of_the_pictures(pictures: ModuleType) -> None:
