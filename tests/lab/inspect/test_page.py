@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sinkroute.lab.inspect import Alternative, Audit, Layer, audit_table, summary, write_page
+from sinkroute.lab.inspect import Alternative, Audit, Layer, audit_table, facts, summary, write_page
 from sinkroute.lab.inspect.advice import advice, recipe
 from sinkroute.lab.inspect.result import Setting
 
@@ -81,6 +82,15 @@ def test_the_advice_is_the_router_that_patch_takes_and_what_it_would_change() ->
     assert "(weight)" in words
     assert "1 of 12 layers has no rule that is understood, and would stay as it is." in words
     assert "sinkroute.patch(model)" in recipe(audit(*ROWS))
+
+
+def test_a_run_on_images_is_told_of_images_and_how_to_train_it() -> None:
+    found = audit(*ROWS)
+    found = replace(found, setting=replace(found.setting, text="mnist-5k, the validation images"))
+    words = " ".join([*advice(found), *summary(found), *facts(found)])
+    assert "On these images it would serve" in words and "dead on these images" in words
+    assert "windows" not in words and "this text" not in words
+    assert recipe(found) == "sinkroute train CONFIG --router.name ssr-dual"
 
 
 def test_nothing_is_advised_where_nothing_is_to_be_gained() -> None:

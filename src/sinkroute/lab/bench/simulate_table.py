@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from sinkroute._errors import unknown_name
 from sinkroute.lab.bench.options import Bench
 from sinkroute.lab.bench.simulate import MACHINES, Machine, StepTime, balanced, quality, step_time
 from sinkroute.lab.bench.trace import Trace, read_traces
 from sinkroute.lab.files import write_json
+from sinkroute.lab.screen import Column, ScreenTable
 
 __all__ = ["run_simulation"]
 
@@ -47,7 +47,7 @@ def run_simulation(bench: Bench, console: Console) -> int:
     }
     one_each = [ranks for ranks in bench.ranks if math.gcd(ranks, every[0].experts) == every[0].experts]
     shown = (one_each or bench.ranks)[0]
-    console.print(_steps(times), _parts(shown, times[shown], runs, bench, machine))
+    console.print(_steps(times), _parts(shown, times[shown], runs, bench, machine), sep="\n")
     timed = {
         name: own for name, own in runs.items() if all(line.loss is not None for each in own for line in each.lines)
     }
@@ -83,58 +83,56 @@ def _mean(times: Sequence[StepTime], key: str) -> float:
     return float(np.mean([getattr(time, key) for time in times]))
 
 
-def _steps(times: Mapping[int, Mapping[str, Sequence[StepTime]]]) -> Table:
-    table = Table(title="A training step, relative to perfect balance that costs nothing", title_justify="left")
-    table.add_column("method", overflow="fold")
-    for ranks in times:
-        table.add_column(f"{ranks:,} rank{'s' * (ranks > 1)}", justify="right")
+def _steps(times: Mapping[int, Mapping[str, Sequence[StepTime]]]) -> ScreenTable:
+    heads = [f"{ranks:,}\nrank{'s' * (ranks > 1)}" for ranks in times]
+    table = _table("A training step, relative to perfect balance that costs nothing", heads)
     for name in next(iter(times.values())):
         row = [_mean(each[name], "seconds") / _mean(each[FREE], "seconds") for each in times.values()]
-        table.add_row(name, *(f"{value:.3f}" for value in row))
+        table.add(name, *(f"{value:.3f}" for value in row))
     return table
 
 
 def _parts(
     ranks: int, times: Mapping[str, Sequence[StepTime]], runs: Mapping[str, list[Trace]], bench: Bench, machine: Machine
-) -> Table:
+) -> ScreenTable:
     """Where the time goes, in milliseconds."""
-    table = Table(title=f"The parts of a step on {ranks:,} ranks, ms", title_justify="left")
-    table.add_column("method", overflow="fold")
     heads = ["slowest", "experts", "exchange", "router", "update", "rest"]
     whole = all(line.max_vio_L is not None for own in runs.values() for trace in own for line in trace.lines)
     single = math.gcd(ranks, runs[FREE][0].experts) == runs[FREE][0].experts and whole
-    for head in heads + ["dropped"] * (bench.mixture.capacity is not None) + ["single steps"] * single:
-        table.add_column(head, justify="right")
+    more = ["dropped"] * (bench.mixture.capacity is not None) + ["single\nsteps"] * single
+    table = _table(f"The parts of a step on {ranks:,} ranks, ms", [*heads, *more])
     for name, own in times.items():
         row = [f"{_mean(own, 'slowest'):.2f}"] + [f"{1e3 * _mean(own, key):.3g}" for key in heads[1:]]
         row += [f"{_mean(own, 'dropped'):.2%}"] * (bench.mixture.capacity is not None)
         if single:
             exact = [step_time(each, bench.mixture, machine, ranks, single_steps=True) for each in runs[name]]
             row.append(f"{_mean(exact, 'slowest'):.2f}")
-        table.add_row(name, *row)
+        table.add(name, *row)
     return table
 
 
-def _quality(runs: Mapping[str, list[Trace]], seconds: Mapping[str, float], ranks: int) -> Table:
+def _quality(runs: Mapping[str, list[Trace]], seconds: Mapping[str, float], ranks: int) -> ScreenTable:
     found = quality(runs, seconds)
-    table = Table(title=f"Training loss against simulated time on {ranks:,} ranks", title_justify="left")
-    table.add_column("method", overflow="fold")
-    for head in ("runs", "all steps, s", "loss then", "loss at equal time", "s to the slowest's loss"):
-        table.add_column(head, justify="right")
+    heads = ["runs", "all steps,\ns", "loss\nthen", "loss at\nequal time", "s to the\nslowest's loss"]
+    table = _table(f"Training loss against simulated time on {ranks:,} ranks", heads)
     for name, row in found.items():
         reach = "never" if row["reach"] is None else f"{row['reach']:.3g}"
         cells = [str(len(runs[name])), f"{row['time']:.3g}", f"{row['final']:.4f}", f"{row['equal']:.4f}", reach]
-        table.add_row(name, *cells)
+        table.add(name, *cells)
     return table
+
+
+def _table(title: str, heads: Sequence[str]) -> ScreenTable:
+    return ScreenTable([Column("method", words=True), *map(Column, heads)], title=title)
 
 
 def _notes(traces: Sequence[Trace], machine: Machine, bench: Bench) -> list[str]:
     tokens = np.mean([line.load_LE[0].sum() / line.steps / trace.top_k for trace in traces for line in trace.lines])
     steps = max(trace.steps_a_line for trace in traces)
     out = [
-        f"Simulated, not measured: {machine.name}, {machine.flops / 1e12:.3g} TFLOP/s, {machine.memory / 1e9:.3g} GB/s "
-        f"of memory, links of {machine.link / 1e9:.3g} GB/s, {machine.network / 1e9:.3g} GB/s between nodes of "
-        f"{machine.node}; the formulas are in sinkroute.lab.bench.simulate.",
+        f"Simulated, not measured: {machine.name}, {machine.flops / 1e12:.3g} TFLOP/s, "
+        f"{machine.memory / 1e9:,.4g} GB/s of memory, links of {machine.link / 1e9:.3g} GB/s, "
+        f"{machine.network / 1e9:.3g} GB/s between nodes of {machine.node}; the formulas are in sinkroute.lab.bench.simulate.",
         f"Loads are shares of {tokens:,.0f} tokens a step, scaled to {bench.mixture.tokens:,} a rank.",
     ]
     if steps > 1:

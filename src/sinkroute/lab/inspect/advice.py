@@ -23,7 +23,7 @@ def advice(audit: Audit) -> list[str]:
                 f"Leave the routing as it is: its batches have MaxVio {own:.2f}, and with {RECOMMENDED} they would "
                 f"have {after:.2f}. To count loads while you train, sinkroute.LoadMonitor(model)."
             ]
-        out += _change(able, own, after)
+        out += _change(able, own, after, "these images" if audit.of_images else "this text")
     left = [layer for layer in audit.layers if layer.rule is not None and layer.kept_in is None]
     if left:
         out.append(
@@ -43,7 +43,7 @@ def recipe(audit: Audit) -> str:
     able = [layer for layer in audit.layers if RECOMMENDED in layer.alternatives]
     if not able or mean([own - after for own, after in map(_batches, able)]) < _LITTLE:
         return ""
-    if audit.pictures is not None or audit.setting.text.endswith("validation images"):
+    if audit.of_images:
         return f"sinkroute train CONFIG --router.name {RECOMMENDED}"
     return (
         f"handle = sinkroute.patch(model)  # {RECOMMENDED}; before the optimizer and the training\n"
@@ -51,7 +51,7 @@ def recipe(audit: Audit) -> str:
     )
 
 
-def _change(able: list[Layer], own: float, after: float) -> list[str]:
+def _change(able: list[Layer], own: float, after: float, seen: str) -> list[str]:
     others = [layer.alternatives[RECOMMENDED] for layer in able]
     moved, lost = (mean([getattr(other, key) for other in others]) for key in ("tokens_moved", "score_lost"))
     least = mean([layer.alternatives["balanced"].score_lost for layer in able if "balanced" in layer.alternatives])
@@ -59,14 +59,14 @@ def _change(able: list[Layer], own: float, after: float) -> list[str]:
     revived = sum(_share(layer, expert) >= DEAD for layer, expert in dead)
     held = ", ".join(dict.fromkeys(layer.kept_in or "" for layer in able))
     out = [
-        f"Train on with {RECOMMENDED}, the router that sinkroute.patch(model) takes unless told. On this text it would "
+        f"Train on with {RECOMMENDED}, the router that sinkroute.patch(model) takes unless told. On {seen} it would "
         f"serve batches with MaxVio {after:.2f} in place of {own:.2f}: the busiest expert would have {1 + after:.1f} "
         f"times its share, and not {1 + own:.1f} times.",
         f"That moves {percent(moved)} of the tokens to another set of experts, and loses {percent(lost)} of the gate's "
         f"scores; wholly equal loads lose {percent(least)} at the least.",
     ]
     if dead:
-        out.append(f"Of {len(dead):,} experts that are dead on this text {revived:,} would get tokens again.")
+        out.append(f"Of {len(dead):,} experts that are dead on {seen} {revived:,} would get tokens again.")
     return [
         *out,
         f"What it learns is kept in the model's own tensors ({held}). Whether its predictions get better or worse no "

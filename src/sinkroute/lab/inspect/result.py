@@ -199,6 +199,11 @@ class Audit:
     pictures: Pictures | None = None
 
     @property
+    def of_images(self) -> bool:
+        """Whether a run was inspected on its images, which are its windows, and no text."""
+        return self.setting.text.endswith("validation images")
+
+    @property
     def read(self) -> list[Layer]:
         """Layers with a load."""
         return [layer for layer in self.layers if layer.load is not None]

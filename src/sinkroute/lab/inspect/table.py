@@ -83,7 +83,7 @@ def summary(audit: Audit) -> list[str]:
             )
     if told:
         out.append(
-            f"Over batches of {setting.batch} windows, {'; '.join(told)}. "
+            f"Over batches of {setting.batch} {'images' if audit.of_images else 'windows'}, {'; '.join(told)}. "
             f"The model's own batches have MaxVio {_mean_batch(read):.2f}."
         )
     out += [f"{path}: not understood, {reason}." for path, reason in _reasons(audit.layers).items()]
@@ -100,7 +100,8 @@ def facts(audit: Audit) -> list[str]:
     if setting.by_layer:
         memory += f": one layer at a time, and {setting.held_mb:,.1f} MiB of hidden states"
     return [
-        f"{setting.tokens:,} tokens of {setting.text}: {setting.windows:,} windows of {setting.length}{bos}.",
+        f"{setting.tokens:,} tokens of {setting.text}: {setting.windows:,} "
+        f"{'images' if audit.of_images else 'windows'} of {setting.length}{bos}.",
         f"{setting.architecture}, {setting.dtype}, on {setting.device}. {memory}. {audit.seconds:,.1f} s.",
     ]
 
