@@ -132,7 +132,8 @@ def _notes(traces: Sequence[Trace], machine: Machine, bench: Bench) -> list[str]
     out = [
         f"Simulated, not measured: {machine.name}, {machine.flops / 1e12:.3g} TFLOP/s, "
         f"{machine.memory / 1e9:,.4g} GB/s of memory, links of {machine.link / 1e9:.3g} GB/s, "
-        f"{machine.network / 1e9:.3g} GB/s between nodes of {machine.node}; the formulas are in sinkroute.lab.bench.simulate.",
+        f"{machine.network / 1e9:.3g} GB/s between nodes of {machine.node}; the formulas are in "
+        "sinkroute.lab.bench.simulate.",
         f"Loads are shares of {tokens:,.0f} tokens a step, scaled to {bench.mixture.tokens:,} a rank.",
     ]
     if steps > 1:
