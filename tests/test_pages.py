@@ -108,12 +108,16 @@ def test_every_word_of_the_glossary_is_told_in_a_sentence_or_two() -> None:
 
 
 def test_every_figure_of_the_table_of_costs_has_a_command() -> None:
-    rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \| (.+) \|$", page("costs").split("\n## ")[0], flags=re.MULTILINE)[1:]
+    summary, _, rest = page("costs").partition("\n## ")
+    rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \| (.+) \|$", summary, flags=re.MULTILINE)[1:]
     assert len(rows) >= 10
     for _, figure, command, more in rows:
         assert re.search(r"\d", figure) or "one" in figure
         assert re.fullmatch(r"`(make|python|sinkroute) .+`", command)
-        assert re.fullmatch(r"\[.+\]\(.+\)", more)
+        where = re.fullmatch(r"\[.+\]\((?:([\w-]+)\.md)?(?:#.+)?\)", more)
+        assert where is not None
+        there = set(re.findall(r"[\d.]+\d", page(where[1]) if where[1] else rest))
+        assert set(re.findall(r"\d+\.\d+", figure)) <= there, figure
         for script in re.findall(r"python (\S+\.py)", command):
             assert (ROOT / script).exists()
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
