@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sinkroute.lab.files import write_text
+
 __all__ = ["Lines", "RunLog", "last_step", "read_lines", "read_log"]
 
 Line = dict[str, Any]
@@ -35,9 +37,7 @@ class RunLog:
             return
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= last_step]
-            draft = path.with_suffix(".draft")
-            draft.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(draft, path)
+            write_text("".join(line + "\n" for line in kept), path)
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, line: Line) -> None:

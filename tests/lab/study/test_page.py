@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from sinkroute.lab import files
 from sinkroute.lab.study import page
 from sinkroute.lab.study.cells import Plan
 from sinkroute.lab.study.figures import grids
@@ -164,7 +165,7 @@ def test_a_page_that_fails_leaves_the_old_one_and_no_leftovers(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(page.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_page(compared(demo), path)
     assert path.read_bytes() == before and list(out.iterdir()) == [path]

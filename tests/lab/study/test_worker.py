@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,3 +109,13 @@ def test_a_changed_evaluation_is_repeated_without_training(tiny: Callable[..., P
 def test_events_are_json(tiny: Callable[..., Plan]) -> None:
     found = tiny()
     assert json.loads(json.dumps(run(found.cells[0], found.out)))[-1] == {"kind": "done"}
+
+
+def test_a_worker_ends_with_its_orders_also_where_the_last_one_is_torn() -> None:
+    """As it is when the comparison is killed: nobody is left to end the worker."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sinkroute.lab.study.worker"]
+    ended = subprocess.run(
+        command, input='{"name": "a', env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, '{"kind": "ready"}\n')

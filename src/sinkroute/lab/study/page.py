@@ -7,13 +7,13 @@ texts, does not.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from sinkroute.lab.files import replace_whole, write_text
 from sinkroute.lab.page import render, today
 from sinkroute.lab.page.palette import inks
 from sinkroute.lab.study.arrange import describe, differences
@@ -46,8 +46,8 @@ def write_page(found: Results, path: str | Path) -> Path:
         ModuleNotFoundError: matplotlib or jinja2 is missing; `pip install 'sinkroute[lab]'` brings both.
     """
     path = _target(path, (".html", ".htm"))
-    text = _render(found)
-    return _replace(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(_render(found), path)
+    return path
 
 
 def write_picture(found: Results, path: str | Path) -> Path:
@@ -59,7 +59,8 @@ def write_picture(found: Results, path: str | Path) -> Path:
 
     path = _target(path, (".png", ".svg"))
     groups, colours = found.groups(found.sizes[0]), inks(found.routers)
-    return _replace(path, lambda part: figures.picture(groups, colours, found.baselines, part))
+    replace_whole(path, lambda draft: figures.picture(groups, colours, found.baselines, draft))
+    return path
 
 
 def _target(path: str | Path, suffixes: tuple[str, ...]) -> Path:
@@ -70,18 +71,7 @@ def _target(path: str | Path, suffixes: tuple[str, ...]) -> Path:
         )
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"path {str(path)!r} must end in {' or '.join(suffixes)}; it ends in {path.suffix!r}.")
-    return path
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, for a rename is atomic only within one file system; with the suffix, for it picks the format.
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

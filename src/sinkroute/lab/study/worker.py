@@ -119,7 +119,8 @@ def main() -> int:
 
         def listen() -> None:
             for line in sys.stdin:
-                orders.put(json.loads(line))
+                with suppress(ValueError):  # torn, for the comparison was killed while it wrote
+                    orders.put(json.loads(line))
             stop.asked = True
             orders.put(None)
 
