@@ -241,6 +241,7 @@ def test_another_router_does_not_inherit_the_presets_options(
         (["train", "CONFIG", "--router.name", "srr-l"], 1, "unknown router 'srr-l'; did you mean 'ssr-l'?"),
         (["train", "CONFIG", "--router.options.probabilty", "1"], 1, "did you mean 'probability'?"),
         (["train", "CONFIG", "--router.options.probability", "2"], 1, "probability must be between 0 and 1, got 2"),
+        (["train", "CONFIG", "--router.options.reg", "[1]"], 1, "router.options.reg must be a number, a word, true or"),
         (["train", "CONFIG", "--router.options.reg", "0"], 1, "reg must be a finite number above 0, got 0"),
         (["train", "CONFIG", "--model.top-k", "9"], 1, "top_k must be between 1 and num_experts=4, got 9"),
         (["train", "CONFIG", "--router.options.noise"], 2, "needs a value"),

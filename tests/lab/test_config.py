@@ -10,6 +10,7 @@ from sinkroute.lab.config import (
     Config,
     DataConfig,
     ModelConfig,
+    RouterConfig,
     StreamConfig,
     TrainConfig,
     VisionConfig,
@@ -120,6 +121,11 @@ def test_sections_made_in_python_are_checked_too() -> None:
         TrainConfig(lr=-1)
     with pytest.raises(ValueError, match=r"train\.batch=5 must be a multiple"):
         Config(train=TrainConfig(batch=5, accumulation=2))
+    with pytest.raises(ValueError, match=r"^router\.options\.reg must be a number, a word, true or false, got \[1\]"):
+        RouterConfig("ssr-s", {"reg": [1]})  # type: ignore[dict-item]
+    for args, values in ((("ssr-s", {}, 3), {}), (("ssr-s",), {"name": "ssr-l"})):
+        with pytest.raises(TypeError, match="takes one value for each of name, options"):
+            RouterConfig(*args, **values)  # type: ignore[arg-type]
 
 
 def test_words_that_look_like_numbers_stay_words_where_words_are_meant() -> None:

@@ -15,7 +15,7 @@ __all__ = ["run"]
 
 
 def run(arguments: list[str], console: Console) -> int:
-    from sinkroute.lab.config import Config, read_yaml
+    from sinkroute.lab.config import Config, RouterConfig, read_yaml
     from sinkroute.lab.presets import find_configuration
     from sinkroute.lab.settings import settings
 
@@ -40,13 +40,13 @@ def run(arguments: list[str], console: Console) -> int:
     default = TrainCommand(**vars(preset))
     command = tyro.cli(TrainCommand, default=default, args=rest, prog="sinkroute train CONFIG")
     if command.router.name == preset.router.name:
-        command.router.options = {**preset.router.options, **options}
+        options = {**preset.router.options, **options}
     else:  # options and label of the preset belong to its own router
         if left_out := ", ".join(f"{name}={value}" for name, value in preset.router.options.items()):
             words = f"--router.name {command.router.name} leaves out {left_out}: options of {preset.router.name}"
             console.print(escape(words), highlight=False, soft_wrap=True)
-        command.router.options = options
         command.label = "" if command.label == preset.label else command.label
+    command.router = RouterConfig(command.router.name, options)
     config = Config(**{name: value for name, value in vars(command).items() if name not in ("out", "fresh")})
     folder = Path(command.out or Path("runs") / path.stem)
 

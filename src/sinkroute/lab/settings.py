@@ -78,8 +78,12 @@ def settings(where: str = "", *, frozen: bool = False) -> Callable[[type[T]], ty
 
         @functools.wraps(checked)
         def __init__(self: Any, *args: Any, **values: Any) -> None:
+            named = dict(zip(made.__pydantic_fields__, args, strict=False))  # errors are told by name
+            if len(named) < len(args) or named.keys() & values.keys():
+                fields = ", ".join(made.__pydantic_fields__)
+                raise TypeError(f"{cls.__name__} takes one value for each of {fields}; got more by position")
             try:
-                checked(self, *args, **values)
+                checked(self, **named, **values)
             except ValidationError as error:
                 raise ValueError(_words(error, made, where)) from None
 
