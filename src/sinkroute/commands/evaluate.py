@@ -45,10 +45,10 @@ def run(arguments: list[str], console: Console) -> int:
     command = tyro.cli(EvaluateCommand, args=arguments, prog="sinkroute evaluate")
     if not command.lm_eval and any(word in ("--lm-eval", "--lm_eval") for word in arguments):
         raise UsageError("--lm-eval needs a TASK: sinkroute evaluate RUN --lm-eval TASK [TASK ...]")
-    folder = Path(command.run)
-    require_run(folder)
     if command.lm_eval:
         return _evaluate_tasks(command, console)
+    folder = Path(command.run)
+    require_run(folder)
 
     from sinkroute.lab.files import write_json
     from sinkroute.lab.run import evaluate_split
@@ -138,6 +138,7 @@ def _evaluate_tasks(command: EvaluateCommand, console: Console) -> int:
     from sinkroute.lab.trained import load_run
 
     require_lm_eval()
+    require_run(Path(command.run))
     hide_progress_of_transformers()
     run = load_run(Path(command.run))
     found = evaluate_run(run, command.lm_eval)

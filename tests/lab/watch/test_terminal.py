@@ -88,7 +88,9 @@ def test_once_shows_what_there_is_and_ends(tmp_path, capsys):
 
 def test_ctrl_c_ends_the_watch_without_a_word_of_error(tmp_path):
     make_run(tmp_path / "runs" / "a", lines=[train_line(10)])
-    command = [sys.executable, "-u", "-m", "sinkroute.cli", "watch", str(tmp_path / "runs")]
+    # What runs in the background of a shell ignores SIGINT, and so would its children.
+    main = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); import sinkroute.cli as cli; "
+    command = [sys.executable, "-u", "-c", main + "sys.exit(cli.main())", "watch", str(tmp_path / "runs")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert "step 10/100" in process.stdout.readline()
         with (tmp_path / "runs" / "a" / "log.jsonl").open("a") as file:
