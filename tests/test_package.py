@@ -1,6 +1,8 @@
 """The package as a whole: what it shows, what it imports, how fast, and which floor rests on which."""
 
 import ast
+import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -64,6 +66,14 @@ def test_every_name_that_a_module_declares_public_exists():
         module = "sinkroute." + name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         declared = __import__(module, fromlist=["__all__"])
         assert all(hasattr(declared, public) for public in declared.__all__), module
+
+
+@pytest.mark.parametrize("module", ["", ".transport", ".routing", ".moe", ".adapters.hf"])
+def test_every_public_name_has_an_example_which_runs_as_a_doctest(module):
+    floor = importlib.import_module(f"sinkroute{module}")
+    public = {name: getattr(floor, name) for name in floor.__all__}
+    bare = [name for name, it in public.items() if callable(it) and ">>> " not in (inspect.getdoc(it) or "")]
+    assert [name for name in bare if name != "Router"] == []  # the base of all: create_router shows it
 
 
 def test_the_example_in_three_lines_runs():

@@ -31,6 +31,11 @@ class Routes:
             and gets no gradient, so that their expert need not be computed. None: all are choices.
         potentials: (E,) what added to the logits, or to the cost of the plan, balances the choice; None where no
             method asked for it.
+
+    >>> import sinkroute, torch
+    >>> routes = sinkroute.create_router("softmax", num_experts=3, top_k=2)(torch.tensor([[3.0, 1.0, 2.0]]))
+    >>> routes.experts, routes.load, routes.branch
+    (tensor([[0, 2]]), tensor([1, 0, 1]), 'softmax')
     """
 
     experts: Tensor

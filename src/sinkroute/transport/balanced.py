@@ -52,6 +52,11 @@ class BalancedTopK(_ExpertsAndBias):
             ranks it is that of the search, and the few tokens that the repair moved are not by it.
         passes: how often all tokens were counted. A 0-d tensor where a tracer or a transform of `torch.func` looks on.
         moves: how often the repair gave a token another expert (over ranks: of this rank); a 0-d tensor as well.
+
+    >>> import sinkroute, torch
+    >>> found = sinkroute.balanced_topk(torch.tensor([[2.0, 0.0], [1.0, 0.0]]), 1)  # both prefer expert 0
+    >>> found.experts.flatten()
+    tensor([0, 1])
     """
 
     passes: int | Tensor

@@ -16,7 +16,13 @@ __all__ = ["Plan", "TopK"]
 
 
 class TopK(NamedTuple):
-    """The best experts of every token, descending: weights (T, K) in float32 or float64, experts (T, K) int64."""
+    """The best experts of every token, descending: weights (T, K) in float32 or float64, experts (T, K) int64.
+
+    >>> import sinkroute, torch
+    >>> weights_TK, experts_TK = sinkroute.solve(torch.eye(4), reg=0.1).topk(1)
+    >>> experts_TK.flatten()
+    tensor([0, 1, 2, 3])
+    """
 
     weights: Tensor
     experts: Tensor

@@ -36,6 +36,16 @@ class Handle(Patched):
         switched_off: name → value of the model's own loss coefficients that are 0 in training passes.
         loss_scale: a function that gives what the training loss is multiplied by before its backward pass (fp16:
             `scaler.get_scale` of a `GradScaler`), or None. `RouterCallback` finds it out.
+
+    >>> import sinkroute, transformers
+    >>> config = transformers.MixtralConfig(
+    ...     vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+    ...     num_key_value_heads=2, num_local_experts=4,
+    ... )
+    >>> handle = sinkroute.patch(transformers.MixtralForCausalLM(config), "load-balance")
+    >>> list(handle.routers)
+    ['model.layers.0.mlp.gate', 'model.layers.1.mlp.gate']
+    >>> handle.remove()
     """
 
     def __init__(
