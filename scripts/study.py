@@ -25,6 +25,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import study_leaderboard
 from scipy import stats
 
 from sinkroute.lab.study.cells import Plan, expand
@@ -122,6 +123,9 @@ def table(name: str) -> str:
         return ACROSS[name]()
     if name in PAIRS:
         return _pairs(*PAIRS[name])
+    if name.startswith("board-"):
+        name = name.removeprefix("board-")
+        return study_leaderboard.board(name, read(name))
     if name.startswith("trend-"):
         return _trend(read(name.removeprefix("trend-")))
     return _comparison(read(name))
@@ -214,39 +218,6 @@ def _trend(found: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _leaderboard() -> str:
-    quality, cost = read("paper-lm"), read("overhead")
-    values = {(row["method"], row["metric"]): row for row in quality["statistics"]}
-    # The median: another program's moment on the machine must not decide a place.
-    times = {row["method"]: median(row["seeds"].values()) for row in cost["statistics"] if row["metric"] == UNTIMED}
-    methods = list(dict.fromkeys(row["method"] for row in quality["statistics"]))
-    methods.sort(key=lambda method: values[method, "valid.bits_per_byte"]["estimate"]["mean"])
-    lines = [
-        "| | method | bits/byte | against vanilla | attacked | MaxVio training | serving | time per step | command |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for place, method in enumerate(methods, 1):
-        against = values[method, "valid.bits_per_byte"]["against"]
-        difference = "" if against is None else _spread(against["paired"]["difference"], 3, sign=True)
-        if against is not None and against["verdict"] in ("better", "worse"):
-            difference = f"**{difference}**"
-        shown = [
-            _spread(values[method, key]["estimate"], digits)
-            for key, digits in (
-                ("valid.bits_per_byte", 3),
-                ("attacked.word-swap.bits_per_byte", 3),
-                ("train.max_vio", 2),
-                ("serving.max_vio", 2),
-            )
-        ]
-        only = f"'{method}'" if " " in method else method
-        command = f"`sinkroute compare study/paper-lm --only {'' if method == 'vanilla' else 'vanilla '}{only}`"
-        cells = [str(place), f"`{method}`", shown[0], difference, *shown[1:]]
-        cells += [f"{times[method] / times['vanilla']:.2f}×", command]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def _compute() -> str:
     lines = ["| comparison | runs | seeds | training, core-minutes | command |", "|---|---|---|---|---|"]
     trained: dict[str, float] = {}  # two comparisons may look at the same runs
@@ -313,7 +284,17 @@ def _floor() -> str:
     return "\n".join(lines) + "\n"
 
 
-ACROSS = {"leaderboard": _leaderboard, "compute": _compute, "power": _power, "floor": _floor}
+def _known() -> set[str]:
+    return {path.stem for path in RESULTS.glob("*.json")}
+
+
+ACROSS = {
+    "leaderboard-loss": lambda: study_leaderboard.summary(read, _known()),
+    "leaderboard-balance": lambda: study_leaderboard.summary(read, _known(), balance=True),
+    "compute": _compute,
+    "power": _power,
+    "floor": _floor,
+}
 
 
 def _keep(folder: Path) -> str:

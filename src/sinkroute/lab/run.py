@@ -20,7 +20,7 @@ from sinkroute.lab.files import write_json
 from sinkroute.lab.interrupt import Interrupted, StopRequest
 from sinkroute.lab.log import read_log
 from sinkroute.lab.machine import machine
-from sinkroute.lab.memory import peak_memory_mb, reset_peak_memory
+from sinkroute.lab.memory import keep_freed_memory, peak_memory_mb, reset_peak_memory
 from sinkroute.lab.models import SparseModel, make_model
 from sinkroute.lab.peers import Peers, join
 from sinkroute.lab.run_folder import prepare_folder
@@ -94,6 +94,7 @@ def _execute(
 
     if (result := peers.on_main("looking into the folder", finished)) is not None:
         return result
+    keep_freed_memory()
     reset_peak_memory()
     load = os.getloadavg()[0]
     model = train(config, data, folder, stop=stop, on_progress=on_progress)
