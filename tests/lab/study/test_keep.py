@@ -10,7 +10,7 @@ import pytest
 
 from sinkroute.lab.study.cells import Plan, expand
 from sinkroute.lab.study.config import read_study
-from sinkroute.lab.study.keep import LOG_LINES, keep, restore
+from sinkroute.lab.study.keep import LOAD_LINES, LOG_LINES, keep, restore
 from sinkroute.lab.study.results import gather
 from sinkroute.lab.study.state import read_state
 
@@ -138,6 +138,9 @@ def test_of_a_long_log_lines_in_equal_distances_are_kept_and_numbers_in_five_dig
     log.write_text("".join(json.dumps(line | {"step": step}) + "\n" for step in range(1, 101)))
     keep(found, tmp_path / "mine.jsonl")
     lines = json.loads((tmp_path / "mine.jsonl").read_text())["log"]
-    assert [each["step"] for each in lines] == list(range(5, 101, 5))
+    assert [each["step"] for each in lines] == list(range(1, 101, 9))
     assert len(lines) <= LOG_LINES
-    assert lines[0] == {"kind": "train", "step": 5, "loss": 0.33333, "max_vio": [0.5], "load": [[123456, 0]]}
+    assert lines[0] == {"kind": "train", "step": 1, "loss": 0.33333, "max_vio": [0.5]}
+    assert [each["step"] for each in lines if "load" in each] == [19, 46, 73, 100]
+    assert lines[-1]["load"] == [[123456, 0]]
+    assert LOAD_LINES >= 4

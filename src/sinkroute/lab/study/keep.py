@@ -23,8 +23,10 @@ from sinkroute.lab.study.state import check_data, check_folders, read_record, re
 
 __all__ = ["keep", "read_kept", "restore"]
 
-LOG_LINES = 24
+LOG_LINES = 12
 """Of each kind, in equal distances, the last one among them."""
+LOAD_LINES = 4
+"""Of those of training, with the loads of all experts, which are most of a line: a study has many runs."""
 
 # Of a line of the log: what says when, how good and how even. The rest can be had from these, or is the machine's.
 _LOGGED = ("kind", "step", "split", "loss", "aux_loss", "seconds", "max_vio", "load", "branches", "plan_passes")
@@ -132,19 +134,21 @@ def _line(cell: Cell, out: Path) -> dict[str, Any]:
 
 def _log(path: Path) -> list[dict[str, Any]]:
     lines = read_lines(path)
-    chosen = {id(line) for kind in ("train", "eval") for line in _spread([x for x in lines if x.get("kind") == kind])}
-    return [_slim(line) for line in lines if id(line) in chosen]
+    trained = _spread([line for line in lines if line.get("kind") == "train"], LOG_LINES)
+    chosen = {id(line) for line in [*trained, *_spread([x for x in lines if x.get("kind") == "eval"], LOG_LINES)]}
+    loaded = {id(line) for line in _spread(trained, LOAD_LINES)}
+    return [_slim(line, id(line) in loaded) for line in lines if id(line) in chosen]
 
 
-def _slim(line: Mapping[str, Any]) -> dict[str, Any]:
-    keys = line if line.get("kind") == "eval" else _LOGGED
+def _slim(line: Mapping[str, Any], loaded: bool) -> dict[str, Any]:
+    keys = line if line.get("kind") == "eval" else [key for key in _LOGGED if loaded or key != "load"]
     return {key: _short(line[key]) for key in keys if line.get(key) is not None}
 
 
-def _spread(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most `LOG_LINES`, in equal distances from the last one back."""
-    step = -(-len(lines) // LOG_LINES)
-    return list(lines[::-1][::step]) if lines else []
+def _spread(lines: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """At most so many, in equal distances, the last one among them."""
+    step = -(-len(lines) // most)
+    return list(lines[::-1][::step][::-1]) if lines else []
 
 
 def _short(value: Any) -> Any:
