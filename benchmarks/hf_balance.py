@@ -2,6 +2,7 @@
 
     python benchmarks/hf_balance.py [--seeds 0 1 2] [--steps 300] [--out FILE.json] [--figure FILE.png]
     python benchmarks/hf_balance.py --steps 60 --probe 1 --methods none "load-balance, 0.01" ssr-dual --out FILE.json
+    python benchmarks/hf_balance.py --against "quantile, ema 0.9" --methods "quantile, ema 0.9" ssr-dual --out FILE.json
 
 A Mixtral and an OLMoE of 4 layers × 16 experts, top-2, with random weights, learn bytes of Wikipedia. To each gate's
 weight a matrix of rank 1 is added that gives the experts of its layer an advantage, from 0 to `skew` in even steps and
@@ -13,7 +14,8 @@ so that a typical token's logits are higher by a: MaxVio starts at 4, where E / 
 methods of a seed have the same weights and read the same batches; the seed also keys the routers' draws.
 
 With `probe`, the model is also served, plainly, after every so many steps, on the same 2048 validation bytes. "Steps
-until balanced" is the first step at which MaxVio is below 0.5 and stays there for 3 probes or steps.
+until balanced" is the first step at which MaxVio is below 0.5 and stays there for 3 probes or steps. With `against`
+they are compared in training, seed by seed; where a run never is balanced, all its steps count.
 
 "own loss" is the model's own balancing loss at its own coefficient. SSR's p is large beside the paper's 0.1 to 1 %: a
 run is short, and is to have twenty or thirty Sinkhorn steps; with p = 0.01 it has a few.
@@ -42,12 +44,13 @@ from sinkroute.lab.data import Windows, load_corpus
 from sinkroute.lab.files import write_json
 from sinkroute.lab.machine import machine
 from sinkroute.lab.progress import Bar
-from sinkroute.lab.study.statistics import Estimate
+from sinkroute.lab.study.statistics import Estimate, holm, paired
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("softmax", {"keep_aux_loss": False}),
     "own loss": ("softmax", {"keep_aux_loss": True}),
     "load-balance, 0.01": ("load-balance", {"coefficient": 0.01}),
+    "quantile, ema 0.9": ("quantile", {"ema": 0.9}),
     "ssr-l, p = 0.1": ("ssr-l", {"probability": 0.1}),
     "ssr-s, p = 0.1": ("ssr-s", {"probability": 0.1}),
     "ssr-b, p = 0.1": ("ssr-b", {"probability": 0.1}),
@@ -84,6 +87,8 @@ class Benchmark:
     """Which models."""
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     """Which rows of METHODS."""
+    against: str = ""
+    """The method with which the others' steps until balanced are compared."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """One run of every method per seed."""
     steps: int = 300
@@ -251,6 +256,30 @@ def _spread(values: list[float]) -> dict[str, float | None] | None:
     return {"mean": spread.mean, "half": spread.half}
 
 
+def compare_steps(benchmark: Benchmark, runs: list[dict[str, Any]]) -> Table:
+    """Steps until training is balanced against those of one method, seed by seed; p by the paired t-test and Holm."""
+    shown = Table(title=f"Steps until MaxVio in training is below {BALANCED}, paired by seed")
+    for column in ("model", "method", "steps", "never", f"against {benchmark.against}", "p", "p (Holm)"):
+        shown.add_column(column, justify="left" if column in ("model", "method") else "right")
+    steps: dict[tuple[str, str], dict[int, float]] = {}
+    for run in runs:
+        after = benchmark.steps if run["balanced_after"] is None else run["balanced_after"]
+        steps.setdefault((run["model"], run["method"]), {})[run["seed"]] = float(after)
+    tests = {
+        key: paired([value - other[seed] for seed, value in own.items() if seed in other])
+        for key, own in steps.items()
+        if key[1] != benchmark.against and (other := steps.get((key[0], benchmark.against)))
+    }
+    corrected = dict(zip(tests, holm([1.0 if test.p is None else test.p for test in tests.values()]), strict=True))
+    for (model, method), own in steps.items():
+        cells = [Estimate.of(list(own.values())).text(1), str(sum(value == benchmark.steps for value in own.values()))]
+        if test := tests.get((model, method)):
+            p = "" if test.p is None else f"{test.p:.2g}"
+            cells += [test.difference.text(1, sign=True), p, f"{corrected[model, method]:.2g}"]
+        shown.add_row(model, method, *cells)
+    return shown
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
     titles = {
         "max_vio_start": "at the start",
@@ -314,6 +343,8 @@ def main() -> None:
     torch.set_num_threads(1)
     console = Console(width=170)
     about = {**machine(), "transformers": transformers.__version__, "threads": 1}
+    if benchmark.against and benchmark.against not in benchmark.methods:
+        raise SystemExit(f"--against {benchmark.against!r} must be one of --methods: {', '.join(benchmark.methods)}")
     todo = [
         (seed, name, method) for seed in benchmark.seeds for name in benchmark.models for method in benchmark.methods
     ]
@@ -331,6 +362,8 @@ def main() -> None:
             content = {"machine": about, "settings": settings, "rows": found, "runs": runs}
             write_json(content, Path(benchmark.out))
     console.print(table(found))
+    if benchmark.against:
+        console.print(compare_steps(benchmark, runs))
     if benchmark.figure:
         draw(benchmark, runs, benchmark.figure)
 

@@ -1,4 +1,4 @@
-"""The process's memory: how much a stretch of work needs at its peak, and not to fetch the same pages again and again."""
+"""The memory of a process: how much a stretch of work needs at its peak, and pages that are kept for the next step."""
 
 from __future__ import annotations
 
