@@ -32,7 +32,7 @@ from sinkroute.lab.study.cells import Plan, expand
 from sinkroute.lab.study.config import find_study, read_study
 from sinkroute.lab.study.keep import keep, restore
 from sinkroute.lab.study.power import detectable
-from sinkroute.lab.study.statistics import LEVEL, holm, paired
+from sinkroute.lab.study.statistics import LEVEL, Blocks, blocks, holm, paired
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "study"
@@ -234,8 +234,9 @@ def _compute() -> str:
 
 def _power() -> str:
     lines = [
-        "| comparison | unit | seeds | scatter of a pair: median (from – to) | told by one test | told first of all |",
-        "|---|---|---|---|---|---|",
+        "| comparison | unit | seeds | scatter of a pair: median (from – to) | told by one test | told first of all "
+        "| residual of method + seed: scatter of a pair | seeds explain |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for path in sorted(RESULTS.glob("*.json")):
         found = read(path.stem)
@@ -251,8 +252,21 @@ def _power() -> str:
         cells = [found["title"], metric["title"].removeprefix("valid "), str(n)]
         cells += [f"{middle:.{digits}f} ({min(scatter):.{digits}f} – {max(scatter):.{digits}f})"]
         cells += [f"{alone:.{digits}f}", f"{first:.{digits}f} of {len(rows)}"]
+        models = _blocks(found, metric["key"])
+        pairs = math.sqrt(2 * sum(each.residual**2 for each in models) / len(models))
+        cells += [f"{pairs:.{digits}f}", f"{sum(each.of_seeds for each in models) / len(models):.0%}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _blocks(found: Mapping[str, Any], key: str) -> list[Blocks]:
+    """The two-way model of each size."""
+    out = []
+    for size in dict.fromkeys(row["size"] for row in found["statistics"]):
+        values = [row["seeds"] for row in found["statistics"] if (row["size"], row["metric"]) == (size, key)]
+        common = set.intersection(*map(set, values))
+        out.append(blocks([[own[seed] for seed in sorted(common)] for own in values]))
+    return [each for each in out if each is not None]
 
 
 def _against(found: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:

@@ -27,10 +27,9 @@ PRESETS = [path for path in REGISTERED if path.stem in RUN]
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location("study", ROOT / "scripts" / "study.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        yield importlib.import_module("study")
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
@@ -55,6 +54,27 @@ def test_the_pages_hold_the_tables_of_the_results(study):
         text = path.read_text(encoding="utf-8")
         assert "<!-- study: " in text
         assert study.page(text) == text, f"run: python scripts/study.py pages ({path.name} is not what it writes)"
+
+
+def test_on_the_leaderboard_what_is_not_told_apart_has_the_same_place(study):
+    places = study.study_leaderboard.places
+    noise = np.random.default_rng(0).normal(scale=0.01, size=(4, 10))
+    seeds = {
+        name: {str(seed): float(value) for seed, value in enumerate(mean + row)}
+        for (name, mean), row in zip({"a": 1.0, "b": 1.0, "c": 2.0, "d": 3.0}.items(), noise, strict=True)
+    }
+    assert places(seeds) == {"a": 1, "b": 1, "c": 3, "d": 4}
+    assert places(seeds, lower_is_better=False) == {"a": 3, "b": 3, "c": 2, "d": 1}
+    assert places({name: {"0": own["0"]} for name, own in seeds.items()}) == dict.fromkeys(seeds, 1)  # one seed
+
+
+def test_only_comparisons_with_enough_seeds_give_places(study):
+    taken = study.study_leaderboard.boards(study.read, RUN)
+    assert ("dual", "") in taken and ("rates", "0.006") in taken
+    for name, size in taken:
+        rows = [row for row in study.read(name)["statistics"] if row["size"] == size]
+        assert min(len(row["seeds"]) for row in rows) >= 8, name
+    assert not {name for name, _ in taken} & {"paper-lm-words", "longer", "scale"}
 
 
 def test_the_results_are_computed_anew_from_the_seeds_and_a_wrong_one_is_named(study, monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sinkroute.lab.study.statistics import Estimate, detectable, holm, paired, power, sign_flip, trend, verdict
+from sinkroute.lab.study.statistics import Estimate, blocks, detectable, holm, paired, power, sign_flip, trend, verdict
 
 RANDOM = np.random.default_rng(0)
 
@@ -135,3 +135,53 @@ def test_a_trend_needs_two_sizes_and_an_interval_three_points() -> None:
     found = trend([3.0, 4.0], [1.0, 2.0])
     assert found.at(5.0) == (3.0, None, None)
     assert found.slope.half is None
+
+
+def test_two_methods_in_blocks_are_a_paired_t_test() -> None:
+    y = np.random.default_rng(3).normal(size=(2, 7)) + np.arange(7)
+    found, pair = blocks(y), paired(list(y[0] - y[1]))
+    assert found is not None and found.freedom == 6
+    assert found.p == pytest.approx(pair.p)
+    assert found.half == pytest.approx(pair.difference.half)
+
+
+@pytest.mark.parametrize(("methods", "seeds"), [(2, 2), (6, 24), (5, 3)])
+def test_the_two_way_model_is_least_squares_on_methods_and_seeds(methods: int, seeds: int) -> None:
+    random = np.random.default_rng(methods)
+    y = 0.02 * random.normal(size=(methods, 1)) + random.normal(size=seeds) + 0.1 * random.normal(size=(methods, seeds))
+    which = [(m, s) for m in range(methods) for s in range(seeds)]
+
+    def left(columns: list[list[float]]) -> float:
+        design, answer = np.array(columns).T, y.ravel()
+        return float(np.sum((answer - design @ np.linalg.lstsq(design, answer, rcond=None)[0]) ** 2))
+
+    of_methods = [[float(m == each) for m, _ in which] for each in range(methods)]
+    of_seeds = [[float(s == each) for _, s in which] for each in range(1, seeds)]
+    both, only_methods, only_seeds = (
+        left(of_methods + of_seeds),
+        left(of_methods),
+        left([[1.0] * len(which), *of_seeds]),
+    )
+    found = blocks(y)
+    assert found is not None and found.freedom == (methods - 1) * (seeds - 1)
+    assert found.residual == pytest.approx(math.sqrt(both / found.freedom))
+    assert found.of_seeds == pytest.approx(1 - both / only_methods)
+    ratio = (only_seeds - both) / (methods - 1) / (both / found.freedom)
+    assert found.p == pytest.approx(stats.f.sf(ratio, methods - 1, found.freedom))
+
+
+def test_the_interval_of_the_two_way_model_holds_the_truth_in_19_of_20_studies() -> None:
+    random, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        found = blocks(y := random.normal(size=(5, 4)) + random.normal(size=4))
+        assert found is not None
+        held += abs(y[0].mean() - y[1].mean()) <= found.half
+    assert 0.92 <= held / 400 <= 0.98
+
+
+def test_one_method_or_one_seed_has_no_two_way_model() -> None:
+    assert blocks([[1.0, 2.0]]) is None
+    assert blocks([[1.0], [2.0]]) is None
+    assert blocks([]) is None
+    same = blocks([[1.0, 2.0], [1.0, 2.0]])
+    assert same is not None and (same.residual, same.half, same.of_seeds, same.p) == (0.0, 0.0, 1.0, 1.0)

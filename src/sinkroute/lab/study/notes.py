@@ -43,6 +43,15 @@ def notes_of(found: Results) -> list[str]:
             f"Equivalent: two one-sided t-tests place the difference within ±{found.margin:g}, p < {LEVEL} corrected "
             "by Holm."
         )
+    for size in found.sizes:
+        if found.family and (model := found.blocks(size)) is not None:
+            digits = found.headline.digits
+            out.append(
+                f"{f'{size}: a' if size else 'A'} two-way model, method + seed, with one scatter for all methods: "
+                f"residual {model.residual:.{digits}f} with {model.freedom} degrees of freedom, so that a difference "
+                f"of two methods is known within ± {model.half:.{digits}f}; seeds explain {model.of_seeds:.0%} of the "
+                f"rest's variance; that all methods are alike has p {_chance(model.p)}."
+            )
     if few := sorted({n for n in pairs if 2 <= n <= 5}):
         least = ", ".join(f"{2 / 2**n:g} with {n} seeds" for n in few)
         out.append(
@@ -52,6 +61,10 @@ def notes_of(found: Results) -> list[str]:
     if 1 in pairs:
         out.append("With one seed there is neither interval nor test: differences may be chance.")
     return [*out, *_missing(found), *_mixed(found)]
+
+
+def _chance(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 def _failed(found: Results) -> list[str]:

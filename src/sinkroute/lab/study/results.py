@@ -29,7 +29,7 @@ from sinkroute.lab.study.comparison import (
 from sinkroute.lab.study.metric import Metric, Quality, dig, number_at
 from sinkroute.lab.study.notes import notes_of
 from sinkroute.lab.study.runs import Group, Run, common_metric, group_runs, planned_runs
-from sinkroute.lab.study.statistics import LEVEL
+from sinkroute.lab.study.statistics import LEVEL, Blocks, blocks
 
 __all__ = ["Results", "compare_runs", "gather"]
 
@@ -104,6 +104,11 @@ class Results:
         """Within which methods count as equivalent in the headline metric."""
         return _margin(self.plan, self.headline)
 
+    def blocks(self, size: str) -> Blocks | None:
+        """The two-way model of the headline metric at a size, of the seeds that all methods have."""
+        rows = self.frame[(self.frame["size"] == size) & (self.frame.metric == self.headline.key)]
+        return blocks(rows.pivot(index="method", columns="seed", values="value").dropna(axis="columns").to_numpy())
+
     @property
     def seconds(self) -> float:
         """Of all processes that ran cells, data and evaluation included."""
@@ -148,6 +153,7 @@ class Results:
             "metrics": [asdict(metric) for metric in self.metrics],
             "correction": {"method": "Holm", "level": LEVEL, "family": "all methods and sizes of a metric"},
             "statistics": [_entry(entry) for entry in self.entries.values()],
+            "blocks": {size: asdict(each) for size in self.sizes if (each := self.blocks(size)) is not None},
             "modes": [asdict(each) for each in self.modes],
             "trends": [_trend(each) for each in self.trends],
             "baselines": dict(self.baselines),

@@ -20,8 +20,8 @@ from functools import cache
 import numpy as np
 
 __all__ = [
-    "LEVEL", "POWER", "Estimate", "Paired", "Trend", "detectable", "holm", "paired", "power", "sign_flip",
-    "smallest_effect", "trend", "verdict",
+    "LEVEL", "POWER", "Blocks", "Estimate", "Paired", "Trend", "blocks", "detectable", "holm", "paired", "power",
+    "sign_flip", "smallest_effect", "trend", "verdict",
 ]  # fmt: skip
 
 LEVEL = 0.05
@@ -117,6 +117,25 @@ class Trend:
         return value, t * self.residual * math.sqrt(lever), t * self.residual * math.sqrt(1 + lever)
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """The two-way model of M methods on the same n seeds; it takes the residual to scatter alike in all methods.
+
+    Attributes:
+        residual: standard deviation of what neither the method nor the seed explains.
+        freedom: its degrees of freedom, (M − 1)(n − 1).
+        half: half of the 95 % interval of a difference of two methods, by this residual; not corrected.
+        of_seeds: share of the variance within methods that the seeds explain: what pairing by seed takes away.
+        p: of the hypothesis that all methods are alike (F-test).
+    """
+
+    residual: float
+    freedom: int
+    half: float
+    of_seeds: float
+    p: float
+
+
 def paired(differences: Sequence[float], margin: float | None = None) -> Paired:
     """Interval and tests of differences that are paired by seed; with a margin, also that of equivalence.
 
@@ -138,6 +157,33 @@ def paired(differences: Sequence[float], margin: float | None = None) -> Paired:
     p = float(stats.ttest_1samp(differences, 0.0).pvalue)
     least = detectable(found.n) * float(np.std(differences, ddof=1))
     return Paired(found, p, sign_flip(differences), least, apart)
+
+
+def blocks(values: Sequence[Sequence[float]]) -> Blocks | None:
+    """The two-way model of values (M, n): a row for each method, a column for each seed; None below two of either.
+
+    >>> blocks([[1.0, 2.0, 3.0], [2.0, 3.0, 4.1]])
+    Blocks(residual=0.0408..., freedom=2, half=0.143..., of_seeds=0.999..., p=0.0010...)
+    """
+    from scipy import stats
+
+    y_MS = np.asarray(values, dtype=float)
+    if y_MS.ndim != 2 or min(y_MS.shape) < 2:
+        return None
+    methods, seeds = y_MS.shape
+    within_MS = y_MS - y_MS.mean(1, keepdims=True)
+    residual_MS = within_MS - within_MS.mean(0, keepdims=True)
+    freedom = (methods - 1) * (seeds - 1)
+    left, all_within = float(np.sum(residual_MS**2)), float(np.sum(within_MS**2))
+    between = seeds * float(np.sum((y_MS.mean(1) - y_MS.mean()) ** 2)) / (methods - 1)
+    scatter = left / freedom
+    return Blocks(
+        residual=math.sqrt(scatter),
+        freedom=freedom,
+        half=_t975(freedom) * math.sqrt(2 * scatter / seeds),
+        of_seeds=1 - left / all_within if all_within else 0.0,
+        p=float(stats.f.sf(between / scatter, methods - 1, freedom)) if scatter else float(between == 0),
+    )
 
 
 def sign_flip(differences: Sequence[float]) -> float:
