@@ -434,3 +434,15 @@ def test_routers_lists_the_ways_of_routing_and_the_options_of_one(capsys: pytest
 def test_routers_answers_a_wrong_name_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["routers", "ssr_l"]) != 0
     assert "did you mean 'ssr-l'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    run = [sys.executable, "-c", "import sys; from sinkroute.cli import main; sys.exit(main(sys.argv[1:]))", *words]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    found = subprocess.run(run, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, env=environment)
+    os.close(write)
+    assert found.stderr == ""
+    assert found.returncode in (1, 141)  # 1: rich's own way to end

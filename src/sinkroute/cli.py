@@ -1,6 +1,7 @@
 """The command line: `sinkroute COMMAND`, of `sinkroute.commands`.
 
-Exit codes: 0 done, 1 an error that the message explains, 2 a wrong command line, 130 stopped by Ctrl-C or SIGTERM.
+Exit codes: 0 done, 1 an error that the message explains, 2 a wrong command line, 130 stopped by Ctrl-C or SIGTERM, 141
+nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Of several processes (torchrun, accelerate launch) one speaks.
     console, errors = Console(quiet=os.environ.get("RANK", "0") != "0"), Console(stderr=True)
-    if not words or words[0] in ("-h", "--help", "help"):
-        _print_overview(console)
-        return 0 if words else 2
-    if words[0] == "--version":
-        import sinkroute
-
-        console.print(f"sinkroute {sinkroute.__version__}", highlight=False)
-        return 0
-    command, rest = words[0], words[1:]
+    command, rest = words[0] if words else "", words[1:]
     try:
+        if command in ("", "-h", "--help", "help"):
+            _print_overview(console)
+            return 0 if words else 2
+        if command == "--version":
+            import sinkroute
+
+            console.print(f"sinkroute {sinkroute.__version__}", highlight=False)
+            return 0
         if command not in COMMANDS:
             near = difflib.get_close_matches(command, COMMANDS, n=1)
             raise UsageError(f"unknown command {command!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
@@ -62,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cure = " The same command continues from the last checkpoint." if COMMANDS[command].continues else ""
         errors.print(f"[yellow]Interrupted.[/]{cure}", soft_wrap=True)
         return 130
+    except BrokenPipeError:
+        # Who read the output, such as head, has seen enough. What Python still holds of it must not fail at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except EXPECTED_ERRORS as error:
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             # torchrun asks the rest to stop as soon as one has ended: they are about to, and say why first.

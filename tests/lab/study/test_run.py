@@ -162,6 +162,15 @@ def test_gpus_are_called_what_this_process_may_use(monkeypatch: pytest.MonkeyPat
     assert run_module._gpus() == ["0", "1"]
 
 
+def test_before_jobs_are_submitted_each_router_and_option_is_looked_at(
+    capsys: pytest.CaptureFixture[str], write: Write
+) -> None:
+    wrong = {**METHODS, "wrong": {"router": {"name": "sofmax"}}}
+    code, _, err = compare(capsys, write(methods=wrong), "--submit", "gpu")
+    assert code == 1
+    assert "sofmax" in err and "softmax" in err and "submitit" not in err
+
+
 def test_without_submitit_a_cluster_is_refused_with_the_cure(
     capsys: pytest.CaptureFixture[str], write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:

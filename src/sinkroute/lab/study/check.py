@@ -15,12 +15,13 @@ from sinkroute.lab.tasks import make_task
 __all__ = ["check_cells"]
 
 
-def check_cells(cells: Sequence[Cell], path: str = "--set data.path=PATH") -> None:
+def check_cells(cells: Sequence[Cell], path: str = "--set data.path=PATH", *, data: bool = True) -> None:
     """Make each method's model without memory, load each data set once, and look at what is asked of the evaluation.
 
     Args:
         cells: that are to run.
         path: how the command line says where data lie.
+        data: whether to read the data and what needs them, the attacks; not where the runs are on other machines.
 
     Raises:
         ValueError: what the first run of a kind would stumble over, with its name and the cure.
@@ -39,14 +40,16 @@ def check_cells(cells: Sequence[Cell], path: str = "--set data.path=PATH") -> No
             require_modes(config, router)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{who}: {error}") from error
+        if not data:
+            continue
         try:
-            data = load_cell_data(config)
+            loaded = load_cell_data(config)
         except (ValueError, OSError, ModuleNotFoundError) as error:
             raise ValueError(
                 f"no run is begun: {who} cannot read its data. {error}. In this command: {path}"
             ) from error
         try:
-            task = make_task(config, data)
+            task = make_task(config, loaded)
             for name, attack in config.eval.attacks.items():
                 task.check_attack(kind_of(name), attack)
         except (ValueError, TypeError) as error:

@@ -148,6 +148,7 @@ def _submit(command: CompareCommand, plan: Plan, chosen: Sequence[Cell], console
     if command.jobs:
         options.setdefault("slurm_array_parallelism", command.jobs)
     _, missing = missing_cells(plan, chosen, fresh=command.fresh, retry=command.retry)
+    check_cells(missing, data=False)
     plan.out.mkdir(parents=True, exist_ok=True)
     write_plan(plan)
     about = {"commit": commit(), "jobs": 1}
