@@ -164,6 +164,7 @@ $(PEERS:%=.venv-%/.torch): .venv-%/.torch: tests/peers/requirements.txt pyprojec
 test-trainers: export PIP_CONSTRAINT := /dev/null
 test-trainers: .venv-trainers/.installed
 	.venv-trainers/bin/python -m pytest -q tests/trainers $(ARGS)
+	.venv-trainers/bin/python -m pytest -q tests/examples/test_tutorials.py -k lora
 
 .venv-trainers/.installed: tests/trainers/requirements.txt pyproject.toml scripts/make_venv.py
 	$(PYTHON) scripts/make_venv.py .venv-trainers
