@@ -184,3 +184,12 @@ def test_no_text_or_comment_says_it_in_words_that_the_style_forbids():
         if FORBIDDEN.search(line)
     ]
     assert found == []
+
+
+def test_looking_for_tests_leaves_torch_as_it_is():
+    """What stands in for a GPU in the peers' processes must not be imported into this one."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FSDPModule
+
+    for own in (dist.barrier, dist.all_to_all, FSDPModule.set_gradient_divide_factor):
+        assert own.__module__.startswith("torch."), own

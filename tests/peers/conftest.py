@@ -11,6 +11,10 @@ import torch
 
 import sinkroute
 
+# Programs, and stand-ins that change torch and their peer as soon as they are imported: pytest, which looks for
+# examples in docstrings, must not do so.
+collect_ignore_glob = ["*_on_the_cpu.py", "*_rank.py", "*_cells.py", "*_matrix.py"]
+
 # What a peer makes of (T, E) logits: weights and choices (T, E), and the loss unless it is attached to the weights.
 Peer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
 
