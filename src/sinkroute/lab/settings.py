@@ -7,8 +7,9 @@ type and one out of its range are a `ValueError` in the project's words.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
@@ -72,6 +73,9 @@ def settings(where: str = "", *, frozen: bool = False) -> Callable[[type[T]], ty
     """
 
     def decorate(cls: type[T]) -> type[T]:
+        # As types, not as text: pydantic 2.11 and tyro 1.0 look up what a base class names in the subclass's module.
+        hints = get_type_hints(cls, include_extras=True)
+        cls.__annotations__ = {name: hints[name] for name in inspect.get_annotations(cls)}
         config = ConfigDict(extra="forbid", allow_inf_nan=False)
         made: Any = pydantic.dataclasses.dataclass(cls, config=config, frozen=frozen)
         checked = made.__init__

@@ -124,6 +124,9 @@ def test_the_loss_that_is_shown_adds_no_gradient():
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="an unpatched Mixtral does not compile there"
+)
 def test_it_comes_in_a_compiled_model():
     torch._dynamo.reset()
     model, handle = patched()
