@@ -68,7 +68,7 @@ class _Generators:
 
 def _norm(config, hidden_size, eps=1e-5, **options):
     """Megatron refuses torch's norm under sequence parallelism, for the sake of its gradients: this one is marked."""
-    norm = torch.nn.LayerNorm(hidden_size, eps)
+    norm = (torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm)(hidden_size, eps)
     for weight in norm.parameters():
         weight.sequence_parallel = config.sequence_parallel
     return norm
