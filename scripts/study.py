@@ -313,7 +313,7 @@ def _skewed() -> str:
         return paired([values[method][seed] - values[other][seed] for seed in values[other]])
 
     tests = {method: against(steps, method, SKEWED) for method in steps if method != SKEWED}
-    corrected = dict(zip(tests, holm([test.p or 0.0 for test in tests.values()]), strict=True))
+    corrected = dict(zip(tests, holm([1.0 if test.p is None else test.p for test in tests.values()]), strict=True))
     lines = [
         f"| method | steps until MaxVio < 0.5 | never | against {SKEWED} | p (Holm) | serving MaxVio | dead of 64 "
         "| nats/byte against none |",

@@ -75,6 +75,8 @@ def test_only_comparisons_with_enough_seeds_give_places(study):
         rows = [row for row in study.read(name)["statistics"] if row["size"] == size]
         assert min(len(row["seeds"]) for row in rows) >= 8, name
     assert not {name for name, _ in taken} & {"paper-lm-words", "longer", "scale"}
+    page = (ROOT / "docs" / "leaderboard.md").read_text(encoding="utf-8")
+    assert {name for name, _ in taken} == set(re.findall(r"<!-- study: board-([\w-]+) -->", page))
 
 
 def test_the_results_are_computed_anew_from_the_seeds_and_a_wrong_one_is_named(study, monkeypatch):

@@ -20,7 +20,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what is freed for the next allocation, from now on and in the whole process.
 
     By itself it hands blocks of more than some 30 MB back at once. The logits of a batch of words are such blocks, in
-    every step: 18,000 pages that the system must find and clear again, a quarter of the step's time.
+    every step: thousands of pages that the system must find and clear again (docs/costs.md has the time).
 
     Returns:
         Whether it does. It does not where there is another allocator, or where the environment has asked for something

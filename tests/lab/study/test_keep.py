@@ -141,6 +141,6 @@ def test_of_a_long_log_lines_in_equal_distances_are_kept_and_numbers_in_five_dig
     assert [each["step"] for each in lines] == list(range(1, 101, 9))
     assert len(lines) <= LOG_LINES
     assert lines[0] == {"kind": "train", "step": 1, "loss": 0.33333, "max_vio": [0.5]}
-    assert [each["step"] for each in lines if "load" in each] == [19, 46, 73, 100]
+    loaded = [each["step"] for each in lines if "load" in each]
+    assert loaded == [19, 46, 73, 100] and len(loaded) <= LOAD_LINES
     assert lines[-1]["load"] == [[123456, 0]]
-    assert LOAD_LINES >= 4
