@@ -1,7 +1,7 @@
 """What the study has found, from runs to pages.
 
     python scripts/study.py collect runs/study/paper-lm ...   # results.json of comparisons -> benchmarks/results/study/
-    python scripts/study.py pages                             # the tables in docs/study.md and docs/leaderboard.md
+    python scripts/study.py pages                             # the tables of the study's pages
     python scripts/study.py power                             # the differences that each comparison could tell
     python scripts/study.py floor                             # the MaxVio of balanced routing, by chance, at each size
     python scripts/study.py keep runs/study/NAME ...          # what is finished -> benchmarks/results/study/kept/
@@ -26,7 +26,9 @@ from typing import Any
 
 import numpy as np
 import study_leaderboard
+import study_tests
 from scipy import stats
+from study_tests import chance
 
 from sinkroute.lab.study.cells import Plan, expand
 from sinkroute.lab.study.config import find_study, read_study
@@ -36,7 +38,7 @@ from sinkroute.lab.study.statistics import LEVEL, Blocks, Estimate, Paired, bloc
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "study"
-PAGES = (ROOT / "docs" / "study.md", ROOT / "docs" / "leaderboard.md")
+PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("study", "study-tests", "leaderboard"))
 
 # Runs shared the machine: their time per step means nothing. `overhead` is what measures it.
 UNTIMED = "train.ms_per_step"
@@ -128,6 +130,8 @@ def table(name: str) -> str:
     if name.startswith("board-"):
         name = name.removeprefix("board-")
         return study_leaderboard.board(name, read(name))
+    if name.startswith("tests-"):
+        return study_tests.tests(read(name.removeprefix("tests-")))
     if name.startswith("trend-"):
         return _trend(read(name.removeprefix("trend-")))
     return _comparison(read(name))
@@ -154,7 +158,7 @@ def _comparison(found: Mapping[str, Any]) -> str:
         difference = p = ""
         if against is not None:
             difference = _spread(against["paired"]["difference"], headline["digits"], sign=True)
-            p = _chance(against["p_corrected"])
+            p = chance(against["p_corrected"])
             if against["verdict"] in ("better", "worse"):
                 difference = f"**{difference}**"
         cells = [size] * sized + [f"`{method}`", str(len(first["seeds"]))]
@@ -186,7 +190,7 @@ def _pairs(name: str, rows: tuple[str, ...], columns: tuple[str, ...], key: str 
             for other in columns:
                 shown = _spread(asdict(pairs[size, method, other].difference), 3, sign=True)
                 p = corrected[size, method, other]
-                cells.append(f"**{shown}**, {_chance(p)}" if p < LEVEL else f"{shown}, {_chance(p)}")
+                cells.append(f"**{shown}**, {chance(p)}" if p < LEVEL else f"{shown}, {chance(p)}")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -196,12 +200,6 @@ def _plans(found: Mapping[str, Any]) -> dict[tuple[str, str], float]:
     for cell in found["cells"]:
         steps.setdefault((cell["size"], cell["method"]), []).append(cell.get("sinkhorn_steps", 0))
     return {key: sum(values) / len(values) for key, values in steps.items()}
-
-
-def _chance(p: float | None) -> str:
-    if p is None:
-        return ""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _spread(estimate: Mapping[str, Any] | None, digits: int, sign: bool = False) -> str:
@@ -330,7 +328,7 @@ def _skewed() -> str:
             cells += ["", ""]
         else:
             told = tests[method].difference.text(1, sign=True)
-            cells += [f"**{told}**" if corrected[method] < LEVEL else told, _chance(corrected[method])]
+            cells += [f"**{told}**" if corrected[method] < LEVEL else told, chance(corrected[method])]
         cells += [_spread(row["max_vio_serving"], 2), _spread(row["dead"], 1)]
         cells.append("" if method == "none" else against(loss, method, "none").difference.text(3, sign=True))
         lines.append("| " + " | ".join(cells) + " |")
@@ -344,6 +342,7 @@ def _known() -> set[str]:
 ACROSS = {
     "leaderboard-loss": lambda: study_leaderboard.summary(read, _known()),
     "leaderboard-balance": lambda: study_leaderboard.summary(read, _known(), balance=True),
+    "registered": lambda: study_tests.registered(read, _known()),
     "compute": _compute,
     "power": _power,
     "floor": _floor,

@@ -1,6 +1,6 @@
 """Every number of the study's tables and results, computed anew: `make study-check`.
 
-Each table of docs/study.md and docs/leaderboard.md from the results, number by number; and each estimate, difference, p
+Each table of the study's pages from the results, number by number; and each estimate, difference, p
 and corrected p of the results from the values of their seeds, by scipy and Holm's rule written here, without the
 lab's code. Not looked at: numbers in the pages' sentences, the tables of ways to serve, and slopes over sizes. The exit
 code is 1 if a number differs.

@@ -103,6 +103,37 @@ def test_every_comparison_stands_on_a_page(study):
     assert [preset.stem for preset in PRESETS if f"<!-- study: {preset.stem} -->" not in shown] == []
 
 
+def test_every_comparison_has_all_its_tests_on_their_page(study):
+    shown = (ROOT / "docs" / "study-tests.md").read_text(encoding="utf-8")
+    assert [preset.stem for preset in PRESETS if f"<!-- study: tests-{preset.stem} -->" not in shown] == []
+
+
+def test_a_registered_comparison_has_the_chances_that_scipy_gives(study):
+    values = {
+        row["method"]: np.array(list(row["seeds"].values()))
+        for row in study.read("rates")["statistics"]
+        if (row["size"], row["metric"]) == ("0.006", "valid.bits_per_byte")
+    }
+    pairs, margin = values["ssr-dual"] - values["vanilla"], study.study_tests.MARGIN
+    p = stats.ttest_1samp(pairs, 0.0).pvalue
+    alike = max(
+        stats.ttest_1samp(pairs, -margin, alternative="greater").pvalue,
+        stats.ttest_1samp(pairs, margin, alternative="less").pvalue,
+    )
+    (row,) = [line for line in study.table("registered").splitlines() if "`study/rates`, 0.006" in line]
+    half = stats.t.ppf(0.975, 7) * pairs.std(ddof=1) / math.sqrt(8)
+    assert f"| 8 | **{pairs.mean():+.3f} ± {half:.3f}** |" in row and p < 0.001
+    # All eight differences have one sign, so that of 2^8 choices two are as far from 0.
+    assert f"| {2 / 2**8:.3f} | {alike:.3f} |" in row
+
+
+def test_primary_comparisons_named_in_presets_are_taken_from_them(study):
+    assert study.study_tests._primary("shift", {"reference": "x"}) == [
+        ("ssr-dual", "load-balance", "switch.steps_to_balance", ())
+    ]
+    assert study.study_tests._primary("paper-lm", {"reference": "vanilla"}) == []
+
+
 def test_what_is_registered_and_not_run_is_said(study):
     text = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
     assert [path.stem for path in REGISTERED if path.stem not in RUN and f"`study/{path.stem}`" not in text] == []

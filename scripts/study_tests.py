@@ -1,0 +1,109 @@
+"""Every test of the study: the registered ones, and each method against its comparison's reference.
+
+A difference is the mean over seeds that both methods have, with its 95 % t-interval. Beside it: p of the paired t-test,
+the same corrected by Holm, p of the sign-flip test (which assumes no normal distribution; of n seeds it is at least
+2 / 2ⁿ), p of two one-sided tests that the methods differ by `MARGIN` bits or more, and the true difference that one
+test finds in four of five tries by the scatter of these pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from sinkroute.lab.study.config import find_study, read_study
+from sinkroute.lab.study.statistics import LEVEL, Paired, holm, paired
+
+MARGIN = 0.0115
+"""Bits per symbol: half of 0.023, the paper's gain on WikiText-103 and the least that it reports for Enwik-8."""
+HEADS = ("n", "difference", "p", "p (Holm)", "p (sign flip)", f"p (alike within {MARGIN} bits)", "told in 4 of 5 tries")
+# Primary comparisons that were registered in words, before a preset had a key for them: method, against, metric, sizes.
+IN_WORDS: Mapping[str, list[tuple[str, str, str, tuple[str, ...]]]] = {
+    "dual": [("ssr-dual", "quantile ema 0.9", "serving.max_vio", ())],
+    "dual-sizes": [("ssr-dual", "quantile ema 0.9", "serving.max_vio", ())],
+    "dual-capacity": [
+        ("ssr-dual exact", "quantile ema 0.9", "train.dropped", ()),
+        ("ssr-dual", "quantile ema 0.9", "train.dropped", ()),
+    ],
+    "dual-shift": [("ssr-dual", "quantile ema 0.9", "switch.steps_to_balance", ())],
+    "rates": [("ssr-dual", "vanilla", "valid.bits_per_byte", ("0.006",))],
+}
+
+Read = Callable[[str], dict[str, Any]]
+
+
+class Test(NamedTuple):
+    """One test of one comparison."""
+
+    size: str
+    method: str
+    against: str
+    metric: Mapping[str, Any]
+    found: Paired
+
+
+def registered(read: Read, known: set[str]) -> str:
+    """The primary comparisons of all studies that are collected, corrected within each study."""
+    lines = ["| comparison | primary | in | " + " | ".join(HEADS) + " |", "|" + "---|" * (len(HEADS) + 3)]
+    for name in sorted(known):
+        found = read(name)
+        tests = [
+            _test(found, size, method, against, metric)
+            for method, against, metric, only in _primary(name, found)
+            for size in only or dict.fromkeys(row["size"] for row in found["statistics"])
+        ]
+        for test, p in zip(tests, _corrected(tests), strict=True):
+            title = f"`study/{name}`" + f", {test.size}" * bool(test.size)
+            cells = [title, f"`{test.method}` against {test.against}", test.metric["title"], *_cells(test, p)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def tests(found: Mapping[str, Any]) -> str:
+    """Each method against the reference, in the first metric; corrected for all rows."""
+    metric = found["metrics"][0]["key"]
+    rows = [row for row in found["statistics"] if row["metric"] == metric and row["against"] is not None]
+    sized = len({row["size"] for row in rows}) > 1
+    all_tests = [_test(found, row["size"], row["method"], found["reference"], metric) for row in rows]
+    lines = ["| " + "size | " * sized + "method | " + " | ".join(HEADS) + " |"]
+    lines.append("|" + "---|" * (len(HEADS) + 1 + sized))
+    for test, p in zip(all_tests, _corrected(all_tests), strict=True):
+        cells = [test.size] * sized + [f"`{test.method}`", *_cells(test, p)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _primary(name: str, found: Mapping[str, Any]) -> list[tuple[str, str, str, tuple[str, ...]]]:
+    if name in IN_WORDS:
+        return IN_WORDS[name]
+    primary = read_study(find_study(f"study/{name}")).primary
+    if not primary.method:
+        return []
+    against, metric = primary.against or found["reference"], primary.metric or found["metrics"][0]["key"]
+    return [(primary.method, against, metric, ())]
+
+
+def _test(found: Mapping[str, Any], size: str, method: str, against: str, key: str) -> Test:
+    metric = next(each for each in found["metrics"] if each["key"] == key)
+    values = {row["method"]: row["seeds"] for row in found["statistics"] if (row["size"], row["metric"]) == (size, key)}
+    pairs = [value - values[against][seed] for seed, value in values[method].items() if seed in values[against]]
+    return Test(size, method, against, metric, paired(pairs, MARGIN if "bits" in key else None))
+
+
+def _corrected(several: list[Test]) -> list[float]:
+    return holm([1.0 if test.found.p is None else test.found.p for test in several])
+
+
+def _cells(test: Test, p_corrected: float) -> list[str]:
+    found, digits = test.found, test.metric["digits"]
+    difference = found.difference.text(digits, sign=True)
+    cells = [str(found.difference.n), f"**{difference}**" if p_corrected < LEVEL else difference]
+    cells += [chance(p) for p in (found.p, p_corrected, found.p_flip, found.p_equivalent)]
+    return [*cells, "–" if found.detectable is None else f"{found.detectable:.{digits}f}"]
+
+
+def chance(p: float | None) -> str:
+    """A p-value in a table, as far as anyone reads it."""
+    if p is None:
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
