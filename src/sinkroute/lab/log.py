@@ -13,7 +13,7 @@ from typing import Any
 
 from sinkroute.lab.files import write_text
 
-__all__ = ["Lines", "RunLog", "last_step", "read_lines", "read_log"]
+__all__ = ["Lines", "RunLog", "last_step", "number", "read_lines", "read_log"]
 
 Line = dict[str, Any]
 
@@ -163,9 +163,24 @@ def _lenient(raw: bytes) -> Line | None:
         return None
 
 
+def number(value: Any) -> float | None:
+    """A number of a log or a result as a float; None for what is none, truth values among them.
+
+    >>> number(3), number(10**400), number(True)
+    (3.0, inf, None)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # JSON has whole numbers of any length; 1e400 is read as inf, and so is what it says in full
+        return math.inf if value > 0 else -math.inf
+
+
 def _step(line: bytes | str) -> float:
     """The step of a logged line; one that a killed process left torn counts as never."""
     try:
-        return float(json.loads(line)["step"])
+        step = number(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
+    return math.inf if step is None else step

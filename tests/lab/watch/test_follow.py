@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import sinkroute
-from sinkroute.lab.log import Lines, RunLog
+from sinkroute.lab.log import Lines, RunLog, last_step
 from sinkroute.lab.watch.chart import BUCKETS, chart
 from sinkroute.lab.watch.follow import DEAD, Followed, Follower
 from sinkroute.routing import metrics
@@ -241,3 +241,15 @@ def test_loads_that_are_no_numbers_count_as_none_and_can_be_drawn(tmp_path):
     run = Followed(log, "a")
     run.poll()
     assert run.load == {"0": [0.0, 0.0, 2.0, 0.0]}
+
+
+def test_whole_numbers_too_long_for_a_float_are_infinite_and_end_nothing(tmp_path):
+    long, log = "1" + "0" * 400, tmp_path / "log.jsonl"
+    log.write_text(
+        f'{{"step": 1, "loss": {long}, "max_vio": [{long}], "load": [[{long}, 1]], "seconds": {long}}}\n'
+        f'{{"step": {long}, "loss": 1.0}}\n'
+    )
+    run = Followed(log, "a")
+    (point,) = run.poll()  # a step that cannot be drawn is no step
+    assert (point.step, point.loss, run.state, run.load) == (1, float("inf"), "diverged", {"0": [0.0, 1.0]})
+    assert last_step(log) == 1

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sinkroute.lab.log import number
+
 __all__ = ["METRICS", "Metric", "Quality", "capital", "dig", "metric_of", "number_at"]
 
 
@@ -196,8 +198,7 @@ def dig(result: Any, key: str) -> Any:
 
 def number_at(result: Any, key: str) -> float | None:
     """A number of a result, which may be nan; None without one."""
-    value = dig(result, key)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return number(dig(result, key))
 
 
 def metric_of(result: Mapping[str, Any] | None, evaluated: Mapping[str, Any], model: Mapping[str, Any]) -> Quality:

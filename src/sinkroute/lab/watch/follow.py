@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from sinkroute.lab.folders import runs_within
-from sinkroute.lab.log import Lines
+from sinkroute.lab.log import Lines, number
 
 __all__ = ["DEAD", "Followed", "Follower", "Point", "fair_shares"]
 
@@ -100,10 +100,10 @@ class Followed:
         new = []
         for line in lines:
             step = line.get("step")
-            if isinstance(step, bool) or not isinstance(step, int):
+            if not isinstance(step, int) or (known := number(step)) is None or math.isinf(known):
                 continue
             if line.get("kind") == "eval":
-                measured = [(k, v) for k, v in line.items() if k != "step" and _number(v) is not None]
+                measured = [(k, v) for k, v in line.items() if k != "step" and number(v) is not None]
                 if measured and line.get("split", "valid") == "valid":
                     self.evals[step] = measured[0]
             elif line.get("kind", "train") == "train" and line.get("mode", "train") == "train":
@@ -124,14 +124,14 @@ class Followed:
             about = _yaml(config)
             self.method = str(_dig(about, "router", "name") or "")
             steps = _dig(about, "train", "steps")
-            self.steps = steps if isinstance(steps, int) else None
+            self.steps = steps if isinstance(steps, int) and math.isfinite(number(steps) or 0.0) else None
             self._about = written
         if not result.is_file():
             self.result = None
         elif self.result is None:
             valid = _json(result).get("valid")
             measured = list(valid.items())[1:2] if isinstance(valid, dict) else []  # the first is how many
-            self.result = next(((k, float(v)) for k, v in measured if _number(v) is not None), ("", math.nan))
+            self.result = next(((k, known) for k, v in measured if (known := number(v)) is not None), ("", math.nan))
         self.failure = str(_json(folder / "failed.json").get("message", "")) if self.result is None else ""
 
     @property
@@ -252,27 +252,27 @@ def _point(step: int, line: Mapping[str, Any], load: Mapping[str, Sequence[float
     layers = line.get("layers")
     of = [part for part in layers.values() if isinstance(part, dict)] if isinstance(layers, dict) else []
     if of:  # of a LoadMonitor
-        vio = [value for part in of if (value := _number(part.get("max_vio"))) is not None]
-        planned = [(_number(part.get("assigned_share")) or 0.0, _number(part.get("passes")) or 0.0) for part in of]
+        vio = [value for part in of if (value := number(part.get("max_vio"))) is not None]
+        planned = [(number(part.get("assigned_share")) or 0.0, number(part.get("passes")) or 0.0) for part in of]
         plans = sum(share * passes for share, passes in planned)
         branches = {"plan": plans, "plain": sum(passes for _, passes in planned) - plans}
     else:
         given = line.get("max_vio")
-        vio = [value for value in map(_number, given if isinstance(given, list) else []) if value is not None]
+        vio = [value for value in map(number, given if isinstance(given, list) else []) if value is not None]
         counted = line.get("branches")
         branches = {
-            str(name): number
+            str(name): value
             for name, calls in (counted.items() if isinstance(counted, dict) else ())
-            if (number := _number(calls)) is not None
+            if (value := number(calls)) is not None
         }
     dead = sum(share < DEAD for shares in load.values() for share in fair_shares(shares))
     return Point(
         step,
-        _number(line.get("loss")),
+        number(line.get("loss")),
         sum(vio) / len(vio) if vio else None,
         max(vio, default=None),
-        _number(line.get("tokens_per_second")),
-        _number(line.get("seconds")),
+        number(line.get("tokens_per_second")),
+        number(line.get("seconds")),
         {name: calls for name, calls in branches.items() if calls},
         dead,
     )
@@ -295,14 +295,10 @@ def _loads(line: Mapping[str, Any]) -> dict[str, list[float]]:
     else:
         found = {str(place): part for place, part in enumerate(load if isinstance(load, list) else [])}
     return {
-        name: [number if math.isfinite(number := _number(value) or 0.0) else 0.0 for value in values]
+        name: [known if math.isfinite(known := number(value) or 0.0) else 0.0 for value in values]
         for name, values in found.items()
         if isinstance(values, list) and values
     }
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _json(path: Path) -> dict[str, Any]:
