@@ -60,14 +60,16 @@ def registered(read: Read, known: set[str]) -> str:
 
 
 def tests(found: Mapping[str, Any]) -> str:
-    """Each method against the reference, in the first metric; corrected for all rows."""
+    """Each method against the reference, in the first metric; corrected for all rows, as it was collected."""
     metric = found["metrics"][0]["key"]
     rows = [row for row in found["statistics"] if row["metric"] == metric and row["against"] is not None]
     sized = len({row["size"] for row in rows}) > 1
     all_tests = [_test(found, row["size"], row["method"], found["reference"], metric) for row in rows]
     lines = ["| " + "size | " * sized + "method | " + " | ".join(HEADS) + " |"]
     lines.append("|" + "---|" * (len(HEADS) + 1 + sized))
-    for test, p in zip(all_tests, _corrected(all_tests), strict=True):
+    # As the comparison's other tables have it: what is collected has six digits of a value, and p would be another.
+    corrected = [row["against"]["p_corrected"] for row in rows]
+    for test, p in zip(all_tests, corrected, strict=True):
         cells = [test.size] * sized + [f"`{test.method}`", *_cells(test, p)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -94,10 +96,11 @@ def _corrected(several: list[Test]) -> list[float]:
     return holm([1.0 if test.found.p is None else test.found.p for test in several])
 
 
-def _cells(test: Test, p_corrected: float) -> list[str]:
-    found, digits = test.found, test.metric["digits"]
+def _cells(test: Test, p_corrected: float | None) -> list[str]:
+    found, digits = test.found, test.metric["digits"] + 1  # one more than in tables of means: differences are small
     difference = found.difference.text(digits, sign=True)
-    cells = [str(found.difference.n), f"**{difference}**" if p_corrected < LEVEL else difference]
+    told = p_corrected is not None and p_corrected < LEVEL
+    cells = [str(found.difference.n), f"**{difference}**" if told else difference]
     cells += [chance(p) for p in (found.p, p_corrected, found.p_flip, found.p_equivalent)]
     return [*cells, "–" if found.detectable is None else f"{found.detectable:.{digits}f}"]
 

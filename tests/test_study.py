@@ -122,7 +122,7 @@ def test_a_registered_comparison_has_the_chances_that_scipy_gives(study):
     )
     (row,) = [line for line in study.table("registered").splitlines() if "`study/rates`, 0.006" in line]
     half = stats.t.ppf(0.975, 7) * pairs.std(ddof=1) / math.sqrt(8)
-    assert f"| 8 | **{pairs.mean():+.3f} ± {half:.3f}** |" in row and p < 0.001
+    assert f"| 8 | **{pairs.mean():+.4f} ± {half:.4f}** |" in row and p < 0.001
     # All eight differences have one sign, so that of 2^8 choices two are as far from 0.
     assert f"| {2 / 2**8:.3f} | {alike:.3f} |" in row
 
