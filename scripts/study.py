@@ -343,6 +343,7 @@ ACROSS = {
     "leaderboard-loss": lambda: study_leaderboard.summary(read, _known()),
     "leaderboard-balance": lambda: study_leaderboard.summary(read, _known(), balance=True),
     "registered": lambda: study_tests.registered(read, _known()),
+    "words-together": lambda: study_tests.together(read, ["words", "words-more"]),
     "compute": _compute,
     "power": _power,
     "floor": _floor,

@@ -8,11 +8,12 @@ test finds in four of five tries by the scatter of these pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sinkroute.lab.study.config import find_study, read_study
-from sinkroute.lab.study.statistics import LEVEL, Paired, holm, paired
+from sinkroute.lab.study.statistics import LEVEL, Estimate, Paired, holm, paired
 
 MARGIN = 0.0115
 """Bits per symbol: half of 0.023, the paper's gain on WikiText-103 and the least that it reports for Enwik-8."""
@@ -75,6 +76,22 @@ def tests(found: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def together(read: Read, names: Sequence[str]) -> str:
+    """The primary comparison of studies that differ in their seeds only: each by itself, then all seeds."""
+    heads = ("seeds of", *HEADS[:2], "perplexity, %", *HEADS[2:3], *HEADS[4:])
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    method, against, key, _ = _primary(names[0], read(names[0]))[0]
+    tests = {f"`study/{name}`": _test(read(name), "", method, against, key) for name in names}
+    pairs = [pair for name in names for pair in _pairs(read(name), "", method, against, key)]
+    tests["together"] = next(iter(tests.values()))._replace(found=paired(pairs, MARGIN))
+    for title, test in tests.items():
+        cells, bits = _cells(test, None), test.found.difference
+        percent = Estimate(100 * (2**bits.mean - 1), 100 * math.log(2) * (bits.half or math.nan), bits.n)
+        shown = [title, *cells[:2], percent.text(2, sign=True), cells[2], *cells[4:]]
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _primary(name: str, found: Mapping[str, Any]) -> list[tuple[str, str, str, tuple[str, ...]]]:
     if name in IN_WORDS:
         return IN_WORDS[name]
@@ -87,9 +104,14 @@ def _primary(name: str, found: Mapping[str, Any]) -> list[tuple[str, str, str, t
 
 def _test(found: Mapping[str, Any], size: str, method: str, against: str, key: str) -> Test:
     metric = next(each for each in found["metrics"] if each["key"] == key)
-    values = {row["method"]: row["seeds"] for row in found["statistics"] if (row["size"], row["metric"]) == (size, key)}
-    pairs = [value - values[against][seed] for seed, value in values[method].items() if seed in values[against]]
+    pairs = _pairs(found, size, method, against, key)
     return Test(size, method, against, metric, paired(pairs, MARGIN if "bits" in key else None))
+
+
+def _pairs(found: Mapping[str, Any], size: str, method: str, against: str, key: str) -> list[float]:
+    """Differences over the seeds that both have."""
+    values = {row["method"]: row["seeds"] for row in found["statistics"] if (row["size"], row["metric"]) == (size, key)}
+    return [value - values[against][seed] for seed, value in values[method].items() if seed in values[against]]
 
 
 def _corrected(several: list[Test]) -> list[float]:

@@ -127,6 +127,25 @@ def test_a_registered_comparison_has_the_chances_that_scipy_gives(study):
     assert f"| {2 / 2**8:.3f} | {alike:.3f} |" in row
 
 
+def test_seeds_that_were_added_are_told_apart_and_together(study):
+    found = study.read("words")
+
+    def read(name):  # twelve of the seeds as if they were the added ones
+        lower, upper = (100, 112) if name == "words" else (112, 124)
+        return found | {
+            "statistics": [
+                row | {"seeds": {seed: value for seed, value in row["seeds"].items() if lower <= int(seed) < upper}}
+                for row in found["statistics"]
+            ]
+        }
+
+    first, more, both = study.study_tests.together(read, ["words", "words-more"]).splitlines()[2:]
+    (whole,) = [line for line in study.table("tests-words").splitlines() if line.startswith("| `ssr-l` |")]
+    assert first.startswith("| `study/words` | 12 |") and more.startswith("| `study/words-more` | 12 |")
+    assert both.startswith("| together | 24 |") and both.split(" | ")[2] == whole.split(" | ")[2]
+    assert both.split(" | ")[3] == "-0.02 ± 0.71"  # of the perplexity: 2^-0.0003 - 1, and ln 2 of 0.0103
+
+
 def test_primary_comparisons_named_in_presets_are_taken_from_them(study):
     assert study.study_tests._primary("shift", {"reference": "x"}) == [
         ("ssr-dual", "load-balance", "switch.steps_to_balance", ())

@@ -248,8 +248,10 @@ def test_whole_numbers_too_long_for_a_float_are_infinite_and_end_nothing(tmp_pat
     log.write_text(
         f'{{"step": 1, "loss": {long}, "max_vio": [{long}], "load": [[{long}, 1]], "seconds": {long}}}\n'
         f'{{"step": {long}, "loss": 1.0}}\n'
+        f'{{"kind": "eval", "step": 1, "perplexity": {long}}}\n'
     )
     run = Followed(log, "a")
     (point,) = run.poll()  # a step that cannot be drawn is no step
     assert (point.step, point.loss, run.state, run.load) == (1, float("inf"), "diverged", {"0": [0.0, 1.0]})
+    assert run.evals == {1: ("perplexity", float("inf"))}
     assert last_step(log) == 1

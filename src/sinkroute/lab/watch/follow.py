@@ -103,7 +103,7 @@ class Followed:
             if not isinstance(step, int) or (known := number(step)) is None or math.isinf(known):
                 continue
             if line.get("kind") == "eval":
-                measured = [(k, v) for k, v in line.items() if k != "step" and number(v) is not None]
+                measured = [(k, known) for k, v in line.items() if k != "step" and (known := number(v)) is not None]
                 if measured and line.get("split", "valid") == "valid":
                     self.evals[step] = measured[0]
             elif line.get("kind", "train") == "train" and line.get("mode", "train") == "train":
