@@ -151,6 +151,8 @@ def test_primary_comparisons_named_in_presets_are_taken_from_them(study):
         ("ssr-dual", "load-balance", "switch.steps_to_balance", ())
     ]
     assert study.study_tests._primary("paper-lm", {"reference": "vanilla"}) == []
+    (words,) = [path for path in REGISTERED if path.stem == "words"]
+    assert read_study(words).primary.equivalence == study.study_tests.MARGIN
 
 
 def test_what_is_registered_and_not_run_is_said(study):

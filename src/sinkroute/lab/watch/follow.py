@@ -99,8 +99,8 @@ class Followed:
             self._read_folder(self.folder)
         new = []
         for line in lines:
-            step = line.get("step")
-            if not isinstance(step, int) or (known := number(step)) is None or math.isinf(known):
+            step = _count(line.get("step"))
+            if step is None:
                 continue
             if line.get("kind") == "eval":
                 measured = [(k, known) for k, v in line.items() if k != "step" and (known := number(v)) is not None]
@@ -123,8 +123,7 @@ class Followed:
         if written != self._about and written is not None:
             about = _yaml(config)
             self.method = str(_dig(about, "router", "name") or "")
-            steps = _dig(about, "train", "steps")
-            self.steps = steps if isinstance(steps, int) and math.isfinite(number(steps) or 0.0) else None
+            self.steps = _count(_dig(about, "train", "steps"))
             self._about = written
         if not result.is_file():
             self.result = None
@@ -299,6 +298,12 @@ def _loads(line: Mapping[str, Any]) -> dict[str, list[float]]:
         for name, values in found.items()
         if isinstance(values, list) and values
     }
+
+
+def _count(value: Any) -> int | None:
+    """A whole number that can be drawn; None for what is none."""
+    known = number(value)
+    return value if isinstance(value, int) and known is not None and math.isfinite(known) else None
 
 
 def _json(path: Path) -> dict[str, Any]:
