@@ -146,6 +146,7 @@ def ssr_alone() -> Path:
         renamed(against("rates", "ssr-l", "0.012"), "ssr-l, twice the rate (8)"),
         renamed(against("longer", "ssr-l"), "ssr-l, four times as long (3)"),
         renamed(against("words", "ssr-l", metric=WORDS), "ssr-l, words (24)"),
+        renamed(against("words-more", "ssr-l", metric=WORDS), "ssr-l, words (12 more)"),
         renamed(against("words", "ssr-l literal", metric=WORDS), "ssr-l literal, words (24)"),
     ]
 
