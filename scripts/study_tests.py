@@ -29,6 +29,8 @@ IN_WORDS: Mapping[str, list[tuple[str, str, str, tuple[str, ...]]]] = {
     "dual-shift": [("ssr-dual", "quantile ema 0.9", "switch.steps_to_balance", ())],
     "rates": [("ssr-dual", "vanilla", "valid.bits_per_byte", ("0.006",))],
 }
+# What was registered to be tested next, at the sizes where the primary comparison is told; corrected by itself.
+AFTERWARDS = {"capacity": [("ssr-dual", "load-balance", "valid.bits_per_byte", ())]}
 
 Read = Callable[[str], dict[str, Any]]
 
@@ -44,19 +46,23 @@ class Test(NamedTuple):
 
 
 def registered(read: Read, known: set[str]) -> str:
-    """The primary comparisons of all studies that are collected, corrected within each study."""
+    """The primary comparisons of all studies that are collected, corrected within each study, and what follows them."""
     lines = ["| comparison | primary | in | " + " | ".join(HEADS) + " |", "|" + "---|" * (len(HEADS) + 3)]
     for name in sorted(known):
         found = read(name)
-        tests = [
-            _test(found, size, method, against, metric)
-            for method, against, metric, only in _primary(name, found)
-            for size in only or dict.fromkeys(row["size"] for row in found["statistics"])
-        ]
-        for test, p in zip(tests, _corrected(tests), strict=True):
-            title = f"`study/{name}`" + f", {test.size}" * bool(test.size)
-            cells = [title, f"`{test.method}` against {test.against}", test.metric["title"], *_cells(test, p)]
-            lines.append("| " + " | ".join(cells) + " |")
+        sizes = list(dict.fromkeys(row["size"] for row in found["statistics"]))
+        for several in (_primary(name, found), AFTERWARDS.get(name, [])):
+            tests = [
+                _test(found, size, method, against, metric)
+                for method, against, metric, only in several
+                for size in only or sizes
+            ]
+            corrected = _corrected(tests)
+            for test, p in zip(tests, corrected, strict=True):
+                title = f"`study/{name}`" + f", {test.size}" * bool(test.size)
+                cells = [title, f"`{test.method}` against {test.against}", test.metric["title"], *_cells(test, p)]
+                lines.append("| " + " | ".join(cells) + " |")
+            sizes = [test.size for test, p in zip(tests, corrected, strict=True) if p < LEVEL]
     return "\n".join(lines) + "\n"
 
 

@@ -146,6 +146,40 @@ def test_seeds_that_were_added_are_told_apart_and_together(study):
     assert both.split(" | ")[3] == "-0.02 ± 0.71"  # of the perplexity: 2^-0.0003 - 1, and ln 2 of 0.0103
 
 
+def test_what_follows_a_primary_comparison_is_tested_only_where_that_is_told(study):
+    """At one capacity the shares that are dropped differ in every seed alike, at the other one way and the other."""
+    seeds = [str(seed) for seed in range(150, 160)]
+    shifts = {"1.0": [0.1 + 0.001 * place for place in range(10)], "1.25": [0.1, -0.1] * 5}
+    metrics = [{"key": key, "title": key, "digits": 3} for key in ("train.dropped", "valid.bits_per_byte")]
+    found = {
+        "reference": "load-balance",
+        "metrics": metrics,
+        "statistics": [
+            {
+                "size": size,
+                "method": method,
+                "metric": metric["key"],
+                "seeds": {
+                    seed: 1.0 + (method == "ssr-dual") * own for seed, own in zip(seeds, shifts[size], strict=True)
+                },
+            }
+            for metric in metrics
+            for size in shifts
+            for method in ("load-balance", "ssr-dual")
+        ],
+    }
+    rows = study.study_tests.registered(lambda name: found, {"capacity"}).splitlines()[2:]
+    shown = [(row.split(" | ")[0], row.split(" | ")[2]) for row in rows]
+    assert shown == [
+        ("| `study/capacity`, 1.0", "train.dropped"),
+        ("| `study/capacity`, 1.25", "train.dropped"),
+        ("| `study/capacity`, 1.0", "valid.bits_per_byte"),
+    ]
+    # One test is left of the second kind: nothing to correct.
+    _, _, _, _, _, p, holm, *_ = rows[2].split(" | ")
+    assert p == holm == "< 0.001"
+
+
 def test_primary_comparisons_named_in_presets_are_taken_from_them(study):
     assert study.study_tests._primary("shift", {"reference": "x"}) == [
         ("ssr-dual", "load-balance", "switch.steps_to_balance", ())
