@@ -79,6 +79,11 @@ PAIRS = {
         ("quantile ema 0.9", "loss-free", "load-balance"),
         "serving.max_vio",
     ),
+    "collapse-loss": (
+        "collapse",
+        ("ssr-dual", "ssr-l"),
+        ("load-balance", "loss-free", "quantile ema 0.9"),
+    ),
     "dual-loss": (
         "dual",
         ("ssr-dual", "ssr-dual exact", "ssr-bias every step"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from sinkroute.lab.page.drawing import Theme, heading, paper_theme, settings, style
 from sinkroute.lab.study.statistics import Estimate
@@ -30,6 +32,7 @@ THEME = paper_theme(())
 # A mean MaxVio when serving below it counts as even: the busiest expert has less than twice its share.
 EVEN = 1.0
 WORDS = "valid.bits_per_symbol"
+MANY, ONE = "64 top-2", "16 top-1"  # of study/collapse
 # The paper's gains in bits: its least and its largest per byte, and, a thousandth wide for the eye, the one
 # per word whose perplexities are known (34.607 to 34.056).
 ENWIK8, WIKITEXT = (-0.039, -0.023), (-0.0236, -0.0226)
@@ -82,12 +85,12 @@ def say(ax: Axes, theme: Theme, place: float, text: str) -> None:
     ax.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), color=theme.ink, fontsize=9, va="center")
 
 
-def picture(name: str, rows: int, draw: Callable[[Axes, Theme], None]) -> Path:
-    """Draw one, and write it."""
+def picture(name: str, rows: int, draw: Callable[[Axes, Theme], None], width: float = 0.575) -> Path:
+    """Draw one, and write it; the rest of the width is for names at the left and numbers at the right."""
     with settings("none"):
         height = 0.27 * rows + 1.15
         figure = Figure(figsize=(8.4, height), facecolor="white")
-        ax = figure.add_axes((0.245, 0.62 / height, 0.575, 1 - 1.05 / height))
+        ax = figure.add_axes((0.98 - width if width > 0.6 else 0.245, 0.62 / height, width, 1 - 1.05 / height))
         draw(ax, THEME)
         path = PICTURES / f"study-{name}.svg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +107,9 @@ def balance_helps() -> Path:
     rows += [renamed(against("rates", "ssr-dual", "0.006"), "ssr-dual (again other seeds)")]
     rows += [renamed(against("words", method, metric=WORDS), f"{method}, words") for method in ("ssr-dual", "ssr-l")]
     rows += [renamed(against("words", "quantile ema 0.9", metric=WORDS), "quantile, words")]
+    rows += [renamed(against("collapse", method, MANY), f"{method}, 64 experts") for method in ("ssr-dual", "ssr-l")]
+    for method in ("load-balance", "ssr-dual", "quantile ema 0.9", "loss-free"):
+        rows += [renamed(against("collapse", method, ONE), f"{method.split()[0]}, one choice")]
     rows.sort(key=lambda row: row.mean)
 
     def draw(ax: Axes, theme: Theme) -> None:
@@ -121,18 +127,20 @@ def ssr_balances() -> Path:
         "paper-lm": ("vanilla", "ssr-l", "ssr-s", "load-balance", "loss-free"),
         "dual": ("quantile ema 0.9", "ssr-dual"),
         "words": ("vanilla", "ssr-l", "ssr-dual"),
+        "collapse": ("vanilla", "ssr-l", "ssr-dual"),
     }.items():
         for method in methods:
-            found = Estimate.of(list(seeds(study, method, "serving.max_vio").values()))
+            size = MANY if study == "collapse" else ""
+            found = Estimate.of(list(seeds(study, method, "serving.max_vio", size).values()))
             assert found.half is not None
-            name = f"{method}, words" if study == "words" else method
+            name = method + {"words": ", words", "collapse": ", 64 experts"}.get(study, "")
             rows.append(Row(name, found.mean, found.half, found.mean < EVEN))
 
     def draw(ax: Axes, theme: Theme) -> None:
         draw_rows(ax, rows, theme, digits=2, sign=False)
         ax.set_xlim(left=0)
         heading(ax, theme, "How uneven experts are used when serving", "MaxVio; 0 is even")
-        ax.set_xlabel("MaxVio, mean and 95 % interval over 10 seeds; words: 24", fontsize=9)
+        ax.set_xlabel("MaxVio, mean and 95 % interval over 10 seeds; words: 24; 64 experts: 16", fontsize=9)
 
     return picture("ssr-balances", len(rows), draw)
 
@@ -145,6 +153,8 @@ def ssr_alone() -> Path:
         renamed(against("rates", "ssr-l", "0.006"), "ssr-l, the rate again (8)"),
         renamed(against("rates", "ssr-l", "0.012"), "ssr-l, twice the rate (8)"),
         renamed(against("longer", "ssr-l"), "ssr-l, four times as long (3)"),
+        renamed(against("collapse", "ssr-l", MANY), "ssr-l, 64 experts top-2 (16)"),
+        renamed(against("collapse", "ssr-l", ONE), "ssr-l, 16 experts top-1 (16)"),
         renamed(against("words", "ssr-l", metric=WORDS), "ssr-l, words (24)"),
         renamed(against("words-more", "ssr-l", metric=WORDS), "ssr-l, words (12 more)"),
         renamed(against("words", "ssr-l literal", metric=WORDS), "ssr-l literal, words (24)"),
@@ -195,6 +205,45 @@ def cost() -> Path:
         ax.set_xlabel("three repeats (dots) and their median (diamond)", fontsize=9)
 
     return picture("cost", len(methods), draw)
+
+
+# What each column shows: its heading, study, size, metric, digits.
+WHEN = (
+    ("dead experts of 128,\n64 in a layer, top-2", "collapse", MANY, "serving.dead", 1),
+    ("MaxVio, served,\n16 experts, top-1", "collapse", ONE, "serving.max_vio", 2),
+    ("share dropped in\ntraining, capacity 1.0", "capacity", "1.0", "train.dropped", 3),
+    ("share dropped in\ntraining, capacity 1.25", "capacity", "1.25", "train.dropped", 3),
+    ("steps to balance when\ntext turns to code", "shift", "text to code", "switch.steps_to_balance", 0),
+)
+
+
+def which_when() -> Path:
+    """What methods leave uneven: a table in colours, in each column blue up to half of its worst mean."""
+    methods = ("vanilla", "ssr-l", "load-balance", "loss-free", "quantile ema 0.9", "ssr-dual", "ssr-dual exact")
+
+    def draw(ax: Axes, theme: Theme) -> None:
+        for column, (_, study, size, metric, digits) in enumerate(WHEN):
+            found = {}
+            for place, method in enumerate(reversed(methods)):
+                with suppress(KeyError):  # not every study has every method
+                    found[place] = Estimate.of(list(seeds(study, method, metric, size).values()))
+            worst = max(estimate.mean for estimate in found.values())
+            for place, estimate in found.items():
+                share = estimate.mean / worst
+                colour, strength = UNEVEN if share > 0.5 else BALANCED, 0.08 + 0.4 * abs(2 * share - 1)
+                box = Rectangle((column - 0.48, place - 0.46), 0.96, 0.92, color=colour, alpha=strength, linewidth=0)
+                ax.add_patch(box)
+                ax.text(column, place, estimate.text(digits), ha="center", va="center", fontsize=9, color=theme.ink)
+        style(ax, theme, grid="")
+        ax.set_xlim(-0.5, len(WHEN) - 0.5)
+        ax.set_ylim(-0.5, len(methods) - 0.5)
+        ax.set_yticks(range(len(methods)), list(reversed(methods)))
+        ax.set_xticks(range(len(WHEN)), [title for title, *_ in WHEN])
+        ax.tick_params(axis="both", length=0, colors=theme.ink, labelsize=9)
+        ax.tick_params(axis="x", colors=theme.muted, labelsize=8)
+        heading(ax, theme, "What a method leaves uneven", "lower is better; blue: below half of the column's worst")
+
+    return picture("which-when", len(methods), draw, width=0.83)
 
 
 def renamed(row: Row, name: str) -> Row:
