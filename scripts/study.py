@@ -84,6 +84,12 @@ PAIRS = {
         ("ssr-dual", "ssr-l"),
         ("load-balance", "loss-free", "quantile ema 0.9"),
     ),
+    "capacity-loss": (
+        "capacity",
+        ("ssr-dual", "ssr-dual exact", "ssr-l"),
+        ("load-balance", "quantile ema 0.9", "vanilla"),
+        "valid.bits_per_byte",
+    ),
     "dual-loss": (
         "dual",
         ("ssr-dual", "ssr-dual exact", "ssr-bias every step"),
