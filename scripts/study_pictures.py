@@ -257,6 +257,7 @@ ALL: Mapping[str, Callable[[], Any]] = {
     "balance-helps": balance_helps,
     "ssr-balances": ssr_balances,
     "ssr-alone": ssr_alone,
+    "which-when": which_when,
     "cost": cost,
 }
 
