@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "study"
 PICTURES = ROOT / "docs" / "pictures"
 
+LEFT = 0.245  # where the axes of a picture begin, as a share of its width
 BALANCED, UNEVEN = "#0072b2", "#c24e00"
 THEME = paper_theme(())
 # A mean MaxVio when serving below it counts as even: the busiest expert has less than twice its share.
@@ -85,12 +86,12 @@ def say(ax: Axes, theme: Theme, place: float, text: str) -> None:
     ax.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), color=theme.ink, fontsize=9, va="center")
 
 
-def picture(name: str, rows: int, draw: Callable[[Axes, Theme], None], width: float = 0.575) -> Path:
-    """Draw one, and write it; the rest of the width is for names at the left and numbers at the right."""
+def picture(name: str, rows: int, draw: Callable[[Axes, Theme], None], right: float = 0.82) -> Path:
+    """Draw one, and write it: names stand at its left, and what is right of `right` is for numbers."""
     with settings("none"):
         height = 0.27 * rows + 1.15
         figure = Figure(figsize=(8.4, height), facecolor="white")
-        ax = figure.add_axes((0.98 - width if width > 0.6 else 0.245, 0.62 / height, width, 1 - 1.05 / height))
+        ax = figure.add_axes((LEFT, 0.62 / height, right - LEFT, 1 - 1.05 / height))
         draw(ax, THEME)
         path = PICTURES / f"study-{name}.svg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +247,7 @@ def which_when() -> Path:
         ax.tick_params(axis="x", colors=theme.muted, labelsize=8)
         heading(ax, theme, "What a method leaves uneven", "lower is better; blue: below half of the column's worst")
 
-    return picture("which-when", len(methods), draw, width=0.83)
+    return picture("which-when", len(methods), draw, right=0.98)
 
 
 def renamed(row: Row, name: str) -> Row:
