@@ -109,6 +109,7 @@ def balance_helps() -> Path:
     rows += [renamed(against("words", method, metric=WORDS), f"{method}, words") for method in ("ssr-dual", "ssr-l")]
     rows += [renamed(against("words", "quantile ema 0.9", metric=WORDS), "quantile, words")]
     rows += [renamed(against("collapse", method, MANY), f"{method}, 64 experts") for method in ("ssr-dual", "ssr-l")]
+    rows += [renamed(against("length", "ssr-dual"), "ssr-dual, 16 times as long")]
     rows += [renamed(against("capacity", method, "1.0"), f"{method}, capacity 1.0") for method in ("ssr-dual", "ssr-l")]
     for method in ("load-balance", "ssr-dual", "quantile ema 0.9", "loss-free"):
         rows += [renamed(against("collapse", method, ONE), f"{method.split()[0]}, one choice")]
@@ -155,6 +156,7 @@ def ssr_alone() -> Path:
         renamed(against("rates", "ssr-l", "0.006"), "ssr-l, the rate again (8)"),
         renamed(against("rates", "ssr-l", "0.012"), "ssr-l, twice the rate (8)"),
         renamed(against("longer", "ssr-l"), "ssr-l, four times as long (3)"),
+        renamed(against("length", "ssr-l"), "ssr-l, 16 times as long (4)"),
         renamed(against("capacity", "ssr-l", "1.0"), "ssr-l, capacity 1.0 (10)"),
         renamed(against("capacity", "ssr-l", "1.25"), "ssr-l, capacity 1.25 (10)"),
         renamed(against("collapse", "ssr-l", MANY), "ssr-l, 64 experts top-2 (16)"),
