@@ -217,9 +217,9 @@ def cost() -> Path:
 WHEN = (
     ("dead experts of 128,\n64 in a layer, top-2", "collapse", MANY, "serving.dead", 1),
     ("MaxVio, served,\n16 experts, top-1", "collapse", ONE, "serving.max_vio", 2),
-    ("share dropped in\ntraining, capacity 1.0", "capacity", "1.0", "train.dropped", 3),
-    ("share dropped in\ntraining, capacity 1.25", "capacity", "1.25", "train.dropped", 3),
-    ("steps to balance when\ntext turns to code", "shift", "text to code", "switch.steps_to_balance", 0),
+    ("share dropped,\ncapacity 1.0", "capacity", "1.0", "train.dropped", 3),
+    ("share dropped,\ncapacity 1.25", "capacity", "1.25", "train.dropped", 3),
+    ("steps to balance,\ntext turns to code", "shift", "text to code", "switch.steps_to_balance", 0),
 )
 
 
