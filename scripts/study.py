@@ -371,8 +371,14 @@ def _keep(folder: Path) -> str:
 
 
 def _restore(name: str, folder: str | None = None) -> str:
-    plan = _study(name, folder)
-    laid, left = restore(plan, RESULTS / "kept" / f"{name}.jsonl")
+    plan, path = _study(name, folder), RESULTS / "kept" / f"{name}.jsonl"
+    if not path.is_file():
+        there = ", ".join(sorted(other.stem for other in path.parent.glob("*.jsonl"))) or "nothing"
+        raise SystemExit(
+            f"restore: nothing is kept of {name!r}; kept: {there}. `sinkroute compare study/{name}` runs it, "
+            f"`python scripts/study.py keep {plan.out}` keeps what is finished"
+        )
+    laid, left = restore(plan, path)
     told = f"; {len(left)} left as they are, a run is there" if left else ""
     return f"{plan.out}: {len(laid)} of {len(plan.cells)} cells laid out{told}"
 

@@ -189,6 +189,11 @@ def test_primary_comparisons_named_in_presets_are_taken_from_them(study):
     assert read_study(words).primary.equivalence == study.study_tests.MARGIN
 
 
+def test_to_restore_what_was_not_kept_says_what_is_there(study):
+    with pytest.raises(SystemExit, match=r"nothing is kept of 'details'; kept: .*rates.*compare study/details"):
+        study.main(["restore", "details"])
+
+
 def test_what_is_registered_and_not_run_is_said(study):
     text = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
     assert [path.stem for path in REGISTERED if path.stem not in RUN and f"`study/{path.stem}`" not in text] == []
